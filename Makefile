@@ -1,0 +1,97 @@
+# Everything a reader or author runs. Needs Python 3.11 or newer and make, nothing else.
+#   make demo      install into .venv, run the CDRL chapter, say where to look
+#   make test      install what tests need, run all tests
+#   make sync      after editing a notebook: write the package, clean the notebooks
+#   make check     package = notebooks, lint, repository rules, stored outputs up to date; needs no network
+#   make outputs   execute chapters whose stored outputs are stale, store the new ones (NB="05_cdrl": these; NB=--all: every one)
+#   make book      build the book into _build/html, warnings are errors
+#   make claims    run what is missing for the papers' claims and print the verdicts
+#   make bench     time the sampler against its floor and its rivals
+#   make gpu       train the long rows of GPU_ROWS, on a machine with a GPU
+# PYTHON=... chooses the interpreter; VENV=... uses an environment of your own, into which nothing is installed.
+
+PYTHON ?= python3
+VENV   ?= .venv
+# system:row pairs that `make gpu` trains, one after another; data sets that are not embedded must be in place
+GPU_ROWS ?= cdrl:digits cdrl:digits-cond cdrl:checkerboard cdrl:shapes-composition
+
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+export PYTHONHASHSEED := 0
+
+# An environment named on the command line is taken as it is.
+ifeq ($(origin VENV),command line)
+RUNTIME :=
+AUTHOR  :=
+else
+RUNTIME := $(VENV)/.installed-runtime
+AUTHOR  := $(VENV)/.installed-author
+endif
+
+.PHONY: help demo test sync check outputs book bench gpu claims
+help:
+	@sed -n 's/^#   //p' Makefile
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3,11))' 2>/dev/null || { \
+	  echo "ebmbook needs Python 3.11 or newer; '$(PYTHON)' is $$($(PYTHON) --version 2>&1 || true)."; \
+	  echo "Name another one: make PYTHON=python3.12 $(MAKECMDGOALS)"; exit 1; }
+	@$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); \
+	  echo "Python could not make a virtual environment; on Debian and Ubuntu install the package python3-venv."; exit 1; }
+
+$(VENV)/.installed-runtime: settings.ini setup.py constraints.txt | $(BIN)/python
+	@echo "Installing ebmbook into $(VENV) (PyTorch is large: a minute or more) ..."
+	@$(PIP) -e .
+	@touch $@
+
+$(VENV)/.installed-author: settings.ini setup.py constraints.txt | $(BIN)/python
+	@echo "Installing ebmbook with what tests and book need into $(VENV) ..."
+	@$(PIP) -e '.[dev,book]'
+	@touch $@ $(VENV)/.installed-runtime
+
+demo: $(RUNTIME)
+	@mkdir -p runs/demo
+	@start=$$(date +%s); \
+	$(BIN)/papermill nbs/05_cdrl.ipynb runs/demo/05_cdrl.ipynb -k python3; \
+	echo; echo "Done in $$(($$(date +%s)-start)) s. Open runs/demo/05_cdrl.ipynb in Jupyter, VS Code or any notebook viewer:"; \
+	echo "  the curve of the live training should fall, and the grid of samples should read as handwritten digits."; \
+	find runs/demo -name '*.png' -newermt "@$$start" 2>/dev/null | sed 's/^/  picture: /' || true
+
+test: $(AUTHOR)
+	OMP_NUM_THREADS=1 $(BIN)/nbdev_test --n_workers 2 --timing
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests -q -rs
+
+sync: $(AUTHOR)
+	$(BIN)/nbdev_export
+	$(BIN)/nbdev_clean
+
+check: $(AUTHOR)
+	@echo "1. the package is what the notebooks export"
+	@$(BIN)/python -c 'from ebmbook.core.book import main; exit(main())' export
+	@echo "2. lint"
+	@$(BIN)/ruff check .
+	@echo "3. repository rules"
+	@$(BIN)/python -m pytest tests/test_repo.py -q
+	@echo "4. stored outputs belong to the code"
+	@$(BIN)/python -c 'from ebmbook.core.book import main; exit(main())' stale
+	@echo "check: all well"
+
+outputs: $(AUTHOR)
+	$(BIN)/python -c 'from ebmbook.core.book import main; exit(main())' outputs $(NB)
+
+book: $(AUTHOR)
+	$(BIN)/jupyter-book build . -W -n --keep-going
+	@echo "Open _build/html/index.html"
+
+bench: $(AUTHOR)
+	$(BIN)/ebmbook bench
+
+gpu: $(RUNTIME)
+	@for row in $(GPU_ROWS); do \
+	  echo "== $$row"; $(BIN)/ebmbook train "$${row%%:*}" -p preset "$${row##*:}"; done
+
+claims: $(RUNTIME)
+	$(BIN)/ebmbook claims --run
