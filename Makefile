@@ -19,6 +19,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
 BIN := $(VENV)/bin
+BOOK := $(BIN)/python -c 'from ebmbook.core.book import main; exit(main())'
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 export PYTHONHASHSEED := 0
 
@@ -37,7 +38,7 @@ help:
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3,11))' 2>/dev/null || { \
-	  echo "ebmbook needs Python 3.11 or newer; '$(PYTHON)' is $$($(PYTHON) --version 2>&1 || true)."; \
+	  echo "ebmbook needs Python 3.11 or newer; '$(PYTHON) --version' says: $$( ($(PYTHON) --version) 2>&1 | sed 's/.*: //' )"; \
 	  echo "Name another one: make PYTHON=python3.12 $(MAKECMDGOALS)"; exit 1; }
 	@$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); \
 	  echo "Python could not make a virtual environment; on Debian and Ubuntu install the package python3-venv."; exit 1; }
@@ -49,7 +50,7 @@ $(VENV)/.installed-runtime: settings.ini setup.py constraints.txt | $(BIN)/pytho
 
 $(VENV)/.installed-author: settings.ini setup.py constraints.txt | $(BIN)/python
 	@echo "Installing ebmbook with what tests and book need into $(VENV) ..."
-	@$(PIP) -e '.[dev,book]'
+	@$(PIP) -e '.[dev,book,latent]'
 	@touch $@ $(VENV)/.installed-runtime
 
 demo: $(RUNTIME)
@@ -58,7 +59,7 @@ demo: $(RUNTIME)
 	$(BIN)/papermill nbs/05_cdrl.ipynb runs/demo/05_cdrl.ipynb -k python3; \
 	echo; echo "Done in $$(($$(date +%s)-start)) s. Open runs/demo/05_cdrl.ipynb in Jupyter, VS Code or any notebook viewer:"; \
 	echo "  the curve of the live training should fall, and the grid of samples should read as handwritten digits."; \
-	find runs/demo -name '*.png' -newermt "@$$start" 2>/dev/null | sed 's/^/  picture: /' || true
+	find runs -name '*.png' -newermt "@$$start" 2>/dev/null | sed 's/^/  picture: /' || true
 
 test: $(AUTHOR)
 	OMP_NUM_THREADS=1 $(BIN)/nbdev_test --n_workers 2 --timing
@@ -68,19 +69,17 @@ sync: $(AUTHOR)
 	$(BIN)/nbdev_export
 	$(BIN)/nbdev_clean
 
+# all four parts run, so that one look shows everything
 check: $(AUTHOR)
-	@echo "1. the package is what the notebooks export"
-	@$(BIN)/python -c 'from ebmbook.core.book import main; exit(main())' export
-	@echo "2. lint"
-	@$(BIN)/ruff check .
-	@echo "3. repository rules"
-	@$(BIN)/python -m pytest tests/test_repo.py -q
-	@echo "4. stored outputs belong to the code"
-	@$(BIN)/python -c 'from ebmbook.core.book import main; exit(main())' stale
-	@echo "check: all well"
+	@bad=0; \
+	echo "1. the package is what the notebooks export";  $(BOOK) export || bad=1; \
+	echo "2. lint";                                      $(BIN)/ruff check --quiet --output-format concise . || bad=1; \
+	echo "3. repository rules";                          $(BIN)/python -m pytest tests/test_repo.py -q --tb=short || bad=1; \
+	echo "4. stored outputs belong to the code";         $(BOOK) stale || bad=1; \
+	if [ $$bad = 0 ]; then echo "check: all well"; else echo "check: see above"; exit 1; fi
 
 outputs: $(AUTHOR)
-	$(BIN)/python -c 'from ebmbook.core.book import main; exit(main())' outputs $(NB)
+	$(BOOK) outputs $(NB)
 
 book: $(AUTHOR)
 	$(BIN)/jupyter-book build . -W -n --keep-going

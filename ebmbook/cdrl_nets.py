@@ -28,7 +28,7 @@ def level_input(
     return torch.atan(torch.exp(-lam.clamp(-20, 20)/2)) / (math.pi/2)
 
 # %% ../nbs/05a_cdrl_nets.ipynb #c012
-def lrelu(x): return F.leaky_relu(x, .2)
+def lrelu(x): return F.leaky_relu(x, .2) # the activation of both energies
 
 def _full(x): return x.to(torch.promote_types(x.dtype, torch.float32))  # energies are sums of thousands of terms: never in half precision
 
@@ -67,9 +67,11 @@ class LevelCode(nn.Module):
             return t
         n = self.n_classes
         if c is None: raise ValueError(f"this network needs labels c: 0 (none) or 1..{n}")
-        if c.dtype!=torch.int64 or c.shape!=lam.shape: raise ValueError(f"c must be int64 of shape {tuple(lam.shape)}, got {c.dtype} {tuple(c.shape)}")
+        if c.dtype!=torch.int64 or c.shape!=lam.shape:
+            raise ValueError(f"c must be int64 of shape {tuple(lam.shape)}, got {c.dtype} {tuple(c.shape)}")
         # on a GPU reading the range would stall the chain; there the lookup itself refuses bad labels
-        if c.device.type!='cuda' and len(c) and not 0 <= c.min() <= c.max() <= n: raise ValueError(f"labels must lie in 0..{n}, got {int(c.min())}..{int(c.max())}")
+        if c.device.type!='cuda' and len(c) and not 0 <= c.min() <= c.max() <= n:
+            raise ValueError(f"labels must lie in 0..{n}, got {int(c.min())}..{int(c.max())}")
         return t + self.label(F.one_hot(c, n+1).to(t.dtype))
 
 # %% ../nbs/05a_cdrl_nets.ipynb #c018

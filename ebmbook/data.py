@@ -10,10 +10,9 @@ __all__ = ['SHAPE_NAMES', 'DATASETS', 'Lazy', 'as_is', 'Examples', 'Spec', 'data
 import difflib
 import gzip
 import importlib.util
+import io
 import math
 import os
-import pickle
-import re
 import zipfile
 import zlib
 from collections.abc import Callable
@@ -424,13 +423,13 @@ def _load_stl10(name, root, split):
 # %% ../nbs/00_data.ipynb #c051
 @lru_cache
 def _lsun(path, pid): # one handle per process; the database refuses to be shared across a fork
-    try: import lmdb
+    try:
+        import lmdb
     except ImportError: raise ImportError("the data set 'lsun_church64' needs the package lmdb: pip install lmdb") from None
     env = lmdb.open(path, readonly=True, lock=False, readahead=False, meminit=False)
     with env.begin() as t: return env,list(t.cursor().iternext(keys=True, values=False))
 
 def _fetch_lsun(path, idx):
-    import io
     env,keys = _lsun(path, os.getpid())
     with env.begin() as t: return torch.stack([_picture(io.BytesIO(t.get(keys[i])), (3, 64, 64)) for i in idx])
 

@@ -171,8 +171,8 @@ def sizes(root):
     bad = []
     for path,nb in notebooks(root):
         for i,lines,_ in code_cells(nb):
-            if (n := len(body(lines)))>CELL_LINES: bad.append(f'{path} cell {i}: {n} lines, more than {CELL_LINES}')
-        n = sum(len(body(lines)) for _,lines,_ in code_cells(nb) if exported(lines))
+            if (n := sum(bool(o.strip()) for o in body(lines)))>CELL_LINES: bad.append(f'{path} cell {i}: {n} lines, more than {CELL_LINES}')
+        n = sum(bool(o.strip()) for _,lines,_ in code_cells(nb) if exported(lines) for o in body(lines))
         if n>EXPORTED_LINES: bad.append(f'{path}: {n} exported lines, more than {EXPORTED_LINES}')
         if (n := (root/'nbs'/path).stat().st_size)>NOTEBOOK_BYTES: bad.append(f'{path}: {n} bytes, more than {NOTEBOOK_BYTES}')
     return bad
@@ -225,6 +225,13 @@ def places(root):
             if m := PLACES.search(line) or HOSTS.search(line): bad.append(f'{p.relative_to(root)}:{n}: {m[0]}')
     return bad
 
+SECRETS = re.compile(r'\b(?:hf_[A-Za-z0-9]{30,}|gh[pousr]_[A-Za-z0-9]{30,}|AKIA[0-9A-Z]{16}|sk-[A-Za-z0-9_-]{32,})|-----BEGIN [A-Z ]*PRIVATE' + ' KEY')
+
+def secrets(root):
+    "Access tokens and private keys in tracked text files."
+    text = lambda p: p.read_text(encoding='utf-8', errors='replace')
+    return [f'{p.relative_to(root)}: what looks like a secret' for p in tracked(root) if p.suffix not in ('.png', '.woff', '.safetensors') and SECRETS.search(text(p))]
+
 def weights(root):
     "Folders of small trained weights above their limit."
     size = lambda d: sum(p.stat().st_size for p in d.rglob('*') if p.is_file())
@@ -237,9 +244,22 @@ def contents(root):
     return bad + [f'{p}: not in _toc.yml' for p,_ in notebooks(root) if f'nbs/{p.with_suffix("").as_posix()}' not in said]
 
 
+def citations(root):
+    "Works cited on a page that references.bib does not hold, keys given twice, and lists of works outside references.md."
+    keys = re.findall(r'^@\w+\{([\w-]+),', (root/'nbs/references.bib').read_text(encoding='utf-8'), re.M)
+    bad = [f'references.bib: {o} is given twice' for o in sorted(set(keys)) if keys.count(o)>1]
+    pages = {str(p): '\n'.join(''.join(c['source']) for c in nb['cells'] if c['cell_type']=='markdown') for p,nb in notebooks(root)}
+    pages |= {p.name: p.read_text(encoding='utf-8') for p in sorted((root/'nbs').glob('*.md'))}
+    for page,text in pages.items():
+        cited = {k.strip() for o in re.findall(r'\{cite(?::\w+)?\}`([^`]+)`', text) for k in o.split(',')}
+        bad += [f'{page}: cites {o}, which is not in references.bib' for o in sorted(cited - set(keys))]
+        if '```{bibliography}' in text and page!='references.md': bad.append(f'{page}: the list of works belongs to references.md')
+    return bad
+
+
 # --- the rules hold here
 
-RULES = [floors, orphans, long_functions, names, parameters, spelling, sizes, imports, errors, untested, places, weights, contents]
+RULES = [floors, orphans, long_functions, names, parameters, spelling, sizes, imports, errors, untested, places, secrets, weights, contents, citations]
 
 @pytest.mark.parametrize('rule', RULES, ids=lambda o: o.__name__)
 def test_rule(rule):
@@ -363,6 +383,13 @@ def test_places_allow(tmp_path):
     (tmp_path/'a.png').write_bytes(b'\x89PNG\xff/'+b'root/x')
     assert not places(tmp_path)
 
+@pytest.mark.parametrize('text', ['hf_'+'a1B2'*8, 'ghp_'+'a1B2'*9, 'AKIA'+'ABCD1234'*2, '-----BEGIN RSA PRIVATE'+' KEY-----'])
+def test_secrets(tmp_path, text):
+    (tmp_path/'a.py').write_text(f'key = "{text}"')
+    assert len(secrets(tmp_path))==1
+    (tmp_path/'a.py').write_text('key = hf_hub_download')
+    assert not secrets(tmp_path)
+
 def test_weights(tmp_path):
     d = tmp_path/'results/weights/cdrl-digits'
     d.mkdir(parents=True)
@@ -376,6 +403,15 @@ def test_contents(tmp_path):
     write(tmp_path, '01_mcmc.ipynb')
     write(tmp_path, '05_cdrl.ipynb')
     assert contents(tmp_path)==['_toc.yml: nbs/index does not exist', '01_mcmc.ipynb: not in _toc.yml']
+
+def test_citations(tmp_path):
+    write(tmp_path, '05_cdrl.ipynb', dict(cell_type='markdown', source=['{cite:p}`gao2021, ho2020`'], metadata={}))
+    (tmp_path/'nbs/references.bib').write_text('@misc{gao2021,\n}\n@misc{du2019,\n}\n@misc{du2019,\n}\n')
+    (tmp_path/'nbs/index.md').write_text('```{bibliography}\n```')
+    assert len(citations(tmp_path))==3
+    (tmp_path/'nbs/references.bib').write_text('@misc{gao2021,\n}\n@misc{ho2020,\n}\n')
+    (tmp_path/'nbs/index.md').write_text('{cite}`gao2021`')
+    assert not citations(tmp_path)
 
 def test_core_book_needs_no_torch():
     "The book builds without PyTorch: its reader must not import it, nor anything else that is heavy."

@@ -155,11 +155,15 @@ def execute(
     path:Path, # Notebook under nbs/
     root:Path, # The clone; the notebook runs there
 )->Path:       # The executed copy, under runs/outputs/
-    "Run a notebook with its default parameters, in its own process, and leave the source alone."
+    """Run a notebook with its default parameters, in its own process, and leave the source alone.
+
+    Raises `RuntimeError` with the end of what was printed if a cell fails; the executed copy shows the rest.
+    """
     done = Path(root)/'runs/outputs'/Path(path).relative_to(Path(root)/'nbs')
     done.parent.mkdir(parents=True, exist_ok=True)
     cmd = [sys.executable, '-m', 'papermill', str(path), str(done), '-k', 'python3', '--cwd', str(root), '--no-progress-bar', '--log-level', 'WARNING']
-    subprocess.run(cmd, check=True, env=os.environ | {'IN_TEST': '1'})
+    ran = subprocess.run(cmd, capture_output=True, text=True, env=os.environ | {'IN_TEST': '1'})
+    if ran.returncode: raise RuntimeError(f"{path} failed, see {done}:\n{ran.stderr[-3000:]}")
     return done
 
 def outputs(
@@ -216,6 +220,6 @@ def main(
     if arg.job=='outputs':
         outputs(arg.root, arg.names, arg.all)
         return 0
-    told = export_differences(arg.root) if arg.job=='export' else [f"{p.relative_to(arg.root)} has stale outputs: make outputs" for p in stale(arg.root)]
+    told = export_differences(arg.root) if arg.job=='export' else [f"{p.relative_to(arg.root).as_posix()} has stale outputs: make outputs" for p in stale(arg.root)]
     for o in told: print(o)
     return int(bool(told))

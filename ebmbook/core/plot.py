@@ -129,6 +129,7 @@ def show_map(
     ax.set_title(title)
     return ax
 
+# %% ../../nbs/core/plot.ipynb #c017
 def show_points(
     x:Tensor,          # (B, 2)
     *,
@@ -151,7 +152,7 @@ def show_points(
     ax.set_title(title)
     return ax
 
-# %% ../../nbs/core/plot.ipynb #c018
+# %% ../../nbs/core/plot.ipynb #c020
 def show_curves(
     curves:dict,           # Name -> sequence of numbers, or -> (x, y) for a curve with its own x
     *,
