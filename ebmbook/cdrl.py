@@ -12,7 +12,7 @@ __all__ = ['PRESETS', 'DEFAULT_ROW', 'ATTRIBUTES', 'STAGES', 'Config', 'check_co
 # %% ../nbs/05_cdrl.ipynb #c005
 import math
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -63,20 +63,24 @@ class Config(Loop):
     residual:str = 'noisy'   # Its loss compares the target with its 'noisy' sample or with its 'mean'
     weighted:bool = True     # Weight the energy's loss with sigma_1/sigma_{t+1}
     tweedie:float = 1.       # Coefficient of the last denoising step; 0 leaves it out, the released code has 2
+    n_eval:int = 50_000      # Samples behind an FID, where Inception measures it
     vae:str = ''             # Autoencoder whose latents are modelled; name or folder for diffusers
+    def __post_init__(self): # JSON and YAML give lists
+        for k,v in vars(self).items():
+            if isinstance(v, list): object.__setattr__(self, k, tuple(v))
 
 # %% ../nbs/05_cdrl.ipynb #c009
 _TOY = dict(data='checkerboard', shape=(2,), step=2e-3, step_sbar=False, tweedie=0.)
 _PAPER = dict(batch=256, n_iters=400_000, save_every=5_000)
 _FACES = dict(data='celeba64', shape=(3, 64, 64), mult=(1, 2, 2, 2, 2), init_mult=(1, 1, 1, 1), flip=True, **_PAPER)
-_SMALL = dict(n_steps=8, mult=(1, 2), blocks=1, ch=32, init_ch=32, init_mult=(1, 1), init_blocks=1, attn=(), dropout=0., batch=64, ema=.999, lr=1e-3, lr_init=1e-3, warmup=200, head_start=100)
+_SMALL = dict(n_steps=8, mult=(1, 2), blocks=1, ch=32, init_ch=32, init_mult=(1, 1), init_blocks=1, attn=(), dropout=0., batch=64, ema=.999, lr=5e-4, lr_init=3e-4, warmup=200, head_start=-200, save_every=500)
 _CLAIM = dict(n_iters=1_200, ema=.99, save_every=400)
 
 PRESETS = {
     # embedded data, an hour or less on two CPU cores; what is not in the paper is ours
     'checkerboard':    Config(**_TOY, ch=64, batch=512, n_iters=6_000, lr=1e-3, lr_init=1e-3, warmup=200, head_start=100, ema=.999),
-    'digits':          Config(**_SMALL, data='digits', shape=(1, 8, 8), n_iters=16_000),
-    'digits-cond':     Config(**_SMALL, data='digits', shape=(1, 8, 8), n_iters=16_000, n_classes=10),
+    'digits':          Config(**_SMALL, data='digits', shape=(1, 8, 8), pretrain=3_000, n_iters=8_000),
+    'digits-cond':     Config(**_SMALL, data='digits', shape=(1, 8, 8), pretrain=3_000, n_iters=8_000, n_classes=10),
     'shapes-composition': Config(**_SMALL | dict(mult=(1, 2, 2), init_mult=(1, 1, 1)), data='shapes', shape=(3, 16, 16), n_iters=5_000, n_classes=6, init_cond=False),
     # the rows behind the claims: the same, a few minutes each
     'checkerboard-claim': Config(**_TOY, ch=64, batch=512, n_iters=1_500, lr=1e-3, lr_init=1e-3, warmup=200, head_start=100, ema=.99),
@@ -116,7 +120,7 @@ def check_config(
     if spec is not None and not cfg.vae and tuple(spec.shape)!=cfg.shape: raise ValueError(f"data set {cfg.data!r} has shape {spec.shape}, but shape={cfg.shape}")
     return cfg
 
-# %% ../nbs/05_cdrl.ipynb #c014
+# %% ../nbs/05_cdrl.ipynb #c016
 class Schedule(NamedTuple):
     "All constants of the ladder; entry t of the last six belongs to the move between level t+1 and level t."
     lam:Tensor     # (T+1,) log signal-to-noise ratio
@@ -161,7 +165,7 @@ def schedule(
     """
     return _constants(cfg.schedule, cfg.n_levels, cfg.step, cfg.step_sbar, str(device))
 
-# %% ../nbs/05_cdrl.ipynb #c018
+# %% ../nbs/05_cdrl.ipynb #c020
 def column(v, x): return v.reshape(-1, *[1]*(x.ndim-1)) # (B,) -> (B, 1, ...), to multiply x
 
 def noisy_pair(
@@ -192,7 +196,7 @@ def posterior_mean(
     at = lambda v, i: column(v[i], x0)
     return (at(s.abar, t)*at(s.sigma, t)**2*x0 + at(s.alpha, t)*at(s.sbar, t)**2*x_next)/at(s.sbar, t+1)**2
 
-# %% ../nbs/05_cdrl.ipynb #c021
+# %% ../nbs/05_cdrl.ipynb #c023
 def conditional_energy(
     energy:Callable, # E_hat(y) -> (B,) at the right levels and labels
     x_next:Tensor,   # (B, ...) noisier sample that the chain must explain
@@ -223,7 +227,7 @@ def refine(
     rates = ula(stretch**2*s.step2[t]/2)
     return langevin(conditional_energy(energy, x_next, t, s), start, rates, n_steps, constrain=constrain, generator=generator, on_step=on_step)
 
-# %% ../nbs/05_cdrl.ipynb #c025
+# %% ../nbs/05_cdrl.ipynb #c027
 def proposal_mean(
     net:Callable,       # g(x, lam, c) -> like x
     x_next:Tensor,      # (B, ...) level t+1
@@ -241,8 +245,8 @@ def proposal_mean(
     if predicts=='eps': out = (x_next-column(s.sbar[t+1], out)*out)/column(s.abar[t+1], out)
     return column(s.scale[t], out)*posterior_mean(out, x_next, t, s)
 
-# %% ../nbs/05_cdrl.ipynb #c028
-class Nets(nn.Module, PyTorchModelHubMixin, coders={Config: (asdict, lambda d: Config(**{k:tuple(v) if isinstance(v, list) else v for k,v in d.items()}))}):
+# %% ../nbs/05_cdrl.ipynb #c030
+class Nets(nn.Module, PyTorchModelHubMixin):
     "The energy and the initialiser of one row; `save_pretrained` and `from_pretrained` store both with their settings."
     def __init__(
         self,
@@ -263,7 +267,7 @@ def build(
     "Networks of a row."
     return Nets(cfg)
 
-# %% ../nbs/05_cdrl.ipynb #c030
+# %% ../nbs/05_cdrl.ipynb #c033
 @lru_cache(maxsize=2)
 def autoencoder(
     name:str,          # Name on the Hugging Face hub, or a folder
@@ -299,7 +303,7 @@ def decode(
     net = autoencoder(cfg.vae, str(z.device))
     return torch.cat([net.decode(o/net.config.scaling_factor).sample for o in z.split(16)])
 
-# %% ../nbs/05_cdrl.ipynb #c033
+# %% ../nbs/05_cdrl.ipynb #c036
 def labels_for(
     y:Tensor|None,      # (B,) classes, (B, A) binary attributes, or None
     cfg:Config,         # Uses n_classes and label_drop
@@ -329,7 +333,7 @@ def attribute_label(
     "Class of one attribute value: true before false, as in the paper's example."
     return 2*attribute + 2-value
 
-# %% ../nbs/05_cdrl.ipynb #c035
+# %% ../nbs/05_cdrl.ipynb #c038
 def losses(
     nets:Nets,   # The networks
     batch:dict,  # x (B, ...) and, for conditional rows, y
@@ -363,7 +367,7 @@ def losses(
 def same_dropout(device): # the next forward pass after this block drops what the one inside it dropped
     return torch.random.fork_rng([device] if device.type!='cpu' else [], device_type=device.type if device.type!='cpu' else 'cuda')
 
-# %% ../nbs/05_cdrl.ipynb #c036
+# %% ../nbs/05_cdrl.ipynb #c039
 def optimisers(
     nets:Nets,  # The networks
     cfg:Config, # Learning rates, warm-up, clipping
@@ -391,7 +395,7 @@ def pretrain_optimisers(nets, cfg): # Group name -> Group
 STAGES = (Stage('proposals', pretrain_losses, pretrain_optimisers, lambda cfg: cfg.pretrain if cfg.coop else 0),
           Stage('cdrl', losses, optimisers, lambda cfg: cfg.n_iters))
 
-# %% ../nbs/05_cdrl.ipynb #c045
+# %% ../nbs/05_cdrl.ipynb #c048
 def guidance(
     labels:Tensor|None, # (B,) classes 1..n, or (B, M) for M concepts at once, or None
     w:float=0.,         # Strength w >= 0
@@ -422,7 +426,7 @@ def guided_energy(
     fixed = [(nets.energy.at(lam, c), k) for c,k in terms]
     return lambda y: sum(k*e(y) for e,k in fixed)
 
-# %% ../nbs/05_cdrl.ipynb #c048
+# %% ../nbs/05_cdrl.ipynb #c051
 class Known(NamedTuple):
     "Pixels that are given, for inpainting."
     x:Tensor     # (B, C, H, W) clean images
@@ -466,7 +470,7 @@ def descend(
     z = refine(energy, y, x, ts, s, n_steps, stretch=stretch, constrain=fix, generator=chain_generator, on_step=on_step)
     return y/s.scale[t], z/s.scale[t]
 
-# %% ../nbs/05_cdrl.ipynb #c049
+# %% ../nbs/05_cdrl.ipynb #c052
 def denoise(
     nets:Nets,    # The networks, frozen
     x:Tensor,     # (B, ...) samples of level 0
@@ -532,7 +536,7 @@ def _sample(nets, like, cfg, labels, known, w, n_steps, generator, chain_generat
         if on_level is not None: on_level(t, start, x)
     return paste(known, e, 1., 0.)(denoise(nets, x, cfg, terms, tweedie))
 
-# %% ../nbs/05_cdrl.ipynb #c053
+# %% ../nbs/05_cdrl.ipynb #c056
 def energy(
     nets:Nets,   # Trained networks
     x:Tensor,    # (B, ...) examples of level t, for t = 0 practically clean
@@ -547,7 +551,7 @@ def energy(
     if labels is None and cfg.n_classes: labels = torch.zeros_like(ts)
     with torch.no_grad(), frozen(nets): return nets.energy(s.scale[t]*x, s.lam[ts], labels)/s.step2[t]
 
-# %% ../nbs/05_cdrl.ipynb #c056
+# %% ../nbs/05_cdrl.ipynb #c059
 def log_density_map(
     nets:Nets,   # Trained on points
     cfg:Config,  # Resolved settings
@@ -570,7 +574,7 @@ def _measure_points(nets, cfg, g, **how):
 def _measure_images(nets, cfg, g, n, w, **how):
     from ebmbook.core.metrics import class_accuracy, class_spread, evaluate_images, extractor_for
     name = extractor_for(cfg.data)
-    n = n or (50_000 if name=='inception' else 1_000)
+    n = n or (cfg.n_eval if name=='inception' else 1_000)
     labels = torch.arange(n)%cfg.n_classes+1 if cfg.n_classes else None
     x = sample(nets, n, cfg, labels=labels, w=w, generator=g, **how).cpu()
     # papers compare with training images; small data sets with the held-out ones, which no network has seen
@@ -579,7 +583,7 @@ def _measure_images(nets, cfg, g, n, w, **how):
     if labels is None or name=='inception': return values
     return values | {k:(f(x, labels-1, name), n, out['extractor']) for k,f in (('accuracy', class_accuracy), ('spread', class_spread))}
 
-# %% ../nbs/05_cdrl.ipynb #c057
+# %% ../nbs/05_cdrl.ipynb #c060
 def _measure_composition(nets, cfg, g, n, w, concepts, **how): # ask for two attributes, by both energies, or by one
     from ebmbook.core.metrics import attribute_accuracy, extractor_id
     n,both = n or 512,torch.tensor([[1, 1], [1, 0], [0, 1], [0, 0]])

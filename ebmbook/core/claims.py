@@ -17,7 +17,7 @@ from typing import NamedTuple
 import numpy as np
 import yaml
 
-from .runs import ledger, root
+from .runs import root
 
 # %% ../../nbs/core/claims.ipynb #c005
 VERDICTS = ('not reproduced', 'not run', 'inconclusive', 'reproduced') # worst first
@@ -236,7 +236,7 @@ def as_text(
         out += ['  also   ' + k for k in _also(o)]
         out.append('')
     count = [(sum(o['verdict']==v for o in results), v) for v in VERDICTS[::-1]]
-    return '\n'.join([*out, f"{len(results)} claims: " + ', '.join(f'{n} {v}' for n,v in count if n)]) if results else 'no claims'
+    return '\n'.join([*out, f"{len(results)} claim{'s'*(len(results)!=1)}: " + ', '.join(f'{n} {v}' for n,v in count if n)]) if results else 'no claims'
 
 def as_markdown(
     results:list[dict], # From `verdicts`

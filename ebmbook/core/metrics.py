@@ -41,7 +41,8 @@ def to_uint8(
     x = x.detach()
     if x.dtype==torch.uint8: return x.cpu()
     if not x.is_floating_point(): raise ValueError(f"{what}: expected float in [-1, 1] or uint8, got {x.dtype}")
-    if bad := (~x.isfinite()).flatten(1).any(1).sum().item(): raise ValueError(f"{what}: {bad} of {len(x)} images hold NaN or infinite values")
+    if bad := (~x.isfinite()).flatten(1).any(1).sum().item():
+        raise ValueError(f"{what}: {bad} of {len(x)} images hold NaN or infinite values")
     return x.float().clamp(-1, 1).add(1).mul(127.5).round().byte().cpu()
 
 def _images(x, what): # a tensor, or a data set whose `x` holds the images
@@ -117,6 +118,7 @@ def _damage(x, generator): # each image harmed in one of five ways, with the num
         torch.where(torch.arange(x.shape[2])[:, None]<x.shape[2]//2, x, other)])                  # upper half of one, lower half of another
     return ways[kind, torch.arange(n)],kind+1
 
+# %% ../../nbs/core/metrics.ipynb #c014
 def _fit(net, x, y, epochs, jitter, generator, lr=3e-3, batch=64): # Adam, rate rises for a twentieth of the steps, then follows a cosine
     guess = nn.Linear(net.spec['dim'], 6) # which damage? only needed here
     opt = torch.optim.AdamW([*net.parameters(), *guess.parameters()], lr, weight_decay=1e-2)
@@ -141,7 +143,7 @@ def _score(net, x, y): # share of right answers: one number, or one per attribut
     right = (logits>0)==(y>0) if y.ndim==2 else (logits.argmax(1)==y)[:, None]
     return right.double().mean(0).tolist()
 
-# %% ../../nbs/core/metrics.ipynb #c014
+# %% ../../nbs/core/metrics.ipynb #c015
 def train_extractor(
     name:str,              # A name in `EXTRACTORS`
     seed:int=0,            # Start weights, order, jitter and dropout
@@ -182,8 +184,15 @@ def extractor_info(
     if not path.exists(): raise ValueError(f"unknown extractor {name!r}: there is no {path.name}; known: {', '.join(EXTRACTORS)}, inception")
     return json.loads(path.read_text())
 
-# %% ../../nbs/core/metrics.ipynb #c015
-@lru_cache
+# %% ../../nbs/core/metrics.ipynb #c017
+@lru_cache(16)
+def _build(info, data): # JSON text and weights, both by content: a replaced file is never served from memory
+    from safetensors.torch import load as read
+    net = Classifier(**json.loads(info)['architecture'])
+    net.load_state_dict(read(data))
+    net.info = json.loads(info)
+    return net.eval().requires_grad_(False)
+
 def load_extractor(
     name:str,                  # A name in `EXTRACTORS`
     folder:str|Path|None=None, # Where it lies; None is the package's own
@@ -192,18 +201,14 @@ def load_extractor(
 
     Raises `ValueError` for an unknown name and for weights whose SHA-256 is not the one in its JSON.
     """
-    from safetensors.torch import load as read
     info = extractor_info(name, folder)
     path = Path(folder or extractor_folder())/f'{name}.safetensors'
     data = path.read_bytes()
     if (found := hashlib.sha256(data).hexdigest())!=info['sha256']:
         raise ValueError(f"{path} is damaged or another file: its SHA-256 begins {found[:8]}, its JSON says {info['sha256'][:8]}")
-    net = Classifier(**info['architecture'])
-    net.load_state_dict(read(data))
-    net.info = info
-    return net.eval().requires_grad_(False)
+    return _build(json.dumps(info), data)
 
-# %% ../../nbs/core/metrics.ipynb #c020
+# %% ../../nbs/core/metrics.ipynb #c023
 def _net(extractor): return extractor if isinstance(extractor, Classifier) else load_extractor(extractor)
 
 def _fits(x, net, what='samples'): # three digits in three channels are read one by one
@@ -244,7 +249,7 @@ def classify(
     logits = _look_all(x, net, batch, device)[1].float()
     return logits.sigmoid() if net.info.get('head')=='attributes' else logits.softmax(-1)
 
-# %% ../../nbs/core/metrics.ipynb #c023
+# %% ../../nbs/core/metrics.ipynb #c026
 MIN_COUNT = 20 # Fewest rows for KID, precision, recall and the Inception score
 
 def _rows(x, what): # (N, D) float64 array, finite
@@ -276,7 +281,7 @@ def fid_from_features(
     roots = np.sqrt(np.linalg.eigvalsh(half.T@t@half).clip(0))
     return float(((a.mean(0)-b.mean(0))**2).sum() + np.trace(s) + np.trace(t) - 2*roots.sum())
 
-# %% ../../nbs/core/metrics.ipynb #c025
+# %% ../../nbs/core/metrics.ipynb #c028
 _SHORT = dict(fid='frechet_inception_distance', kid='kernel_inception_distance_mean', kid_std='kernel_inception_distance_std',
               precision='precision', recall='recall', f_score='f_score') | {'is': 'inception_score_mean', 'is_std': 'inception_score_std'}
 
@@ -288,7 +293,8 @@ class _Items(torch.utils.data.Dataset): # torch-fidelity wants single tensors
 def _fidelity():
     try: import torch_fidelity
     except ImportError:
-        raise ImportError("this needs torch-fidelity (pip install torch-fidelity); without it, fid_from_features(features(a, e), features(b, e)) gives the same FID") from None
+        raise ImportError("this needs torch-fidelity (pip install torch-fidelity); without it, "
+                          "fid_from_features(features(a, e), features(b, e)) gives the same FID") from None
     return torch_fidelity
 
 def _register(name, look, net=None): # look(batch, net) -> features, logits; `name` holds a fingerprint, so one name is one network
@@ -308,8 +314,9 @@ def _register(name, look, net=None): # look(batch, net) -> features, logits; `na
     if name not in known: register_feature_extractor(name, Own)
     return name
 
+# %% ../../nbs/core/metrics.ipynb #c029
 def _measure(a, b, name, dim, metrics, ident, **kwargs): # one call of torch-fidelity, its counts adapted and stated
-    if wrong := set(metrics)-{'fid', 'kid', 'prc', 'is'} or not metrics: raise ValueError(f"unknown metrics {wrong or metrics}; known: fid, kid, prc, is")
+    if not metrics or set(metrics)-{'fid', 'kid', 'prc', 'is'}: raise ValueError(f"unknown metrics {metrics}; known: fid, kid, prc, is")
     _enough(len(a), len(b), dim, metrics)
     size,splits = min(1000, min(len(a), len(b))//2),max(1, min(10, len(a)//500))
     with torch.random.fork_rng(devices=[]): # its data loaders draw from the global generator
@@ -319,7 +326,7 @@ def _measure(a, b, name, dim, metrics, ident, **kwargs): # one call of torch-fid
     out |= dict(n=len(a), n_ref=len(b), extractor=ident)
     return out | ({'kid_subset_size': size} if 'kid' in metrics else {}) | ({'is_splits': splits} if 'is' in metrics else {})
 
-# %% ../../nbs/core/metrics.ipynb #c026
+# %% ../../nbs/core/metrics.ipynb #c030
 def evaluate_features(
     a:Tensor, # (N, D) rows of the generated set
     b:Tensor, # (M, D) rows of the real set
@@ -330,12 +337,12 @@ def evaluate_features(
     Raises `ValueError` for an unknown metric, too few rows, unequal D, or values that are not finite.
     """
     a,b = (torch.from_numpy(_rows(o, w)).float() for o,w in ((a, 'samples'), (b, 'reference')))
-    if a.shape[1]!=b.shape[1]: raise ValueError(f"features differ in number: {a.shape[1]} and {b.shape[1]}")
+    if a.shape[1]!=b.shape[1] or a.shape[1]<2: raise ValueError(f"both sets need the same number of features, 2 or more; got {a.shape[1]} and {b.shape[1]}")
     _fidelity()
     _register('rows', lambda x,_: (x, x))
     return _measure(a, b, 'rows', a.shape[1], metrics, 'rows', batch_size=1000, cuda=False, cache=False)
 
-# %% ../../nbs/core/metrics.ipynb #c029
+# %% ../../nbs/core/metrics.ipynb #c033
 INCEPTION_FILE = 'weights-inception-2015-12-05-6726825d.pth' # As torch-fidelity publishes it
 
 def inception_weights(
@@ -377,7 +384,7 @@ def extractor_id(
     stat = (path := inception_weights(weights)).stat()
     return f"inception-{_file_hash(path, (stat.st_mtime_ns, stat.st_size))[:8]}"
 
-# %% ../../nbs/core/metrics.ipynb #c031
+# %% ../../nbs/core/metrics.ipynb #c035
 def _joint(logits, attributes): # log-probabilities over all combinations: several attributes, or several channels
     if attributes: logits = torch.stack([torch.zeros_like(logits), logits], 2)
     if logits.ndim==2: return logits
@@ -389,6 +396,7 @@ def _joint(logits, attributes): # log-probabilities over all combinations: sever
 def _content(x, ident): # a cache key that no other images and no other weights share
     return hashlib.sha256(f'{ident}{tuple(x.shape)}'.encode()+x.contiguous().numpy().tobytes()).hexdigest()[:24]
 
+# %% ../../nbs/core/metrics.ipynb #c036
 def evaluate_images(
     samples:Tensor,   # Generated (N, C, H, W): float in [-1, 1] or uint8
     reference:Tensor, # Real (M, C, H, W), or a data set of `ebmbook.data`
@@ -425,7 +433,7 @@ def evaluate_images(
     more |= dict(cache=False) if cache is None else dict(cache_root=str(cache), input2_cache_name=_content(b, ident))
     return _measure(a, b, name, dim, metrics, ident, batch_size=batch, **more)
 
-# %% ../../nbs/core/metrics.ipynb #c036
+# %% ../../nbs/core/metrics.ipynb #c041
 def describe(
     result:dict,    # From `evaluate_images` or `evaluate_features`
 )->str:             # For example "FID 1.23, precision 0.950, recall 0.910 (n = 1000 against 360, digits-0a1b2c3d)"
@@ -454,7 +462,7 @@ def anchors(
     sets = dict(real=real[torch.randperm(len(real), generator=g)[:n]], noise=torch.randn(n, *real.shape[1:], generator=g))
     return {k: evaluate_images(o, reference, extractor, metrics, n=n, **kwargs) for k,o in sets.items()}
 
-# %% ../../nbs/core/metrics.ipynb #c040
+# %% ../../nbs/core/metrics.ipynb #c045
 def class_accuracy(
     samples:Tensor,  # (N, C, H, W) float in [-1, 1] or uint8
     labels:Tensor,   # (N,) int64 class asked for; for stacks of three 100a+10b+c, or (N, 3)
@@ -483,12 +491,14 @@ def attribute_accuracy(
     seen,asked = classify(samples, extractor)>.5,torch.as_tensor(attributes).cpu()
     if asked.ndim==1: asked = asked.expand(len(seen), -1)
     if asked.shape!=seen.shape: raise ValueError(f"{len(samples)} samples need attributes {tuple(seen.shape)}, got {tuple(asked.shape)}")
-    if not torch.isin(asked, torch.tensor([-1, 0, 1])).all() or (asked<0).all(1).any(): raise ValueError("attributes are 0, 1, or -1 for not asked, and each sample is asked for one at least")
+    if not torch.isin(asked, torch.tensor([-1, 0, 1])).all() or (asked<0).all(1).any():
+        raise ValueError("attributes are 0, 1, or -1 for not asked, and each sample is asked for one at least")
     right,care = seen==(asked>0),asked>=0
-    each = [right[care[:, k], k].double().mean().item() if care[:, k].any() else None for k in range(seen.shape[1])]
+    share = lambda k: right[care[:, k], k].double().mean().item() if care[:, k].any() else None
+    each = [share(k) for k in range(seen.shape[1])]
     return dict(each=each, all=(right|~care).all(1).double().mean().item())
 
-# %% ../../nbs/core/metrics.ipynb #c042
+# %% ../../nbs/core/metrics.ipynb #c047
 def class_spread(
     samples:Tensor, # (N, C, H, W) float in [-1, 1] or uint8
     labels:Tensor,  # (N,) int64 class of each
@@ -514,7 +524,7 @@ def diversity(
     "How much of the real variety the samples cover, and how much they vary within a class."
     return evaluate_images(samples, reference, extractor, ('prc',), **kwargs) | dict(spread=class_spread(samples, labels, extractor))
 
-# %% ../../nbs/core/metrics.ipynb #c045
+# %% ../../nbs/core/metrics.ipynb #c050
 def count_modes(
     kinds:Tensor,     # (N,) int64 codes 0..n_modes-1, or (N, 3) digits
     n_modes:int=1000, # How many kinds there are, all equally likely in the data
@@ -526,7 +536,8 @@ def count_modes(
     """
     kinds = torch.as_tensor(kinds).cpu().long()
     if kinds.ndim==2 and kinds.shape[1]==3: kinds = kinds@torch.tensor([100, 10, 1])
-    if kinds.ndim!=1 or not len(kinds) or kinds.min()<0 or kinds.max()>=n_modes: raise ValueError(f"expected codes 0..{n_modes-1} of shape (N,) or digits (N, 3)")
+    if kinds.ndim!=1 or not len(kinds) or kinds.min()<0 or kinds.max()>=n_modes:
+        raise ValueError(f"expected codes 0..{n_modes-1} of shape (N,) or digits (N, 3)")
     p = kinds.bincount(minlength=n_modes).double()/len(kinds)
     return dict(modes=int((p>0).sum()), kl=torch.special.xlogy(p, p*n_modes).sum().item(), n=len(kinds), floor=(n_modes-1)/(2*len(kinds)))
 
@@ -546,7 +557,7 @@ def modes_kl(
     if seen.ndim!=2: raise ValueError(f"samples: expected three channels with a digit each, got {tuple(samples.shape)}")
     return count_modes(seen) | dict(extractor=extractor_id(extractor), accuracy=_net(extractor).info['accuracy'])
 
-# %% ../../nbs/core/metrics.ipynb #c048
+# %% ../../nbs/core/metrics.ipynb #c053
 def auroc(
     scores_in:Tensor,  # (N,) higher is more ordinary, for example -E(x); of test images
     scores_out:Tensor, # (M,) of foreign images
@@ -571,14 +582,15 @@ def auroc_error(
     "How far an AUROC may lie from its value for endless data."
     return math.sqrt(area*(1-area)/min(n_in, n_out))
 
-# %% ../../nbs/core/metrics.ipynb #c051
-DATA_RANGE = 2. # Images span [-1, 1]
+# %% ../../nbs/core/metrics.ipynb #c056
+DATA_RANGE = 1. # Of images once mapped to [0, 1], where both measures look at them
 
 def _pair(x, y, least=1):
-    if x.shape!=y.shape or x.ndim!=4 or not len(x): raise ValueError(f"expected two batches of images of one shape (N, C, H, W), got {tuple(x.shape)} and {tuple(y.shape)}")
+    if x.shape!=y.shape or x.ndim!=4 or not len(x):
+        raise ValueError(f"expected two batches of images of one shape (N, C, H, W), got {tuple(x.shape)} and {tuple(y.shape)}")
     if min(x.shape[2:])<least: raise ValueError(f"images must have at least {least} pixels a side, got {tuple(x.shape[2:])}")
     if not (x.isfinite().all() and y.isfinite().all()): raise ValueError("images hold NaN or infinite values")
-    return x.detach().float(),y.detach().float()
+    return x.detach().float().add(1).div(2),y.detach().float().add(1).div(2)
 
 def psnr(
     x:Tensor, # (N, C, H, W) in [-1, 1]
@@ -586,7 +598,7 @@ def psnr(
     *,
     each:bool=False, # Return one value per image
 )->float|Tensor:     # dB; mean over images, or (N,)
-    """Peak signal-to-noise ratio of each image, data range 2, averaged over images.
+    """Peak signal-to-noise ratio of each image, data range 1 after mapping to [0, 1], averaged over images.
 
     Computes label `eq-metrics-psnr`; equal images give infinity.
     Raises `ValueError` for unequal shapes or values that are not finite.
@@ -602,7 +614,7 @@ def ssim(
     *,
     each:bool=False, # Return one value per image
 )->float|Tensor:     # Mean over images, or (N,); 1 for equal images
-    """Structural similarity of each image, data range 2, averaged over images.
+    """Structural similarity of each image, data range 1 after mapping to [0, 1], averaged over images.
 
     Raises `ValueError` for unequal shapes, images too small for the window's reflected border, or values that are not finite.
     """
@@ -611,7 +623,7 @@ def ssim(
     v = structural_similarity_index_measure(x, y, data_range=DATA_RANGE, reduction='none').reshape(len(x))
     return v if each else v.mean().item()
 
-# %% ../../nbs/core/metrics.ipynb #c054
+# %% ../../nbs/core/metrics.ipynb #c059
 def iwae(
     log_w:Tensor, # (..., K) log p(x, z_k) - log q(z_k | x), nats
 )->Tensor:        # (...) float64, nats per example

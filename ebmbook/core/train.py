@@ -264,7 +264,7 @@ def fit(
     loader = DataLoader(examples, batch_sampler=sampler, num_workers=cfg.workers, collate_fn=_same, pin_memory=acc.device.type=='cuda',
                         generator=torch.Generator()) # its own: a loader must not disturb the draws of the networks
     bar = tqdm(loader, total=job.n_iters, initial=job.step, desc=job.stage.name, disable=not (progress and acc.is_main_process), mininterval=2)
-    ok,start = torch.ones((), dtype=torch.bool, device=acc.device),time.monotonic()-job.seconds
+    ok,start,sums = torch.ones((), dtype=torch.bool, device=acc.device),time.monotonic()-job.seconds,{}
     with _deferred_signals() as asked:
         for batch in bar:
             parts = _parts({k:v.to(acc.device, non_blocking=True) for k,v in batch.items()}, cfg.micro)
@@ -272,10 +272,11 @@ def fit(
             if job.ema is not None: job.ema.update_parameters(job.nets)
             job.step += 1
             job.seconds,ok = time.monotonic()-start,ok & logs.pop('ok')
+            sums = {k:sums.get(k, 0)+v for k,v in (logs | dict(steps=1.)).items()} # a line is the mean since the last one
             if on_step is not None: on_step(job.step, job.nets)
             last = job.step==job.n_iters or bool(asked)
             if last or job.step%cfg.log_every==0 or job.step%cfg.save_every==0:
-                said = _read(logs, acc)
+                said,sums = _read({k:v/sums['steps'] for k,v in sums.items() if k!='steps'}, acc),{}
                 _watch(_everywhere(ok, acc), said, cfg, job.stage, job.step, job.run)
                 log(job.done+job.step, dict(stage=job.stage.name, step=job.step, seconds=round(job.seconds, 2), **said))
                 bar.set_postfix({k.split('/')[-1]:f'{v:.3g}' for k,v in said.items() if k.startswith('loss') or k=='gap'}, refresh=False)
