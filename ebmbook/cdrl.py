@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from .cdrl_nets import EnergyNet, PointEnergy, PointInit, UNet
 from .core.train import Group, Loop, Stage
-from .data import DATASETS, edge, in_square, load, random_flip, require
+from .data import DATASETS, edge, in_square, load, random_flip
 from .mcmc import Rates, frozen, grid_log_z, langevin, normal, ula, uniform
 
 # %% ../nbs/05_cdrl.ipynb #c008
@@ -51,6 +51,8 @@ class Config(Loop):
     warmup:int = 10_000      # Steps until the learning rates are reached
     head_start:int = 500     # Steps by which the initialiser's warm-up is ahead; negative lets the energy go first
     pretrain:int = 0         # Steps in which the initialiser alone learns to denoise data first; none in the paper
+    lr_pretrain:float = 3e-4 # Adam step size there
+    cooldown:float = 0.      # Last part of the iterations in which both rates fall to zero; none in the paper
     clip:float = 1.          # Largest gradient norm of each network
     flip:bool = False        # Random horizontal flips
     n_classes:int = 0        # Classes of the energy; 0 is unconditional
@@ -65,28 +67,26 @@ class Config(Loop):
     tweedie:float = 1.       # Coefficient of the last denoising step; 0 leaves it out, the released code has 2
     n_eval:int = 50_000      # Samples behind an FID, where Inception measures it
     vae:str = ''             # Autoencoder whose latents are modelled; name or folder for diffusers
-    def __post_init__(self): # JSON and YAML give lists
-        for k,v in vars(self).items():
-            if isinstance(v, list): object.__setattr__(self, k, tuple(v))
 
 # %% ../nbs/05_cdrl.ipynb #c009
 _TOY = dict(data='checkerboard', shape=(2,), step=2e-3, step_sbar=False, tweedie=0.)
 _PAPER = dict(batch=256, n_iters=400_000, save_every=5_000)
 _FACES = dict(data='celeba64', shape=(3, 64, 64), mult=(1, 2, 2, 2, 2), init_mult=(1, 1, 1, 1), flip=True, **_PAPER)
-_SMALL = dict(n_steps=8, mult=(1, 2), blocks=1, ch=32, init_ch=32, init_mult=(1, 1), init_blocks=1, attn=(), dropout=0., batch=64, ema=.999, lr=5e-4, lr_init=3e-4, warmup=200, head_start=-200, save_every=500)
-_CLAIM = dict(n_iters=1_200, ema=.99, save_every=400)
+_SMALL = dict(n_steps=8, mult=(1, 2), blocks=1, ch=32, init_ch=32, init_mult=(1, 1), init_blocks=1, attn=(), dropout=0., batch=64, ema=.995, lr=5e-4, lr_init=1e-5, warmup=100, head_start=-400, cooldown=.2, save_every=250)
+_CLAIM = dict(n_iters=800, lr=1e-3, lr_init=1e-3, head_start=50, ema=.99, cooldown=0.) # from scratch, as in the paper
+_BRIEF = dict(pretrain=1_000, n_iters=400, head_start=-300)
 
 PRESETS = {
     # embedded data, an hour or less on two CPU cores; what is not in the paper is ours
-    'checkerboard':    Config(**_TOY, ch=64, batch=512, n_iters=6_000, lr=1e-3, lr_init=1e-3, warmup=200, head_start=100, ema=.999),
-    'digits':          Config(**_SMALL, data='digits', shape=(1, 8, 8), pretrain=3_000, n_iters=8_000),
-    'digits-cond':     Config(**_SMALL, data='digits', shape=(1, 8, 8), pretrain=3_000, n_iters=8_000, n_classes=10),
-    'shapes-composition': Config(**_SMALL | dict(mult=(1, 2, 2), init_mult=(1, 1, 1)), data='shapes', shape=(3, 16, 16), n_iters=5_000, n_classes=6, init_cond=False),
+    'checkerboard':    Config(**_TOY, ch=64, batch=512, n_iters=8_000, cooldown=.25, lr=1e-3, lr_init=1e-3, warmup=200, head_start=100, ema=.999),
+    'digits':          Config(**_SMALL, data='digits', shape=(1, 8, 8), pretrain=3_000, n_iters=500),
+    'digits-cond':     Config(**_SMALL, data='digits', shape=(1, 8, 8), pretrain=3_000, n_iters=500, n_classes=10),
+    'shapes-composition': Config(**_SMALL | dict(mult=(1, 2, 2), init_mult=(1, 1, 1)), data='shapes', shape=(3, 16, 16), pretrain=2_000, n_iters=500, n_classes=6, init_cond=False),
     # the rows behind the claims: the same, a few minutes each
     'checkerboard-claim': Config(**_TOY, ch=64, batch=512, n_iters=1_500, lr=1e-3, lr_init=1e-3, warmup=200, head_start=100, ema=.99),
     'digits-claim':       Config(**_SMALL | _CLAIM, data='digits', shape=(1, 8, 8)),
-    'digits-cond-claim':  Config(**_SMALL | _CLAIM, data='digits', shape=(1, 8, 8), n_classes=10),
-    'shapes-claim':       Config(**_SMALL | _CLAIM | dict(mult=(1, 2, 2), init_mult=(1, 1, 1)), data='shapes', shape=(3, 16, 16), n_classes=6, init_cond=False),
+    'digits-cond-claim':  Config(**_SMALL | _BRIEF, data='digits', shape=(1, 8, 8), n_classes=10),
+    'shapes-claim':       Config(**_SMALL | dict(_BRIEF, pretrain=600, n_iters=250, head_start=-150) | dict(mult=(1, 2, 2), init_mult=(1, 1, 1)), data='shapes', shape=(3, 16, 16), n_classes=6, init_cond=False),
     # the paper's rows; batch from the released code (32 on each of 8 GPUs), lengths too where it differs from the text
     'checkerboard-paper': Config(**_TOY, batch=2_500, n_iters=100_000, lr=3e-6), # the released toy
     'cifar10':       Config(data='cifar10', shape=(3, 32, 32), flip=True, **_PAPER),
@@ -106,6 +106,7 @@ _KINDS = dict(schedule=('cosine', 'drl-t6', 'drl-t8'), predicts=('y', 'x0', 'eps
 
 def check_config(
     cfg:Config, # Resolved settings
+    spec=None,  # What `require` said of the data set; None looks its name up
 )->Config:      # The same
     """Refuse settings that contradict each other.
 
@@ -116,7 +117,7 @@ def check_config(
     for k,t in (('drl-t6', 6), ('drl-t8', 8)):
         if cfg.schedule==k and cfg.n_levels!=t: raise ValueError(f"schedule {k!r} has n_levels={t}, got {cfg.n_levels}")
     if cfg.n_levels<1 or cfg.n_steps<0: raise ValueError(f"n_levels must be at least 1 and n_steps at least 0, got {cfg.n_levels} and {cfg.n_steps}")
-    spec = DATASETS.get(cfg.data)
+    spec = spec or DATASETS.get(cfg.data)
     if spec is not None and not cfg.vae and tuple(spec.shape)!=cfg.shape: raise ValueError(f"data set {cfg.data!r} has shape {spec.shape}, but shape={cfg.shape}")
     return cfg
 
@@ -367,13 +368,13 @@ def losses(
 def same_dropout(device): # the next forward pass after this block drops what the one inside it dropped
     return torch.random.fork_rng([device] if device.type!='cpu' else [], device_type=device.type if device.type!='cpu' else 'cuda')
 
-# %% ../nbs/05_cdrl.ipynb #c039
+# %% ../nbs/05_cdrl.ipynb #c040
 def optimisers(
     nets:Nets,  # The networks
     cfg:Config, # Learning rates, warm-up, clipping
 )->dict:        # Group name -> Group
     "Adam for both networks with linear warm-up; the initialiser is ahead. Source: Zhu 2024, eq. 5.13; clipping from the released code."
-    def ramp(ahead): return lambda step: min(1., max(0., (step+ahead)/cfg.warmup)) if cfg.warmup else 1.
+    def ramp(ahead): return lambda step: min(1., max(0., (step+ahead)/max(cfg.warmup, 1)))*min(1., (cfg.n_iters-step)/max(cfg.cooldown*cfg.n_iters, 1))
     groups = dict(energy=Group(torch.optim.Adam(nets.energy.parameters(), cfg.lr), ramp(0), cfg.clip))
     if cfg.coop: groups['init'] = Group(torch.optim.AdamW(nets.init.parameters(), cfg.lr_init, weight_decay=0.), ramp(cfg.head_start), cfg.clip)
     return groups
@@ -389,13 +390,13 @@ def pretrain_losses(nets, batch, cfg, ctx): # Yields ('init', loss, logs)
     yield 'init', (y-proposal_mean(nets.init, x_next, t, s, cfg.predicts, c)).flatten(1).square().sum(1).mean(), {}
 
 def pretrain_optimisers(nets, cfg): # Group name -> Group
-    "Adam at the initialiser's own rate, with the same warm-up."
-    return dict(init=Group(torch.optim.AdamW(nets.init.parameters(), cfg.lr_init, weight_decay=0.), lambda step: min(1., (step+1)/max(cfg.warmup, 1)), cfg.clip))
+    "Adam with the row's warm-up."
+    return dict(init=Group(torch.optim.AdamW(nets.init.parameters(), cfg.lr_pretrain, weight_decay=0.), lambda step: min(1., (step+1)/max(cfg.warmup, 1)), cfg.clip))
 
 STAGES = (Stage('proposals', pretrain_losses, pretrain_optimisers, lambda cfg: cfg.pretrain if cfg.coop else 0),
           Stage('cdrl', losses, optimisers, lambda cfg: cfg.n_iters))
 
-# %% ../nbs/05_cdrl.ipynb #c048
+# %% ../nbs/05_cdrl.ipynb #c049
 def guidance(
     labels:Tensor|None, # (B,) classes 1..n, or (B, M) for M concepts at once, or None
     w:float=0.,         # Strength w >= 0
@@ -426,7 +427,7 @@ def guided_energy(
     fixed = [(nets.energy.at(lam, c), k) for c,k in terms]
     return lambda y: sum(k*e(y) for e,k in fixed)
 
-# %% ../nbs/05_cdrl.ipynb #c051
+# %% ../nbs/05_cdrl.ipynb #c052
 class Known(NamedTuple):
     "Pixels that are given, for inpainting."
     x:Tensor     # (B, C, H, W) clean images
@@ -470,7 +471,7 @@ def descend(
     z = refine(energy, y, x, ts, s, n_steps, stretch=stretch, constrain=fix, generator=chain_generator, on_step=on_step)
     return y/s.scale[t], z/s.scale[t]
 
-# %% ../nbs/05_cdrl.ipynb #c052
+# %% ../nbs/05_cdrl.ipynb #c054
 def denoise(
     nets:Nets,    # The networks, frozen
     x:Tensor,     # (B, ...) samples of level 0
@@ -489,6 +490,7 @@ def denoise(
     end = langevin(lambda x: energy(s.scale[0]*x)/s.step2[0], x, Rates(kappa*float(s.sbar[0])**2, 0.), 1)
     return end/s.abar[0]
 
+# %% ../nbs/05_cdrl.ipynb #c055
 @torch.no_grad()
 def sample(
     nets:Nets,            # Trained networks
@@ -536,7 +538,7 @@ def _sample(nets, like, cfg, labels, known, w, n_steps, generator, chain_generat
         if on_level is not None: on_level(t, start, x)
     return paste(known, e, 1., 0.)(denoise(nets, x, cfg, terms, tweedie))
 
-# %% ../nbs/05_cdrl.ipynb #c056
+# %% ../nbs/05_cdrl.ipynb #c059
 def energy(
     nets:Nets,   # Trained networks
     x:Tensor,    # (B, ...) examples of level t, for t = 0 practically clean
@@ -551,7 +553,7 @@ def energy(
     if labels is None and cfg.n_classes: labels = torch.zeros_like(ts)
     with torch.no_grad(), frozen(nets): return nets.energy(s.scale[t]*x, s.lam[ts], labels)/s.step2[t]
 
-# %% ../nbs/05_cdrl.ipynb #c059
+# %% ../nbs/05_cdrl.ipynb #c062
 def log_density_map(
     nets:Nets,   # Trained on points
     cfg:Config,  # Resolved settings
@@ -562,6 +564,7 @@ def log_density_map(
     "Normalised density of a level on a grid. Source: Zhu 2024, Figure 5.5."
     with frozen(nets): return grid_log_z(lambda x: energy(nets, x, cfg, t=t), lim, n, like=next(nets.parameters()))
 
+# %% ../nbs/05_cdrl.ipynb #c064
 def _measure_points(nets, cfg, g, **how):
     x,test = sample(nets, 10_000, cfg, generator=g, **how).cpu(),load(cfg.data, split='test').tensor(10_000)
     log_z,_ = log_density_map(nets, cfg, n=400)
@@ -583,7 +586,7 @@ def _measure_images(nets, cfg, g, n, w, **how):
     if labels is None or name=='inception': return values
     return values | {k:(f(x, labels-1, name), n, out['extractor']) for k,f in (('accuracy', class_accuracy), ('spread', class_spread))}
 
-# %% ../nbs/05_cdrl.ipynb #c060
+# %% ../nbs/05_cdrl.ipynb #c066
 def _measure_composition(nets, cfg, g, n, w, concepts, **how): # ask for two attributes, by both energies, or by one
     from ebmbook.core.metrics import attribute_accuracy, extractor_id
     n,both = n or 512,torch.tensor([[1, 1], [1, 0], [0, 1], [0, 0]])

@@ -3,7 +3,6 @@ import json
 import os
 import subprocess
 import sys
-import time
 
 import pytest
 from typer.testing import CliRunner
@@ -35,13 +34,14 @@ def process(*args, **env):
     return subprocess.run([sys.executable, '-m', 'ebmbook.core.cli', *map(str, args)], capture_output=True, text=True, env=os.environ | env, timeout=300)
 
 def test_help_is_quick():
-    "Help comes without PyTorch; the limit is generous, for a busy machine."
+    "Help comes without PyTorch; processor time counts, because the machine may be busy."
     code = ("import sys; sys.argv = ['ebmbook', '--help']\nfrom ebmbook.core.cli import main\ntry: main()\nexcept SystemExit: pass\n"
             "bad = {'torch', 'numpy', 'papermill', 'fastcore', 'matplotlib'} & sys.modules.keys(); assert not bad, bad")
-    start = time.monotonic()
+    spent = lambda: sum(os.times()[2:4])
+    start = spent()
     res = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True)
     assert res.returncode==0 and 'datasets' in res.stdout, res.stderr
-    assert time.monotonic()-start<5
+    assert spent()-start<1
 
 def test_bare_machine(tmp_path):
     "Training and sampling need none of the packages that a bare machine lacks."

@@ -5,24 +5,15 @@
 # %% auto #0
 __all__ = ['app', 'System', 'Pairs', 'Device', 'Seed', 'Weights', 'join_args', 'parameters', 'explain', 'plainly', 'Command',
            'table', 'systems', 'load_system', 'select', 'check_device', 'datasets', 'main_numbers', 'presets',
-           'find_notebook', 'read_parameters', 'typed', 'notebook_out', 'execute', 'run', 'start_training', 'train',
-           'load_nets', 'read_labels', 'save_samples', 'sample', 'read_at', 'evaluate', 'resolve', 'claim_run',
-           'do_job', 'run_claims', 'claims', 'random_batch', 'seconds_per_iteration', 'cost', 'duration',
-           'plain_number', 'interleaved', 'chain_energy', 'bench', 'main']
+           'find_notebook', 'read_parameters', 'typed', 'notebook_out', 'execute', 'run', 'train', 'load_nets',
+           'read_labels', 'save_samples', 'sample', 'read_at', 'evaluate', 'resolve', 'claim_run', 'do_job',
+           'run_claims', 'claims', 'random_batch', 'seconds_per_iteration', 'cost', 'duration', 'plain_number',
+           'interleaved', 'chain_energy', 'bench', 'main']
 
 # %% ../../nbs/core/cli.ipynb #c002
-import ast
-import hashlib
-import importlib
-import json
-import os
-import re
-import shutil
-import statistics
-import sys
-import time
+import ast, hashlib, importlib, json, os, re, shutil, statistics, sys, time
 from contextlib import contextmanager
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Annotated
 
@@ -274,10 +265,10 @@ def execute(
         return f"the notebook's process died ({e}); often the machine ran out of memory"
     return ''
 
+# %% ../../nbs/core/cli.ipynb #c025
 @app.command(cls=Command)
 def run(
-    system:System,
-    p:Pairs=None,
+    system:System, p:Pairs=None,
     out:Annotated[str, typer.Option(metavar='NOTEBOOK', help="executed copy; empty: runs/notebooks/ in the clone")]='',
 ):
     "Execute the chapter of a system with papermill."
@@ -290,51 +281,37 @@ def run(
         raise typer.Exit(1)
     typer.echo(f'open {target}')
 
-# %% ../../nbs/core/cli.ipynb #c026
-def _rank(): return int(os.environ.get('RANK', 0))
-
-def start_training(
-    system:str,     # Name
-    said:dict,      # dataset, preset, over, seed, out
-    device:str='',  # As typed
-    tensorboard:bool=False, # Write event files too
-):                  # The run, trained
-    "Resolve a row, check its data, train it."
-    module = load_system(system)
-    row,cfg = select(module, *(said.get(k, '') for k in ('dataset', 'preset', 'over')))
-    from ebmbook.core.runs import open_run
-    from ebmbook.core.train import train as fit
-    from ebmbook.data import require
-    require(cfg.data)
-    run = open_run(system, row, cfg, module.PRESETS[row], seed=int(said.get('seed') or 0), out=said.get('out', ''), device=check_device(device))
-    if _rank()==0: typer.echo(f"{system} {row}, seed {run.seed}, on {run.device}: {run.folder}", err=True)
-    fit(module, cfg, run, tensorboard=tensorboard)
-    return run
-
+# %% ../../nbs/core/cli.ipynb #c028
 @app.command(cls=Command)
 def train(
-    system:System,
-    p:Pairs=None,
-    seed:Seed=0,
+    system:System, p:Pairs=None, seed:Seed=0, device:Device='',
     out:Annotated[str, typer.Option(metavar='DIR', help="folder of the run; empty: runs/SYSTEM/ROW-SEED")]='',
-    device:Device='',
     tensorboard:Annotated[bool, typer.Option('--tensorboard', help="write event files for TensorBoard too")]=False,
 ):
     """Train a row, without a notebook.
 
     -p takes dataset, preset, over, seed and out. On several devices: torchrun --nproc_per_node N -m ebmbook.core.cli train ...
     """
+    defaults = dict(dataset='', preset='', over='', seed=seed, out=out)
+    said = defaults | typed(parameters(p, list(defaults)), defaults)
+    module = load_system(system)
+    row,cfg = select(module, said['dataset'], said['preset'], said['over'])
     import torch.distributed as dist
-    from ebmbook.core.train import seconds_trained
-    said = dict(seed=str(seed), out=out) | parameters(p, ('dataset', 'preset', 'over', 'seed', 'out'))
-    try: run = start_training(system, typed(said, dict(dataset='', preset='', over='', seed=0, out='')), device, tensorboard)
+    from ebmbook.core.runs import open_run
+    from ebmbook.core.train import seconds_trained, train as fit
+    from ebmbook.data import require
+    require(cfg.data)
+    run = open_run(system, row, cfg, module.PRESETS[row], seed=said['seed'], out=said['out'], device=check_device(device))
+    first = os.environ.get('RANK', '0')=='0' # of several processes one speaks
+    if first: typer.echo(f"{system} {row}, seed {run.seed}, on {run.device}: {run.folder}", err=True)
+    try: fit(module, cfg, run, tensorboard=tensorboard)
     finally:
         if dist.is_available() and dist.is_initialized(): dist.destroy_process_group()
-    if _rank(): return
+    if not first: return
     typer.echo(f"trained for {seconds_trained(run):.0f} s; weights: {run.folder/'weights'}")
     typer.echo(f"next: ebmbook sample {system} --weights {run.folder/'weights'}")
 
-# %% ../../nbs/core/cli.ipynb #c029
+# %% ../../nbs/core/cli.ipynb #c031
 def load_nets(
     module,         # A system
     weights:str='', # Folder; a run's folder will do
@@ -363,6 +340,7 @@ def _book_folder(module, name, preset):
     have = sorted(p.name.removeprefix(f'{name}-') for p in (root()/'results'/'weights').glob(f'{name}-*') if (p/'model.safetensors').is_file())
     raise FileNotFoundError(f"the book ships no weights of {preset!r} (it has: {', '.join(have) or 'none yet'}); train them with: ebmbook train {name} -p preset {preset}")
 
+# %% ../../nbs/core/cli.ipynb #c033
 def read_labels(
     text:str, # '3', '0,1,2', or 'square,not-large'
     module,   # A system
@@ -383,7 +361,7 @@ def read_labels(
     if not words or not all(o.isdigit() and int(o)<n_classes for o in words): raise ValueError(f"--labels takes classes 0 to {n_classes-1}, got {text!r}")
     return torch.tensor([int(o)+1 for o in words]).repeat(-(-n//len(words)))[:n]
 
-# %% ../../nbs/core/cli.ipynb #c031
+# %% ../../nbs/core/cli.ipynb #c035
 def save_samples(
     x,           # (n, C, H, W) images in [-1, 1], or points
     out:str='',  # File; empty chooses samples.png or samples.npy
@@ -398,22 +376,18 @@ def save_samples(
     if path.suffix=='.npy': np.save(path, x.numpy())
     elif image: save_images(x, path)
     else:
-        figure = show_points(x).figure
-        figure.savefig(path)
-        plt.close(figure)
+        show_points(x).figure.savefig(path)
+        plt.close()
     return path
 
 @app.command(cls=Command)
 def sample(
-    system:System,
-    weights:Weights='',
-    p:Pairs=None,
+    system:System, weights:Weights='', p:Pairs=None,
     n:Annotated[int, typer.Option('-n', min=1, help="how many")]=64,
     labels:Annotated[str, typer.Option(help="classes counted from 0, or attributes: 3 or 0,1,2 or square,not-large")]='',
     w:Annotated[float, typer.Option(help="strength of guidance")]=0.,
-    seed:Seed=0,
+    seed:Seed=0, device:Device='',
     out:Annotated[str, typer.Option(help="file; empty: samples.png, or samples.npy for points")]='',
-    device:Device='',
 ):
     "Draw samples from trained weights and write them to a file."
     module = load_system(system)
@@ -426,7 +400,7 @@ def sample(
     x = module.sample(nets, n, nets.cfg, generator=torch.Generator(next(nets.parameters()).device).manual_seed(seed), **chosen).cpu()
     typer.echo(f"{n} sample{'s'*(n>1)} in {time.monotonic()-start:.1f} s: {save_samples(x, out)}")
 
-# %% ../../nbs/core/cli.ipynb #c033
+# %% ../../nbs/core/cli.ipynb #c037
 def read_at(
     text:str,  # YAML mapping
 )->dict:
@@ -437,12 +411,8 @@ def read_at(
 
 @app.command(cls=Command)
 def evaluate(
-    system:System,
-    weights:Weights='',
-    p:Pairs=None,
+    system:System, weights:Weights='', p:Pairs=None, seed:Seed=0, device:Device='',
     at:Annotated[str, typer.Option(metavar='MAPPING', help="options of the evaluation, e.g. '{n_steps: 3, w: 1.0}'")]='',
-    seed:Seed=0,
-    device:Device='',
 ):
     "Measure trained weights; nothing is written to the ledger."
     module = load_system(system)
@@ -453,14 +423,13 @@ def evaluate(
         raise
     typer.echo(table(['metric', 'value', 'n', 'extractor'], [[k, f'{v:.5g}', n, e or '-'] for k,(v,n,e) in got.items()]))
 
-# %% ../../nbs/core/cli.ipynb #c036
+# %% ../../nbs/core/cli.ipynb #c040
 def resolve(
     job, # From `ebmbook.core.claims.missing`
 )->tuple: # The system's module and the resolved settings
     """Check one training before any starts.
 
-    Raises `KeyError` or `ValueError` for names that do not exist or an `over` that would not match its own ledger lines,
-    `FileNotFoundError` for missing data.
+    Raises `KeyError`, `ValueError` or `FileNotFoundError` for wrong names, an `over` that would not match its own ledger lines, missing data.
     """
     from ebmbook.data import require
     module = load_system(job.system)
@@ -492,7 +461,7 @@ def claim_run(
     elif note.read_text()!=source_hash(): typer.echo(f"  {folder.name}: training began with other source; --fresh trains anew", err=True)
     return run
 
-# %% ../../nbs/core/cli.ipynb #c038
+# %% ../../nbs/core/cli.ipynb #c042
 def do_job(
     job,              # What to train and measure
     module, cfg,      # From `resolve`
@@ -535,7 +504,7 @@ def run_claims(
     return failed + [f"{o.system} {o.row} {o.over or ''} seed {o.seed} at {o.at}: not every metric that the claims name was measured"
                      for o in left if not failed]
 
-# %% ../../nbs/core/cli.ipynb #c041
+# %% ../../nbs/core/cli.ipynb #c045
 @app.command(cls=Command)
 def claims(
     run:Annotated[bool, typer.Option('--run', help="train and measure what is missing, then judge")]=False,
@@ -564,7 +533,7 @@ def claims(
     for o in failed: typer.echo(f'failed: {o}', err=True)
     if failed: raise typer.Exit(1)
 
-# %% ../../nbs/core/cli.ipynb #c044
+# %% ../../nbs/core/cli.ipynb #c048
 def random_batch(
     cfg,          # Resolved settings
     n:int,        # How many
@@ -583,6 +552,7 @@ def _sync(device):
     if device.startswith('cuda'): torch.cuda.synchronize(device)
     if device=='mps': torch.mps.synchronize()
 
+# %% ../../nbs/core/cli.ipynb #c050
 def seconds_per_iteration(
     stage,             # One of the system's stages
     nets,              # Its networks, on the device; their weights change
@@ -593,7 +563,6 @@ def seconds_per_iteration(
 )->tuple[float,int]:   # Seconds, and the batch they were measured with
     "Time one iteration with a batch as near to the row's as the budget allows."
     import torch
-    from dataclasses import replace
     from ebmbook.core.train import Context, _accelerator, optimiser_step
     acc,groups = _accelerator(cfg, device),stage.optimisers(nets, cfg)
     for group in groups.values():
@@ -612,12 +581,10 @@ def seconds_per_iteration(
     while (took := min(once(n), once(n)))<budget/2 and n<most: n = min(2*n, most)
     return took,n
 
-# %% ../../nbs/core/cli.ipynb #c046
+# %% ../../nbs/core/cli.ipynb #c052
 @app.command(cls=Command)
 def cost(
-    system:System,
-    p:Pairs=None,
-    device:Device='',
+    system:System, p:Pairs=None, device:Device='',
     budget:Annotated[float, typer.Option(min=.01, help="seconds that one timed iteration may take")]=1.,
 ):
     """Count parameters, estimate the training time.
@@ -648,13 +615,9 @@ def duration(
         if seconds>=2*size: return f'{plain_number(seconds/size)} {unit}'
     return f'{plain_number(seconds)} s'
 
-def plain_number(
-    v:float, # >= 0
-)->str:      # Three digits, without an exponent for large numbers
-    "A number as a person writes it."
-    return f'{v:,.0f}' if v>=100 else f'{v:.3g}'
+def plain_number(v:float)->str: return f'{v:,.0f}' if v>=100 else f'{v:.3g}' # no exponent for large numbers
 
-# %% ../../nbs/core/cli.ipynb #c049
+# %% ../../nbs/core/cli.ipynb #c055
 def interleaved(
     fns:dict,       # Name -> function without arguments
     repeats:int,    # Rounds; each runs every function once
@@ -681,7 +644,7 @@ def chain_energy(
     labels = torch.zeros(len(x), dtype=torch.int64, device=x.device) if getattr(cfg, 'n_classes', 0) else None
     return nets.energy.at(module.schedule(cfg, x.device).lam[:1].expand(len(x)), labels)
 
-# %% ../../nbs/core/cli.ipynb #c051
+# %% ../../nbs/core/cli.ipynb #c057
 @app.command(cls=Command)
 def bench(
     system:Annotated[str, typer.Argument(help="name of a system")]='cdrl',
@@ -716,7 +679,7 @@ def bench(
     typer.echo(table(['', 'ms per update', 'least .. most', 'times the floor'],
                      [[k, f'{statistics.median(v):.3g}', spread(v), f'{statistics.median(v)/least:.2f}'] for k,v in ms.items()]))
 
-# %% ../../nbs/core/cli.ipynb #c054
+# %% ../../nbs/core/cli.ipynb #c060
 def main(): # What `ebmbook` and `python -m ebmbook.core.cli` start
     "Run the command line."
     app(prog_name='ebmbook')

@@ -7,7 +7,6 @@ __all__ = ['Loop', 'Group', 'Stage', 'Context', 'Diverged', 'Steps', 'averaged',
            'read_log', 'fit', 'train', 'seconds_trained']
 
 # %% ../../nbs/core/train.ipynb #c002
-import copy
 import json
 import math
 import os
@@ -31,7 +30,7 @@ from tqdm.auto import tqdm
 from .nets import settle_norms
 from .runs import Run, load_checkpoint, random_states, save_checkpoint, seed_all, set_random_states, write_text
 from ..data import load
-from ..mcmc import Slice, normal
+from ..mcmc import Slice
 
 # %% ../../nbs/core/train.ipynb #c006
 @dataclass(frozen=True, kw_only=True)
@@ -45,6 +44,9 @@ class Loop:
     save_every:int = 1_000  # Optimiser steps between checkpoints
     log_every:int = 50      # Optimiser steps between log lines and watchdog checks
     max_gap:float = 1e4     # Watchdog: largest absolute value of a logged `gap`, in units of the logged energy
+    def __post_init__(self): # JSON and YAML give lists where a row has tuples
+        for k,v in vars(self).items():
+            if isinstance(v, list): object.__setattr__(self, k, tuple(v))
 
 class Group(NamedTuple):
     "One optimiser with its rules."
