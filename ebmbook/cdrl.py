@@ -83,7 +83,7 @@ PRESETS = {
     'digits-cond':     Config(**_SMALL, data='digits', shape=(1, 8, 8), pretrain=3_000, n_iters=500, n_classes=10),
     'shapes-composition': Config(**_SMALL | dict(mult=(1, 2, 2), init_mult=(1, 1, 1)), data='shapes', shape=(3, 16, 16), pretrain=2_000, n_iters=500, n_classes=6, init_cond=False),
     # the rows behind the claims: the same, a few minutes each
-    'checkerboard-claim': Config(**_TOY, ch=64, batch=512, n_iters=1_500, lr=1e-3, lr_init=1e-3, warmup=200, head_start=100, ema=.99),
+    'checkerboard-claim': Config(**_TOY, ch=64, batch=512, n_iters=2_000, cooldown=.3, lr=1e-3, lr_init=1e-3, warmup=200, head_start=100, ema=.99),
     'digits-claim':       Config(**_SMALL | _CLAIM, data='digits', shape=(1, 8, 8)),
     'digits-cond-claim':  Config(**_SMALL | _BRIEF, data='digits', shape=(1, 8, 8), n_classes=10),
     'shapes-claim':       Config(**_SMALL | dict(_BRIEF, pretrain=600, n_iters=250, head_start=-150) | dict(mult=(1, 2, 2), init_mult=(1, 1, 1)), data='shapes', shape=(3, 16, 16), n_classes=6, init_cond=False),
