@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Loop', 'Group', 'Stage', 'Context', 'Diverged', 'Steps', 'averaged', 'use_average', 'optimiser_step', 'Log',
-           'read_log', 'fit', 'train', 'seconds_trained']
+           'read_log', 'train', 'seconds_trained']
 
 # %% ../../nbs/core/train.ipynb #c002
 import json
@@ -140,6 +140,7 @@ def _advance(gens, accelerator): # the next (name, mean loss, mean logs) of all 
     mean = lambda values: sum(v.detach().float() if isinstance(v, Tensor) else v for v in values)/len(values)
     return outs[0][0], mean([o[1] for o in outs]), {k:mean([o[2][k] for o in outs]) for k in outs[0][2]}
 
+# %% ../../nbs/core/train.ipynb #c015
 def optimiser_step(
     stage:Stage,              # Gives the losses
     nets:nn.Module,           # All networks of the system
@@ -165,7 +166,7 @@ def optimiser_step(
         logs |= {f'loss/{name}': loss, f'grad/{name}': norm, **said}
     return logs | dict(ok=ok)
 
-# %% ../../nbs/core/train.ipynb #c016
+# %% ../../nbs/core/train.ipynb #c018
 class Log:
     "JSON lines on disk, and TensorBoard if asked."
     def __init__(
@@ -203,7 +204,7 @@ def _watch(ok, logs, cfg, stage, step, run): # ok: whether every loss and norm s
     raise Diverged(f"stage {stage.name!r} stopped near step {step}: {why}. The last good checkpoint in {run.folder} is intact. "
                    "Usual cures: a lower learning rate, more sampling steps, spectral normalisation, gradient clipping, a longer warm-up.")
 
-# %% ../../nbs/core/train.ipynb #c018
+# %% ../../nbs/core/train.ipynb #c021
 @contextmanager
 def _deferred_signals(): # an interrupt is obeyed between two steps, with everything saved
     asked = []
@@ -219,6 +220,7 @@ def _parts(batch, n): # equal parts of a dictionary of tensors
     if n==1: return [batch]
     return [{k:v.chunk(n)[i] for k,v in batch.items()} for i in range(n)]
 
+# %% ../../nbs/core/train.ipynb #c022
 class _Job:
     "State of one stage: everything that a checkpoint holds."
     def __init__(self, stage, index, nets, cfg, run, accelerator, done):
@@ -248,8 +250,23 @@ class _Job:
     def save(self):
         if self.accelerator.is_main_process: save_checkpoint(self.run.folder, self.done+self.step, self.checkpoint())
 
-# %% ../../nbs/core/train.ipynb #c019
-def fit(
+# %% ../../nbs/core/train.ipynb #c023
+def _same(batch): return batch
+
+def _read(logs, accelerator): # plain numbers, averaged over processes
+    values = torch.stack([torch.as_tensor(v, dtype=torch.float32, device=accelerator.device).detach() for v in logs.values()])
+    if accelerator.num_processes>1:
+        dist.all_reduce(values)
+        values /= accelerator.num_processes
+    return dict(zip(logs, values.tolist()))
+
+def _everywhere(ok, accelerator): # true only if it is true on every process
+    bad = (~ok).float()
+    if accelerator.num_processes>1: dist.all_reduce(bad)
+    return bad.item()==0
+
+# %% ../../nbs/core/train.ipynb #c024
+def _fit(
     job,                      # State of the stage, new or restored
     examples,                 # Training examples
     log:Log,                  # Receives a line every `log_every` steps
@@ -285,27 +302,17 @@ def fit(
             if last or job.step%cfg.save_every==0: job.save()
             if asked: raise KeyboardInterrupt(f"stopped by a signal at step {job.step}; run the same command again to continue")
 
-def _same(batch): return batch
-
-def _read(logs, accelerator): # plain numbers, averaged over processes
-    values = torch.stack([torch.as_tensor(v, dtype=torch.float32, device=accelerator.device).detach() for v in logs.values()])
-    if accelerator.num_processes>1:
-        dist.all_reduce(values)
-        values /= accelerator.num_processes
-    return dict(zip(logs, values.tolist()))
-
-def _everywhere(ok, accelerator): # true only if it is true on every process
-    bad = (~ok).float()
-    if accelerator.num_processes>1: dist.all_reduce(bad)
-    return bad.item()==0
-
-# %% ../../nbs/core/train.ipynb #c020
+# %% ../../nbs/core/train.ipynb #c025
 def _accelerator(cfg, device): # one process or those that torchrun started; settings may differ between runs in one notebook
     if cfg.precision not in ('no', 'bf16'): raise ValueError(f"precision must be 'no' or 'bf16', got {cfg.precision!r}")
     AcceleratorState._reset_state(reset_partial_state=True)
     if int(os.environ.get('WORLD_SIZE', 1))==1 and device not in ('cpu', 'cuda', 'mps'): torch.cuda.set_device(device)
     return Accelerator(mixed_precision=cfg.precision, cpu=device=='cpu')
 
+def _total(system, cfg, saved): # optimiser steps behind a checkpoint, over all stages
+    return 0 if saved is None else sum(s.n_iters(cfg) for s in system.STAGES[:saved['stage']])+saved['step']
+
+# %% ../../nbs/core/train.ipynb #c026
 def train(
     system,                    # A chapter's module: build, STAGES
     cfg,                       # Resolved settings
@@ -332,15 +339,12 @@ def train(
         job.seconds = seconds
         if saved is not None and saved['stage']>index: done += job.n_iters; continue
         if saved is not None and saved['stage']==index: job.restore(saved)
-        if job.step<job.n_iters: fit(job, examples, log, progress=progress, on_step=on_step)
+        if job.step<job.n_iters: _fit(job, examples, log, progress=progress, on_step=on_step)
         if job.ema is not None: use_average(nets, job.ema)
         done,seconds,saved = done+job.n_iters,job.seconds,None
     if acc.is_main_process: nets.save_pretrained(run.folder/'weights')
     acc.wait_for_everyone()
     return nets.eval()
-
-def _total(system, cfg, saved): # optimiser steps behind a checkpoint, over all stages
-    return 0 if saved is None else sum(s.n_iters(cfg) for s in system.STAGES[:saved['stage']])+saved['step']
 
 def seconds_trained(
     run:Run, # A run with a log
