@@ -78,7 +78,7 @@ _TOY = dict(data='checkerboard', shape=(2,), step=2e-3, step_sbar=False, tweedie
 _PAPER = dict(batch=256, n_iters=400_000, save_every=5_000)
 _FACES = dict(data='celeba64', shape=(3, 64, 64), mult=(1, 2, 2, 2, 2), init_mult=(1, 1, 1, 1), flip=True, **_PAPER)
 _SMALL = dict(n_steps=8, mult=(1, 2), blocks=1, ch=32, init_ch=32, init_mult=(1, 1), init_blocks=1, attn=(), dropout=0., batch=64, ema=.995, lr=5e-4, lr_init=1e-5, warmup=100, head_start=-400, cooldown=.2, save_every=250)
-_CLAIM = dict(n_iters=800, lr=1e-3, lr_init=1e-3, head_start=50, ema=.99, cooldown=0.) # from scratch, as in the paper
+_CLAIM = dict(n_iters=800, lr=1e-3, lr_init=1e-4, head_start=50, ema=.99, cooldown=0.) # from scratch, as in the paper
 _BRIEF = dict(pretrain=1_000, n_iters=400, head_start=-300)
 
 PRESETS = {
@@ -86,7 +86,7 @@ PRESETS = {
     'checkerboard':    Config(**_TOY, ch=64, batch=512, n_iters=8_000, cooldown=.25, lr=1e-3, lr_init=1e-3, warmup=200, head_start=100, ema=.999),
     'digits':          Config(**_SMALL, data='digits', shape=(1, 8, 8), pretrain=3_000, n_iters=500),
     'digits-cond':     Config(**_SMALL, data='digits', shape=(1, 8, 8), pretrain=3_000, n_iters=500, n_classes=10),
-    'shapes-composition': Config(**_SMALL | dict(mult=(1, 2, 2), init_mult=(1, 1, 1)), data='shapes', shape=(3, 16, 16), pretrain=2_000, n_iters=500, n_classes=6, init_cond=False),
+    'shapes-composition': Config(**_SMALL | dict(mult=(1, 2, 2), init_mult=(1, 1, 1)), data='shapes', shape=(3, 16, 16), pretrain=2_000, n_iters=1_200, n_classes=6, init_cond=False),
     # the rows behind the claims: the same, a few minutes each
     'checkerboard-claim': Config(**_TOY, ch=64, batch=512, n_iters=2_000, cooldown=.3, lr=1e-3, lr_init=1e-3, warmup=200, head_start=100, ema=.99),
     'digits-claim':       Config(**_SMALL | _CLAIM, data='digits', shape=(1, 8, 8)),
@@ -126,7 +126,7 @@ def check_config(
     if spec is not None and not cfg.vae and tuple(spec.shape)!=cfg.shape: raise ValueError(f"data set {cfg.data!r} has shape {spec.shape}, but shape={cfg.shape}")
     return cfg
 
-# %% ../nbs/05_cdrl.ipynb #c017
+# %% ../nbs/05_cdrl.ipynb #c018
 class Schedule(NamedTuple):
     "All constants of the ladder; entry t of the last six belongs to the move between level t+1 and level t."
     lam:Tensor     # (T+1,) log signal-to-noise ratio
@@ -171,7 +171,7 @@ def schedule(
     """
     return _constants(cfg.schedule, cfg.n_levels, cfg.step, cfg.step_sbar, str(device))
 
-# %% ../nbs/05_cdrl.ipynb #c021
+# %% ../nbs/05_cdrl.ipynb #c022
 def column(v, x): return v.reshape(-1, *[1]*(x.ndim-1)) # (B,) -> (B, 1, ...), to multiply x
 
 def noisy_pair(
@@ -202,7 +202,7 @@ def posterior_mean(
     at = lambda v, i: column(v[i], x0)
     return (at(s.abar, t)*at(s.sigma, t)**2*x0 + at(s.alpha, t)*at(s.sbar, t)**2*x_next)/at(s.sbar, t+1)**2
 
-# %% ../nbs/05_cdrl.ipynb #c024
+# %% ../nbs/05_cdrl.ipynb #c025
 def conditional_energy(
     energy:Callable, # E_hat(y) -> (B,) at the right levels and labels
     x_next:Tensor,   # (B, ...) noisier sample that the chain must explain
@@ -233,7 +233,7 @@ def refine(
     rates = ula(stretch**2*s.step2[t]/2)
     return langevin(conditional_energy(energy, x_next, t, s), start, rates, n_steps, constrain=constrain, generator=generator, on_step=on_step)
 
-# %% ../nbs/05_cdrl.ipynb #c028
+# %% ../nbs/05_cdrl.ipynb #c029
 def proposal_mean(
     net:Callable,       # g(x, lam, c) -> like x
     x_next:Tensor,      # (B, ...) level t+1
@@ -251,7 +251,7 @@ def proposal_mean(
     if predicts=='eps': out = (x_next-column(s.sbar[t+1], out)*out)/column(s.abar[t+1], out)
     return column(s.scale[t], out)*posterior_mean(out, x_next, t, s)
 
-# %% ../nbs/05_cdrl.ipynb #c031
+# %% ../nbs/05_cdrl.ipynb #c032
 class Nets(nn.Module, PyTorchModelHubMixin):
     "The energy and the initialiser of one row; `save_pretrained` and `from_pretrained` store both with their settings."
     def __init__(
@@ -273,7 +273,7 @@ def build(
     "Networks of a row."
     return Nets(cfg)
 
-# %% ../nbs/05_cdrl.ipynb #c034
+# %% ../nbs/05_cdrl.ipynb #c035
 @lru_cache(maxsize=2)
 def autoencoder(
     name:str,          # Name on the Hugging Face hub, or a folder
@@ -309,7 +309,7 @@ def decode(
     net = autoencoder(cfg.vae, str(z.device))
     return torch.cat([net.decode(o/net.config.scaling_factor).sample for o in z.split(16)])
 
-# %% ../nbs/05_cdrl.ipynb #c037
+# %% ../nbs/05_cdrl.ipynb #c038
 def labels_for(
     y:Tensor|None,      # (B,) classes, (B, A) binary attributes, or None
     cfg:Config,         # Uses n_classes and label_drop
@@ -339,7 +339,7 @@ def attribute_label(
     "Class of one attribute value: true before false, as in the paper's example."
     return 2*attribute + 2-value
 
-# %% ../nbs/05_cdrl.ipynb #c039
+# %% ../nbs/05_cdrl.ipynb #c040
 def losses(
     nets:Nets,   # The networks
     batch:dict,  # x (B, ...) and, for conditional rows, y
@@ -373,7 +373,7 @@ def losses(
 def same_dropout(device): # the next forward pass after this block drops what the one inside it dropped
     return torch.random.fork_rng([device] if device.type!='cpu' else [], device_type=device.type if device.type!='cpu' else 'cuda')
 
-# %% ../nbs/05_cdrl.ipynb #c041
+# %% ../nbs/05_cdrl.ipynb #c042
 def optimisers(
     nets:Nets,  # The networks
     cfg:Config, # Learning rates, warm-up, clipping
@@ -401,7 +401,7 @@ def pretrain_optimisers(nets, cfg): # Group name -> Group
 STAGES = (Stage('proposals', pretrain_losses, pretrain_optimisers, lambda cfg: cfg.pretrain if cfg.coop else 0),
           Stage('cdrl', losses, optimisers, lambda cfg: cfg.n_iters))
 
-# %% ../nbs/05_cdrl.ipynb #c050
+# %% ../nbs/05_cdrl.ipynb #c051
 def guidance(
     labels:Tensor|None, # (B,) classes 1..n, or (B, M) for M concepts at once, or None
     w:float=0.,         # Strength w >= 0
@@ -432,7 +432,7 @@ def guided_energy(
     fixed = [(nets.energy.at(lam, c), k) for c,k in terms]
     return lambda y: sum(k*e(y) for e,k in fixed)
 
-# %% ../nbs/05_cdrl.ipynb #c053
+# %% ../nbs/05_cdrl.ipynb #c054
 class Known(NamedTuple):
     "Pixels that are given, for inpainting."
     x:Tensor     # (B, C, H, W) clean images
@@ -476,7 +476,7 @@ def descend(
     z = refine(energy, y, x, ts, s, n_steps, stretch=stretch, constrain=fix, generator=chain_generator, on_step=on_step)
     return y/s.scale[t], z/s.scale[t]
 
-# %% ../nbs/05_cdrl.ipynb #c055
+# %% ../nbs/05_cdrl.ipynb #c056
 def denoise(
     nets:Nets,    # The networks, frozen
     x:Tensor,     # (B, ...) samples of level 0
@@ -495,7 +495,7 @@ def denoise(
     end = langevin(lambda x: energy(s.scale[0]*x)/s.step2[0], x, Rates(kappa*float(s.sbar[0])**2, 0.), 1)
     return end/s.abar[0]
 
-# %% ../nbs/05_cdrl.ipynb #c057
+# %% ../nbs/05_cdrl.ipynb #c058
 def _sample(nets, like, cfg, labels, known, w, n_steps, generator, chain_generator, propose, tweedie, on_level):
     s,terms = schedule(cfg, like.device),guidance(labels, w)
     e = None if known is None else normal(like, generator)
@@ -506,7 +506,7 @@ def _sample(nets, like, cfg, labels, known, w, n_steps, generator, chain_generat
         if on_level is not None: on_level(t, start, x)
     return paste(known, e, 1., 0.)(denoise(nets, x, cfg, terms, tweedie))
 
-# %% ../nbs/05_cdrl.ipynb #c058
+# %% ../nbs/05_cdrl.ipynb #c059
 @torch.no_grad()
 def sample(
     nets:Nets,            # Trained networks
@@ -544,7 +544,7 @@ def sample(
     x = decode(torch.cat(parts), cfg)
     return x.clamp(-1, 1) if len(cfg.shape)==3 else x
 
-# %% ../nbs/05_cdrl.ipynb #c061
+# %% ../nbs/05_cdrl.ipynb #c062
 def energy(
     nets:Nets,   # Trained networks
     x:Tensor,    # (B, ...) examples of level t, for t = 0 practically clean
@@ -559,7 +559,7 @@ def energy(
     if labels is None and cfg.n_classes: labels = torch.zeros_like(ts)
     with torch.no_grad(), frozen(nets): return nets.energy(s.scale[t]*x, s.lam[ts], labels)/s.step2[t]
 
-# %% ../nbs/05_cdrl.ipynb #c064
+# %% ../nbs/05_cdrl.ipynb #c065
 def log_density_map(
     nets:Nets,   # Trained on points
     cfg:Config,  # Resolved settings
@@ -570,7 +570,7 @@ def log_density_map(
     "Normalised density of a level on a grid. Source: Zhu 2024, Figure 5.5."
     with frozen(nets): return grid_log_z(lambda x: energy(nets, x, cfg, t=t), lim, n, like=next(nets.parameters()))
 
-# %% ../nbs/05_cdrl.ipynb #c066
+# %% ../nbs/05_cdrl.ipynb #c067
 def _measure_points(nets, cfg, g, **how):
     x,test = sample(nets, 10_000, cfg, generator=g, **how).cpu(),load(cfg.data, split='test').tensor(10_000)
     log_z,_ = log_density_map(nets, cfg, n=400)
@@ -592,7 +592,7 @@ def _measure_images(nets, cfg, g, n, w, **how):
     if labels is None or name=='inception': return values
     return values | {k:(f(x, labels-1, name), n, out['extractor']) for k,f in (('accuracy', class_accuracy), ('spread', class_spread))}
 
-# %% ../nbs/05_cdrl.ipynb #c068
+# %% ../nbs/05_cdrl.ipynb #c069
 def _measure_composition(nets, cfg, g, n, w, concepts, **how): # ask for two attributes, by both energies, or by one
     from ebmbook.core.metrics import attribute_accuracy, extractor_id
     n,both = n or 512,torch.tensor([[1, 1], [1, 0], [0, 1], [0, 0]])

@@ -144,7 +144,10 @@ def test_checkerboard_at_full_width(tmp_path):
 
 # --- the chapter as a user runs it
 
-def papermill(tmp_path, data, *args, timeout=600):
+def limit(seconds): # a busy machine is given more
+    return seconds if os.getloadavg()[0]<=os.cpu_count()+.5 else 10*seconds
+
+def papermill(tmp_path, data, *args, timeout=900):
     "Run the chapter elsewhere; exit code, all that was said, seconds."
     nowhere = 'http://127.0.0.1:9'   # the network is off, so that no test depends on what a server sends
     env,began = os.environ | dict(EBMBOOK_DATA=str(data), TORCH_HOME=str(tmp_path), http_proxy=nowhere, https_proxy=nowhere),time.monotonic()
@@ -168,11 +171,11 @@ def test_missing_data_ends_the_chapter_in_seconds(tmp_path):
     for o in ('train_data_batch_1.npz', 'val_data.npz'): assert o in said                # what is missing
     assert str(tmp_path/'nowhere') in said and 'EBMBOOK_DATA' in said                     # where it was looked for
     assert 'image-net.org' in said                                                        # how to get it
-    assert seconds<40   # 20 on an idle machine
+    assert seconds<limit(20)
 
 def test_wrong_names_end_the_chapter_in_seconds(tmp_path):
     code,said,seconds = papermill(tmp_path, tmp_path, '-p', 'dataset', 'digits', '-p', 'preset', 'digit')
-    assert code!=0 and "did you mean 'digits'" in said and seconds<40
+    assert code!=0 and "did you mean 'digits'" in said and seconds<limit(20)
 
 def test_the_chapter_trains_on_a_folder_in_the_official_format(tmp_path):
     write_imagenet32(tmp_path/'data')
@@ -187,4 +190,4 @@ def test_the_chapter_trains_on_a_folder_in_the_official_format(tmp_path):
     assert record and all(o['system']=='cdrl' and o['row']=='imagenet32' and o['over']['n_iters']==2 and np.isfinite(o['value']) for o in record)
     pictures = [o for c in json.loads((tmp_path/'out.ipynb').read_text())['cells'] for o in c.get('outputs', []) if 'image/png' in o.get('data', {})]
     assert pictures and not list((ROOT/'runs').glob('cdrl/imagenet32*'))
-    assert seconds<300
+    assert seconds<limit(180)

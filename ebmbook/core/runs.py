@@ -238,5 +238,7 @@ def ledger(
         if not text.strip(): continue
         try: line = json.loads(text)
         except json.JSONDecodeError as e: raise ValueError(f"{path}:{i} is not a ledger line: {e}") from e
-        newest[json.dumps([line.get(k) for k in KEY], sort_keys=True)] = line
+        key = json.dumps([line.get(k) for k in KEY], sort_keys=True)
+        newest.pop(key, None) # the newer line also takes the later place
+        newest[key] = line
     return [o for o in newest.values() if all(o.get(k)==v for k,v in match.items())]
