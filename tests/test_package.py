@@ -86,7 +86,7 @@ from ebmbook.core.metrics import EXTRACTORS, load_extractor
 for name in EXTRACTORS: load_extractor(name)
 print(ebmbook.__file__)
 '''
-    assert Path(python(code, tmp_path, **env)).is_relative_to(unpacked)
+    assert Path(python(code, tmp_path, **env).splitlines()[-1]).is_relative_to(unpacked)
     code = '''
 from ebmbook.core.runs import book_weights, root
 assert book_weights('cdrl', 'digits') is None

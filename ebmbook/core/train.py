@@ -25,7 +25,7 @@ from accelerate.state import AcceleratorState
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import DataLoader
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from .nets import settle_norms
 from .runs import Run, load_checkpoint, random_states, save_checkpoint, seed_all, set_random_states, write_text
