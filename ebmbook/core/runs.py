@@ -147,7 +147,7 @@ def save_checkpoint(
     except (OSError, RuntimeError) as e: # torch reports a full disk as RuntimeError
         tmp.unlink(missing_ok=True)
         raise OSError(f"could not write {path} ({e}); the earlier checkpoints are intact, free some space and run again") from e
-    for old in _checkpoints(folder)[:-keep]: old.unlink()
+    for old in (*_checkpoints(folder)[:-keep], *Path(folder).glob('*.tmp*')): old.unlink() # and what a killed process left half-written
     return path
 
 def load_checkpoint(

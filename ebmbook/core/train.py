@@ -179,7 +179,7 @@ class Log:
         self.path,self.main,self.board = run.folder/'log.jsonl',main,None
         if not main: return
         old = self.path.read_text().splitlines() if self.path.exists() else []
-        write_text(self.path, ''.join(o+'\n' for o in old if json.loads(o)['total']<=at))
+        write_text(self.path, ''.join(o+'\n' for o in old if o.endswith('}') and json.loads(o)['total']<=at)) # a killed process may leave half a line
         if tensorboard:
             from torch.utils.tensorboard import SummaryWriter
             self.board = SummaryWriter(run.folder, purge_step=at)
@@ -194,7 +194,7 @@ def read_log(
     key:str,  # E.g. 'loss/energy'
 )->tuple[list[int],list[float]]: # Steps and values
     "One curve of a run's log."
-    lines = [json.loads(o) for o in (run.folder/'log.jsonl').read_text().splitlines()]
+    lines = [json.loads(o) for o in (run.folder/'log.jsonl').read_text().splitlines() if o.endswith('}')]
     return [o['total'] for o in lines if key in o], [o[key] for o in lines if key in o]
 
 def _watch(ok, logs, cfg, stage, step, run): # ok: whether every loss and norm since the last look was finite
