@@ -25,7 +25,7 @@ from ebmbook.core.runs import load_checkpoint, open_run
 from ebmbook.core.train import Stage, train
 
 SMALL = dict(ch=8, init_ch=8, batch=32, n_iters=60, save_every=10, log_every=1, warmup=0, lr=1e-3, lr_init=1e-3, ema=.9)
-DIGITS = SMALL | dict(blocks=1, init_blocks=1, n_steps=4, n_levels=3, batch=8)
+DIGITS = SMALL | dict(blocks=1, init_blocks=1, n_steps=4, n_levels=3, batch=8, pretrain=0)
 CURVES = 'loss/energy', 'loss/init', 'grad/energy', 'grad/init', 'gap', 'moved'
 
 
@@ -52,8 +52,10 @@ def work(job):
     if 'die_at_write' in job: die_while_writing(job['die_at_write'])
     system = poisoned(job['nan_at']) if 'nan_at' in job else cdrl
     run = open_run('cdrl', row, cfg, cdrl.PRESETS[row], out=job['out'], device='cpu')
-    (run.folder/f"pid{os.environ.get('RANK', 0)}").write_text(str(os.getpid()))
-    train(system, cfg, run, progress=False, on_step=lambda step, nets: time.sleep(job.get('sleep', 0.)))
+    def on_step(step, nets): # tells the test who is at work, once signals are taken care of
+        if step==1: (run.folder/f"pid{os.environ.get('RANK', 0)}").write_text(str(os.getpid()))
+        time.sleep(job.get('sleep', 0.))
+    train(system, cfg, run, progress=False, on_step=on_step)
 
 
 # --- helpers
@@ -204,12 +206,12 @@ def test_nan_stops_the_run_and_keeps_the_last_good_state(tmp_path):
 # --- one training, divided
 
 def assert_close(out, one, tol=1e-4):
-    "Every value of two logs agrees within `tol` of itself, and all weights nearly so."
+    "Every curve of two logs agrees within `tol` of its largest value, and all weights nearly so."
     a,b = log(out, *CURVES),log(one, *CURVES)
     assert len(a)==len(b)>=10
     for k in CURVES:
         x,y = (torch.tensor([o[k] for o in c]) for c in (a, b))
-        assert ((x-y).abs()<=tol*y.abs()).all(), (k, x, y)
+        assert ((x-y).abs()<=tol*y.abs().max()).all(), (k, x, y)
     a,b = weights(out),weights(one)
     assert all(torch.allclose(a[k], b[k], rtol=1e-3, atol=1e-4) for k in b)
 
@@ -231,12 +233,13 @@ def test_parts_equal_the_whole(dataset, over, tmp_path):
     assert_close(tmp_path/'2', tmp_path/'1')
 
 def test_a_signal_to_one_of_two_processes_stops_both(tmp_path):
-    process = start(tmp_path, SMALL | dict(log_every=50), TWO, sleep=.1)
-    wait(process, lambda: steps_of(tmp_path))
-    os.kill(int((tmp_path/'pid1').read_text()), signal.SIGTERM)
+    process = start(tmp_path, SMALL | dict(log_every=1_000, save_every=1_000), TWO, sleep=.1)
+    asked = tmp_path/'pid1'
+    wait(process, lambda: asked.exists() and asked.read_text())
+    os.kill(int(asked.read_text()), signal.SIGTERM)
     assert finish(process, 60)[0]!=0
-    assert steps_of(tmp_path)[-1]%10    # saved where both stood
-    assert all(abs(v)<float('inf') for o in log(tmp_path, *CURVES) for v in o.values())
+    assert len(steps_of(tmp_path))==1 and 1<=steps_of(tmp_path)[0]<60   # both stopped at the same step and saved
+    assert len(log(tmp_path))==1 and all(abs(v)<float('inf') for o in log(tmp_path, *CURVES) for v in o.values())
 
 def test_bf16(tmp_path):
     work(dict(out=tmp_path, dataset='digits', over=DIGITS | dict(n_iters=4, precision='bf16')))

@@ -108,7 +108,7 @@ def tidy(
     kind = out['output_type']
     if kind=='error': raise ValueError(f"a cell ended in {out.get('ename')}: {out.get('evalue')}")
     if kind=='stream':
-        text = plain(out['text'], places)
+        text = plain(re.sub(r'.*TqdmWarning.*\n.*\n', '', ''.join(out['text'])), places)   # that widgets are missing is no news to a reader
         return dict(output_type=kind, name=out['name'], text=text) if ''.join(text).strip() else None
     if any('widget' in k for k in out['data']): return None
     data = {k: plain(v, places) if k.startswith('text/') else v for k,v in out['data'].items()}

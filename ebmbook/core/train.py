@@ -14,7 +14,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -130,10 +130,18 @@ def _average_over_processes(params):
 
 def _params(group): return [p for g in group.optimiser.param_groups for p in g['params']]
 
-def _advance(gens, accelerator): # the next (name, mean loss, mean logs) of all parts, gradients accumulated; None at the end
+@contextmanager
+def _same_norms(nets): # later parts of a batch read the spectral norms that the first part left; one power iteration a step, not one a part
+    norms = [(m, m.n_power_iterations) for m in nets.modules() if hasattr(m, 'n_power_iterations')]
+    for m,_ in norms: m.n_power_iterations = 0
+    try: yield
+    finally:
+        for m,n in norms: m.n_power_iterations = n
+
+def _advance(gens, nets, accelerator): # the next (name, mean loss, mean logs) of all parts, gradients accumulated; None at the end
     outs = []
-    for gen in gens: # backward at once, so that only one part's graph is alive
-        with accelerator.autocast(): out = next(gen, None)
+    for i,gen in enumerate(gens): # backward at once, so that only one part's graph is alive
+        with accelerator.autocast(), _same_norms(nets) if i else nullcontext(): out = next(gen, None)
         if out is None: return None
         accelerator.backward(out[1]/len(gens))
         outs.append(out)
@@ -153,7 +161,7 @@ def optimiser_step(
     "Run the losses of one batch to the end, with one step of a group after each."
     gens = [stage.losses(nets, b, cfg, c) for b,c in zip(parts, contexts)]
     logs,ok = {},torch.ones((), dtype=torch.bool, device=accelerator.device)
-    while (out := _advance(gens, accelerator)) is not None:
+    while (out := _advance(gens, nets, accelerator)) is not None:
         name,loss,said = out
         if name not in groups: raise KeyError(f"losses of stage {stage.name!r} yield group {name!r}, but the optimisers are {sorted(groups)}")
         group = groups[name]
@@ -167,6 +175,10 @@ def optimiser_step(
     return logs | dict(ok=ok)
 
 # %% ../../nbs/core/train.ipynb #c018
+def _lines(path): # of a log; a last line that an accident tore is left out
+    lines = path.read_text().split('\n') if path.exists() else ['']
+    return [json.loads(o) for o in lines[:-1]]
+
 class Log:
     "JSON lines on disk, and TensorBoard if asked."
     def __init__(
@@ -178,8 +190,7 @@ class Log:
     ):
         self.path,self.main,self.board = run.folder/'log.jsonl',main,None
         if not main: return
-        old = self.path.read_text().splitlines() if self.path.exists() else []
-        write_text(self.path, ''.join(o+'\n' for o in old if o.endswith('}') and json.loads(o)['total']<=at)) # a killed process may leave half a line
+        write_text(self.path, ''.join(json.dumps(o)+'\n' for o in _lines(self.path) if o['total']<=at))
         if tensorboard:
             from torch.utils.tensorboard import SummaryWriter
             self.board = SummaryWriter(run.folder, purge_step=at)
@@ -194,8 +205,8 @@ def read_log(
     key:str,  # E.g. 'loss/energy'
 )->tuple[list[int],list[float]]: # Steps and values
     "One curve of a run's log."
-    lines = [json.loads(o) for o in (run.folder/'log.jsonl').read_text().splitlines() if o.endswith('}')]
-    return [o['total'] for o in lines if key in o], [o[key] for o in lines if key in o]
+    lines = [o for o in _lines(run.folder/'log.jsonl') if key in o]
+    return [o['total'] for o in lines], [o[key] for o in lines]
 
 def _watch(ok, logs, cfg, stage, step, run): # ok: whether every loss and norm since the last look was finite
     gap = logs.get('gap', 0.)
@@ -260,6 +271,12 @@ def _read(logs, accelerator): # plain numbers, averaged over processes
         values /= accelerator.num_processes
     return dict(zip(logs, values.tolist()))
 
+def _any(asked, talk): # whether any process was asked to stop; a signal reaches the processes at different steps
+    if talk is None: return bool(asked)
+    n = torch.tensor(len(asked))
+    dist.all_reduce(n, group=talk)
+    return n.item()>0
+
 def _everywhere(ok, accelerator): # true only if it is true on every process
     bad = (~ok).float()
     if accelerator.num_processes>1: dist.all_reduce(bad)
@@ -284,6 +301,7 @@ def _fit(
                         generator=torch.Generator()) # its own: a loader must not disturb the draws of the networks
     bar = tqdm(loader, total=job.n_iters, initial=job.step, desc=job.stage.name, disable=not (progress and acc.is_main_process), mininterval=2)
     ok,start,sums = torch.ones((), dtype=torch.bool, device=acc.device),time.monotonic()-job.seconds,{}
+    talk = dist.new_group(backend='gloo') if acc.num_processes>1 else None # between the processors, so that no GPU waits
     with _deferred_signals() as asked:
         for batch in bar:
             parts = _parts({k:v.to(acc.device, non_blocking=True) for k,v in batch.items()}, cfg.micro)
@@ -293,14 +311,15 @@ def _fit(
             job.seconds,ok = time.monotonic()-start,ok & logs.pop('ok')
             sums = {k:sums.get(k, 0)+v for k,v in (logs | dict(steps=1.)).items()} # a line is the mean since the last one
             if on_step is not None: on_step(job.step, job.nets)
-            last = job.step==job.n_iters or bool(asked)
+            stop = _any(asked, talk)
+            last = job.step==job.n_iters or stop
             if last or job.step%cfg.log_every==0 or job.step%cfg.save_every==0:
                 said,sums = _read({k:v/sums['steps'] for k,v in sums.items() if k!='steps'}, acc),{}
                 _watch(_everywhere(ok, acc), said, cfg, job.stage, job.step, job.run)
                 log(job.done+job.step, dict(stage=job.stage.name, step=job.step, seconds=round(job.seconds, 2), **said))
                 bar.set_postfix({k.split('/')[-1]:f'{v:.3g}' for k,v in said.items() if k.startswith('loss') or k=='gap'}, refresh=False)
             if last or job.step%cfg.save_every==0: job.save()
-            if asked: raise KeyboardInterrupt(f"stopped by a signal at step {job.step}; run the same command again to continue")
+            if stop: raise KeyboardInterrupt(f"stopped by a signal at step {job.step}; run the same command again to continue")
 
 # %% ../../nbs/core/train.ipynb #c025
 def _accelerator(cfg, device): # one process or those that torchrun started; settings may differ between runs in one notebook
