@@ -50,7 +50,7 @@ $(VENV)/.installed-runtime: settings.ini setup.py constraints.txt | $(BIN)/pytho
 
 $(VENV)/.installed-author: settings.ini setup.py constraints.txt | $(BIN)/python
 	@echo "Installing ebmbook with what tests and book need into $(VENV) ..."
-	@$(PIP) -e '.[dev,book,latent]'
+	@$(PIP) -e '.[dev,book,latent,diagnostics]'
 	@touch $@ $(VENV)/.installed-runtime
 
 demo: $(RUNTIME)
