@@ -8,10 +8,10 @@ __all__ = ['app', 'System', 'Pairs', 'Device', 'Seed', 'Weights', 'join_args', '
            'find_notebook', 'read_parameters', 'typed', 'notebook_out', 'execute', 'run', 'train', 'load_nets',
            'read_labels', 'save_samples', 'sample', 'read_at', 'evaluate', 'resolve', 'claim_run', 'do_job',
            'run_claims', 'claims', 'random_batch', 'seconds_per_iteration', 'cost', 'duration', 'plain_number',
-           'interleaved', 'chain_energy', 'bench', 'main']
+           'chain_energy', 'row_case', 'bench', 'main']
 
 # %% ../../nbs/core/cli.ipynb #c002
-import ast, hashlib, importlib, json, os, re, shutil, statistics, sys, time
+import ast, hashlib, importlib, json, os, re, shutil, sys, time
 from contextlib import contextmanager
 from dataclasses import asdict, fields, replace
 from pathlib import Path
@@ -618,22 +618,6 @@ def duration(
 def plain_number(v:float)->str: return f'{v:,.0f}' if v>=100 else f'{v:.3g}' # no exponent for large numbers
 
 # %% ../../nbs/core/cli.ipynb #c055
-def interleaved(
-    fns:dict,       # Name -> function without arguments
-    repeats:int,    # Rounds; each runs every function once
-    sync=lambda: None, # Waits for the device
-)->dict:            # Name -> list of seconds, one for each round
-    "Time several functions in turn, after one round that does not count."
-    out = {k:[] for k in fns}
-    for i in range(repeats+1):
-        for k,f in fns.items():
-            sync()
-            start = time.perf_counter()
-            f()
-            sync()
-            if i: out[k].append(time.perf_counter()-start)
-    return out
-
 def chain_energy(
     module, nets, cfg, # A system, its networks, their settings
     x,                 # (B, ...) where the energy is wanted
@@ -644,40 +628,54 @@ def chain_energy(
     labels = torch.zeros(len(x), dtype=torch.int64, device=x.device) if getattr(cfg, 'n_classes', 0) else None
     return nets.energy.at(module.schedule(cfg, x.device).lam[:1].expand(len(x)), labels)
 
+def row_case(
+    system:str, # Name
+    row:str,    # Its preset; '' takes the first
+    batch:int,  # Chains
+    steps:int,  # Updates in one timed chain
+    device:str,
+):              # A `core.bench.Case`
+    "One row of a system, ready to be timed."
+    import torch
+    from ebmbook.core.bench import Case, vaebm_case
+    module = load_system(system)
+    row,cfg = select(module, preset=row or next(iter(module.PRESETS)))
+    torch.manual_seed(0)
+    nets,x = module.build(cfg).to(device).eval(),random_batch(cfg, batch, device)['x']
+    arms = [o for o in vaebm_case(1/32, 1).arms if x.ndim==4 or not o.endswith('channels last')]
+    return Case(name=f'{system} {row}', net=nets, x=x, steps=steps, arms=tuple(arms),
+                call=lambda nets, x: chain_energy(module, nets, cfg, x)(x), chain=lambda nets: chain_energy(module, nets, cfg, x))
+
 # %% ../../nbs/core/cli.ipynb #c057
 @app.command(cls=Command)
 def bench(
-    system:Annotated[str, typer.Argument(help="name of a system")]='cdrl',
-    row:Annotated[str, typer.Option(help="its preset")]='digits',
-    batch:Annotated[int, typer.Option(min=1, help="chains at once")]=64,
-    steps:Annotated[int, typer.Option(min=1, help="updates in one timed chain")]=20,
-    repeats:Annotated[int, typer.Option(min=1, help="chains timed; the median counts")]=15,
+    system:Annotated[str, typer.Argument(help="time a row of this system instead", show_default=False)]='',
+    row:Annotated[str, typer.Option(help="its preset; empty takes the first")]='',
+    batch:Annotated[int, typer.Option(min=1, help="chains at once, with a system")]=64,
+    steps:Annotated[int, typer.Option(min=1, help="updates in one timed chain, with a system")]=20,
+    only:Annotated[str, typer.Option(metavar='CASES', help="these cases alone, separated by commas; nothing is stored")]='',
+    quick:Annotated[bool, typer.Option('--quick', help="tiny networks, a few seconds; nothing is stored")]=False,
+    minutes:Annotated[float, typer.Option(min=0, help="time for the rounds; preparation, compilation and memory come on top")]=3.4,
+    as_json:Annotated[bool, typer.Option('--json', help="print one JSON line per measurement")]=False,
+    store:Annotated[bool, typer.Option('--store/--no-store', help="replace results/bench.json after a full run")]=True,
     device:Device='',
 ):
     """Time the sampler.
 
-    Langevin updates against forward pass plus input gradient, the least that an update can cost.
+    Langevin updates against the least they can cost, the loop of public scripts, and torchebm; memory against the number of samples.
     """
-    module,device = load_system(system),check_device(device)
-    row,cfg = select(module, preset=row)
-    import torch
-    from ebmbook.mcmc import Rates, frozen, langevin
-    torch.manual_seed(0)
-    nets = module.build(cfg).to(device)
-    x = random_batch(cfg, batch, device)['x']
-    with frozen(nets):
-        energy = chain_energy(module, nets, cfg, x)
-        def floor():
-            for _ in range(steps):
-                o = x.detach().requires_grad_()
-                torch.autograd.grad(energy(o).sum(), o)
-        took = interleaved({'forward + gradient': floor, 'langevin': lambda: langevin(energy, x, Rates(1e-4, 1e-2), steps)}, repeats, lambda: _sync(device))
-    ms = {k:[1e3*o/steps for o in v] for k,v in took.items()}
-    least = statistics.median(ms['forward + gradient'])
-    spread = lambda v: f'{min(v):.3g} .. {max(v):.3g}'
-    typer.echo(f"{system} {row}, {batch} chains x {steps} updates, {repeats} rounds in turn, {device}, {torch.get_num_threads()} threads")
-    typer.echo(table(['', 'ms per update', 'least .. most', 'times the floor'],
-                     [[k, f'{statistics.median(v):.3g}', spread(v), f'{statistics.median(v)/least:.2f}'] for k,v in ms.items()]))
+    from ebmbook.core.bench import SPEED_HEAD, VERDICT_HEAD, bench_path, machine, measure, run, save, speed_rows, verdict_rows
+    device,whole = check_device(device),not (system or only or quick)
+    path = bench_path() if whole and store else None # before the work: outside a clone there is no place for the result
+    if system: result = dict(machine=machine(device), rows=measure(row_case(system, row, batch, steps, device), 60*minutes), memory=[])
+    else: result = run(tuple(o.strip() for o in only.split(',') if o.strip()), quick=quick, minutes=minutes, device=device, tell=lambda o: typer.echo(o, err=True))
+    if as_json: typer.echo('\n'.join(json.dumps(result['machine'] | o) for o in result['rows']+result['memory']))
+    else:
+        typer.echo(', '.join(f'{k} {v}' for k,v in result['machine'].items()))
+        typer.echo('\n'+table(SPEED_HEAD, speed_rows(result)))
+        if result['memory']: typer.echo('\n'+table(['samples', 'chunk', 'MB above one chain'], [[o['samples'], o['chunk'] or 'all', o['mb']] for o in result['memory']]))
+        if not system and not quick: typer.echo('\n'+table(VERDICT_HEAD, verdict_rows(result)))
+    if path: save(result, path)
 
 # %% ../../nbs/core/cli.ipynb #c060
 def main(): # What `ebmbook` and `python -m ebmbook.core.cli` start
