@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
+from ..mcmc import Slice, normal
+
 # %% ../../nbs/core/nets.ipynb #c005
 def snorm(
     layer:nn.Module, # Linear or convolution; a kernel (out, in, kh, kw) counts as the matrix (out, in*kh*kw)
@@ -93,11 +95,10 @@ class Flow(nn.Module):
         n:int,          # How many
         *,
         temp:float=1.,  # Standard deviation of z; 1 draws from the model
-        generator:torch.Generator|None=None, # Source of z; None is the global one
+        generator:torch.Generator|Slice|None=None, # Source of z; None is the global one
     )->Tensor:          # (n, *shape)
         "Draw z and decode it; without gradients, for those decode a z of your own."
-        own = next(self.parameters())
-        return self.decode(temp*torch.randn(n, *self.shape, generator=generator, device=own.device, dtype=own.dtype))
+        return self.decode(temp*normal(next(self.parameters()).new_empty(n, *self.shape), generator))
 
     @torch.no_grad()
     def init(self,
