@@ -141,9 +141,9 @@ def test_the_stored_result_can_be_read():
     assert not result['machine']['quick'] and result['memory'] and B.verdicts(result)
 
 
-# --- timings, loosely; by hand on a quiet machine: python -m pytest -m slow tests/test_bench.py
+# --- timings, loosely; by hand on a quiet machine: python -m pytest -m timing tests/test_bench.py
 
-@pytest.mark.slow
+@pytest.mark.timing
 def test_langevin_is_near_its_floor():
     rows = {o['arm']: o for o in B.measure(B.vaebm_case(1/4, 16, 2), 20.)}
     assert rows['float32']['floor']<1.2 and rows['float32, channels last']['floor']<1.2
@@ -160,4 +160,4 @@ def test_memory_is_flat_beyond_a_chunk():
     "A sample of eight chunks needs no more than one of one chunk; drawn at once it needs several times as much."
     chunked = [o['mb'] for o in B.memory((32, 256), 32)]
     whole = B.memory((256,), 0)[0]['mb']
-    assert chunked[1]<1.15*chunked[0] and whole>4*chunked[0]
+    assert chunked[1]<1.3*chunked[0] and whole>3*chunked[0]
