@@ -211,7 +211,7 @@ class PointNet(nn.Sequential):
         q:Tensor,  # (B, ch, 1, 1) resting half
         ctx=None,  # Points have no context
     )->Tensor:     # (B, ch, 1, 1, 2+3K)
-        return super().forward(q.flatten(1)).view(len(q), q.shape[1], 1, 1, -1)
+        return super().forward(4*(q.flatten(1)/4).tanh()).view(len(q), q.shape[1], 1, 1, -1)
 
 # %% ../../nbs/core/flowpp.ipynb #c033
 class Coupling(nn.Module):
