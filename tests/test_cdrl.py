@@ -3,18 +3,14 @@
 Numbers of checks refer to the list in the chapter's fact sheet; the other checks are test cells of the notebook.
 """
 import json
-import os
-import subprocess
-import sys
-import time
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from torch import nn
 
+from chapters import ROOT, limit, papermill
 from ebmbook import cdrl, mcmc
 from ebmbook.cdrl import PRESETS, schedule
 from ebmbook.core.nets import count, settle_norms
@@ -22,9 +18,6 @@ from ebmbook.core.runs import load_checkpoint, open_run
 from ebmbook.core.train import Context, train
 from ebmbook.data import edge, in_square
 from ebmbook.mcmc import normal, uniform
-
-ROOT = Path(__file__).resolve().parents[1]
-CHAPTER = ROOT/'nbs/05_cdrl.ipynb'
 
 
 # --- networks: parameter counts of the paper's rows
@@ -144,18 +137,6 @@ def test_checkerboard_at_full_width(tmp_path):
 
 # --- the chapter as a user runs it
 
-def limit(seconds): # a busy machine is given more
-    return seconds if os.getloadavg()[0]<=os.cpu_count()+.5 else 10*seconds
-
-def papermill(tmp_path, data, *args, timeout=900):
-    "Run the chapter elsewhere; exit code, all that was said, seconds."
-    nowhere = 'http://127.0.0.1:9'   # the network is off, so that no test depends on what a server sends
-    env,began = os.environ | dict(EBMBOOK_DATA=str(data), TORCH_HOME=str(tmp_path), http_proxy=nowhere, https_proxy=nowhere),time.monotonic()
-    env.pop('MPLBACKEND', None)      # figures go into the notebook
-    line = [sys.executable, '-m', 'papermill', str(CHAPTER), str(tmp_path/'out.ipynb'), '-k', 'python3', '--no-progress-bar', *args]
-    done = subprocess.run(line, env=env, cwd=tmp_path, timeout=timeout, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-    return done.returncode,done.stdout,time.monotonic()-began
-
 def write_imagenet32(root, n=8):
     "Data in the official format: ten batches and one for validation, uint8 rows of 3072, labels 1..1000."
     rng = np.random.default_rng(0)
@@ -165,7 +146,7 @@ def write_imagenet32(root, n=8):
         np.savez(path, data=rng.integers(0, 256, (n, 3072), dtype=np.uint8), labels=rng.integers(1, 1001, n), mean=np.zeros(3072))
 
 def test_missing_data_ends_the_chapter_in_seconds(tmp_path):
-    code,said,seconds = papermill(tmp_path, tmp_path/'nowhere', '-p', 'dataset', 'imagenet32')
+    code,said,seconds = papermill('05_cdrl', tmp_path, tmp_path/'nowhere', '-p', 'dataset', 'imagenet32')
     print(f'{seconds:.1f} s')
     assert code!=0 and 'FileNotFoundError' in said
     for o in ('train_data_batch_1.npz', 'val_data.npz'): assert o in said                # what is missing
@@ -174,13 +155,13 @@ def test_missing_data_ends_the_chapter_in_seconds(tmp_path):
     assert seconds<limit(20)
 
 def test_wrong_names_end_the_chapter_in_seconds(tmp_path):
-    code,said,seconds = papermill(tmp_path, tmp_path, '-p', 'dataset', 'digits', '-p', 'preset', 'digit')
+    code,said,seconds = papermill('05_cdrl', tmp_path, tmp_path, '-p', 'dataset', 'digits', '-p', 'preset', 'digit')
     assert code!=0 and "did you mean 'digits'" in said and seconds<limit(20)
 
 def test_the_chapter_trains_on_a_folder_in_the_official_format(tmp_path):
     write_imagenet32(tmp_path/'data')
     over = 'over: {n_iters: 2, batch: 4, ch: 8, blocks: 1, init_ch: 8, init_blocks: 1, n_steps: 2, save_every: 1, log_every: 1, n_eval: 16}'
-    code,said,seconds = papermill(tmp_path, tmp_path/'data', '-p', 'dataset', 'imagenet32', '-p', 'out', str(tmp_path/'run'), '-y', over)
+    code,said,seconds = papermill('05_cdrl', tmp_path, tmp_path/'data', '-p', 'dataset', 'imagenet32', '-p', 'out', str(tmp_path/'run'), '-y', over)
     print(f'{seconds:.1f} s')
     assert code==0, said[-3000:]
     run = tmp_path/'run'

@@ -5,19 +5,15 @@ of which 2 and 3 come back here in other settings; 10 is here.
 """
 import json
 import math
-import os
 import pickle
-import subprocess
-import sys
-import time
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from torch import nn
 
+from chapters import limit, papermill
 from ebmbook import coopflow as c
 from ebmbook.coopflow import PRESETS
 from ebmbook.core.nets import count
@@ -25,8 +21,6 @@ from ebmbook.core.runs import load_checkpoint, open_run
 from ebmbook.core.train import Context, train
 from ebmbook.data import DATASETS
 
-ROOT = Path(__file__).resolve().parents[1]
-CHAPTER = ROOT/'nbs/04_coopflow.ipynb'
 TINY = replace(PRESETS['digits-pre'], ch=4, flow_width=8, n_mix=2, n_steps=3, batch=8, n_pre=3, n_iters=4, warm=2, lr_warm=1, save_every=2, log_every=1)
 
 def gen(seed=0): return torch.Generator().manual_seed(seed)
@@ -175,18 +169,6 @@ def test_the_pair_is_nearer_to_the_spiral_than_its_flow(tmp_path):
 
 # --- the chapter as a user runs it
 
-def limit(seconds): # a busy machine is given more
-    return seconds if os.getloadavg()[0]<=os.cpu_count()+.5 else 10*seconds
-
-def papermill(tmp_path, data, *args, timeout=900):
-    "Run the chapter elsewhere; exit code, all that was said, seconds."
-    nowhere = 'http://127.0.0.1:9'   # the network is off, so that no test depends on what a server sends
-    env,began = os.environ | dict(EBMBOOK_DATA=str(data), TORCH_HOME=str(tmp_path), http_proxy=nowhere, https_proxy=nowhere),time.monotonic()
-    env.pop('MPLBACKEND', None)      # figures go into the notebook
-    line = [sys.executable, '-m', 'papermill', str(CHAPTER), str(tmp_path/'out.ipynb'), '-k', 'python3', '--no-progress-bar', *args]
-    done = subprocess.run(line, env=env, cwd=tmp_path, timeout=timeout, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-    return done.returncode,done.stdout,time.monotonic()-began
-
 def write_pictures(folder, n=60):
     "Small photographs of nothing, as a user's own folder."
     from PIL import Image
@@ -195,19 +177,19 @@ def write_pictures(folder, n=60):
     for i in range(n): Image.fromarray(rng.integers(0, 256, (32, 32, 3), dtype=np.uint8)).save(folder/f'{i:02d}.png')
 
 def test_missing_data_ends_the_chapter_in_seconds(tmp_path):
-    code,said,seconds = papermill(tmp_path, tmp_path/'nowhere', '-p', 'dataset', 'cifar10', '-p', 'preset', 'cifar10-pre')
+    code,said,seconds = papermill('04_coopflow', tmp_path, tmp_path/'nowhere', '-p', 'dataset', 'cifar10', '-p', 'preset', 'cifar10-pre')
     assert code!=0 and 'FileNotFoundError' in said and 'cifar10' in said
     assert str(tmp_path/'nowhere') in said and 'EBMBOOK_DATA' in said and seconds<limit(20)
 
 def test_wrong_names_end_the_chapter_in_seconds(tmp_path):
-    code,said,seconds = papermill(tmp_path, tmp_path, '-p', 'dataset', 'digits', '-p', 'preset', 'digits-prf')
+    code,said,seconds = papermill('04_coopflow', tmp_path, tmp_path, '-p', 'dataset', 'digits', '-p', 'preset', 'digits-prf')
     assert code!=0 and "did you mean 'digits-pre'" in said and seconds<limit(20)
 
 def test_the_paper_row_says_its_cost_and_trains(tmp_path): # on pictures of one's own; the official files are checked by their sums
     write_pictures(tmp_path/'mine')
     over = ('over: {n_pre: 2, n_iters: 2, warm: 1, batch: 4, ch: 4, flow_steps: [1, 1, 1], deq: [1, 1, 4], flow_blocks: 1, flow_width: 8, n_mix: 2, '
             'n_steps: 2, save_every: 1, log_every: 1, n_eval: 16}')
-    code,said,seconds = papermill(tmp_path, tmp_path, '-p', 'dataset', f"folder:{tmp_path/'mine'}", '-p', 'preset', 'cifar10-pre', '-p', 'out', str(tmp_path/'run'), '-y', over)
+    code,said,seconds = papermill('04_coopflow', tmp_path, tmp_path, '-p', 'dataset', f"folder:{tmp_path/'mine'}", '-p', 'preset', 'cifar10-pre', '-p', 'out', str(tmp_path/'run'), '-y', over)
     assert code==0, said[-3000:]
     told = json.dumps(json.loads((tmp_path/'out.ipynb').read_text())['cells'])
     assert 'stage flow: 2 iterations, about' in told and 'stage coopflow: 2 iterations, about' in told
