@@ -21,6 +21,7 @@ from huggingface_hub import PyTorchModelHubMixin
 from torch import Tensor, nn
 
 from .cdrl_nets import EnergyNet, PointEnergy, PointInit, UNet
+from .core.config import check_words
 from .core.train import Group, Loop, Stage
 from .data import DATASETS, edge, in_square, load, random_flip
 from .mcmc import Rates, frozen, grid_log_z, langevin, normal, ula, uniform
@@ -117,8 +118,7 @@ def check_config(
 
     Raises `ValueError` naming the field.
     """
-    for k,known in _KINDS.items():
-        if getattr(cfg, k) not in known: raise ValueError(f"{k} must be one of {', '.join(known)}, got {getattr(cfg, k)!r}")
+    check_words(cfg, _KINDS)
     for k,t in (('drl-t6', 6), ('drl-t8', 8)):
         if cfg.schedule==k and cfg.n_levels!=t: raise ValueError(f"schedule {k!r} has n_levels={t}, got {cfg.n_levels}")
     if cfg.n_levels<1 or cfg.n_steps<0: raise ValueError(f"n_levels must be at least 1 and n_steps at least 0, got {cfg.n_levels} and {cfg.n_steps}")

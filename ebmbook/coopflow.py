@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from .core.baselines import Generator, PointGenerator, contrast, coopnets_losses, from_noise, short_run_losses
+from .core.config import check_words
 from .core.flowpp import FlowPP, PointFlowPP, gains
 from .core.nets import Flow
 from .core.train import Group, Loop, Stage
@@ -132,8 +133,7 @@ def check_config(
 
     Raises `ValueError` naming the field.
     """
-    for k,known in _KINDS.items():
-        if getattr(cfg, k) not in known: raise ValueError(f"{k} must be one of {', '.join(known)}, got {getattr(cfg, k)!r}")
+    check_words(cfg, _KINDS)
     if cfg.noise in ('decay', 'printed') and cfg.decay<1: raise ValueError(f"noise {cfg.noise!r} needs decay, the steps until it is gone, got {cfg.decay}")
     if cfg.flow_every<1: raise ValueError(f"flow_every must be at least 1, got {cfg.flow_every}")
     if cfg.n_steps<0 or cfg.warm<0 or cfg.n_pre<0: raise ValueError(f"n_steps, warm and n_pre must not be negative, got {cfg.n_steps}, {cfg.warm} and {cfg.n_pre}")
