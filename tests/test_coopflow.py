@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import nn
 
-from chapters import limit, papermill
+from chapters import ROOT, limit, papermill
 from ebmbook import coopflow as c
 from ebmbook.coopflow import PRESETS
 from ebmbook.core.nets import count
@@ -156,6 +156,24 @@ def test_every_claim_names_rows_and_metrics_that_exist():
 
 
 # --- check 10: the spiral
+
+@pytest.fixture(scope='module')
+def spirals(): # what the shipped pairs of Figure 4.3 measure
+    nets = {o: c.Nets.from_pretrained(ROOT/'results/weights'/f'coopflow-spiral-{o}').eval() for o in ('T100', 'long')}
+    return {o: {k: v[0] for k,v in c.evaluate(n, n.cfg, n=4_000).items()} for o,n in nets.items()}
+
+def test_with_long_chains_both_densities_fit(spirals):
+    got = spirals['long']
+    print(got)
+    assert got['truth']-.1<got['loglik_energy']<got['truth']                 # the mean difference is the divergence KL(data || p)
+    assert got['truth']-.15<got['loglik_flow']<got['truth']
+    assert got['near_pair']>.85 and got['distance_pair']<.05
+
+def test_with_short_chains_only_the_pair_fits(spirals):
+    got = spirals['T100']
+    print(got)
+    assert got['loglik_energy']<got['truth']-.3 and got['loglik_flow']<got['truth']-.2
+    assert got['near_pair']>got['near_start']+.1 and got['distance_pair']<got['distance_start']
 
 @pytest.mark.slow
 def test_the_pair_is_nearer_to_the_spiral_than_its_flow(tmp_path):
