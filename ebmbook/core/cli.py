@@ -568,7 +568,8 @@ def seconds_per_iteration(
     for group in groups.values():
         for g in group.optimiser.param_groups: g.setdefault('initial_lr', g['lr'])
     ctx = Context(0, 0., torch.Generator(device).manual_seed(0))
-    bare,most = replace(cfg, vae='') if getattr(cfg, 'vae', '') else cfg,min(most or cfg.batch, cfg.batch)
+    full = stage.batch(cfg)
+    bare,most = replace(cfg, vae='') if getattr(cfg, 'vae', '') else cfg,min(most or full, full)
     def once(n):
         batch = random_batch(cfg, n, device)
         _sync(device)
@@ -601,8 +602,9 @@ def cost(
     typer.echo(table(['network', 'parameters'], [[k, f'{count(o):,}'] for k,o in nets.named_children()] + [['all', f'{count(nets):,}']]))
     for stage in (o for o in module.STAGES if o.n_iters(cfg)):
         took,n = seconds_per_iteration(stage, nets, cfg, device, budget)
-        scale,n_iters = cfg.batch/n,stage.n_iters(cfg)
-        how = f"measured with batch {n}" + (f", scaled by {plain_number(scale)} to batch {cfg.batch}" if scale>1 else '')
+        full,n_iters = stage.batch(cfg),stage.n_iters(cfg)
+        scale = full/n
+        how = f"measured with batch {n}" + (f", scaled by {plain_number(scale)} to batch {full}" if scale>1 else '')
         typer.echo(f"\n{row}, stage {stage.name}, on {device} with {torch.get_num_threads()} threads: {plain_number(took*scale)} s per iteration ({how})")
         typer.echo(f"{n_iters:,} iterations: about {duration(took*scale*n_iters)}; reading data and checkpoints are not in it")
         if getattr(cfg, 'vae', ''): typer.echo("the autoencoder's share is not in it either")

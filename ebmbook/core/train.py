@@ -52,7 +52,7 @@ class Group(NamedTuple):
     "One optimiser with its rules."
     optimiser:torch.optim.Optimizer        # Knows its parameters and base learning rates
     schedule:Callable = lambda step: 1.    # Factor on the learning rate at this step, counted from 0
-    clip:float|None = None                 # Largest norm of the group's gradient
+    clip:float|Callable|None = None        # Largest norm of the group's gradient, or clip(optimiser), a rule that changes the gradients in place
 
 class Stage(NamedTuple):
     "One part of a training: its losses, its optimisers and its length."
@@ -60,6 +60,7 @@ class Stage(NamedTuple):
     losses:Callable      # losses(nets, batch, cfg, ctx), a generator of (group, loss, logs)
     optimisers:Callable  # optimisers(nets, cfg) -> dict of group name to Group
     n_iters:Callable     # n_iters(cfg) -> number of optimiser steps
+    batch:Callable = lambda cfg: cfg.batch # batch(cfg) -> examples in one optimiser step
 
 @dataclass
 class Context:
@@ -166,7 +167,9 @@ def optimiser_step(
         if name not in groups: raise KeyError(f"losses of stage {stage.name!r} yield group {name!r}, but the optimisers are {sorted(groups)}")
         group = groups[name]
         if accelerator.num_processes>1: _average_over_processes(_params(group))
-        norm = nn.utils.clip_grad_norm_(_params(group), group.clip or math.inf)
+        rule = callable(group.clip)
+        norm = nn.utils.clip_grad_norm_(_params(group), math.inf if rule else group.clip or math.inf)
+        if rule: group.clip(group.optimiser)
         for g in group.optimiser.param_groups: g['lr'] = g['initial_lr']*group.schedule(contexts[0].step)
         group.optimiser.step()
         for other in groups.values(): other.optimiser.zero_grad(set_to_none=True)
@@ -296,7 +299,7 @@ def _fit(
     Raises `Diverged` when the watchdog barks, `KeyboardInterrupt` after a signal, with a checkpoint written.
     """
     cfg,acc = job.cfg,job.accelerator
-    sampler = Steps(len(examples), cfg.batch, job.run.seed, job.step, job.n_iters, acc.process_index, acc.num_processes)
+    sampler = Steps(len(examples), job.stage.batch(cfg), job.run.seed, job.step, job.n_iters, acc.process_index, acc.num_processes)
     loader = DataLoader(examples, batch_sampler=sampler, num_workers=cfg.workers, collate_fn=_same, pin_memory=acc.device.type=='cuda',
                         generator=torch.Generator()) # its own: a loader must not disturb the draws of the networks
     bar = tqdm(loader, total=job.n_iters, initial=job.step, desc=job.stage.name, disable=not (progress and acc.is_main_process), mininterval=2)
@@ -348,7 +351,8 @@ def train(
     Raises `Diverged` when a number leaves its bounds, `ValueError` for a batch that does not divide.
     """
     acc = _accelerator(cfg, run.device)
-    if cfg.batch%(acc.num_processes*cfg.micro): raise ValueError(f"batch={cfg.batch} does not divide into {acc.num_processes} processes x micro={cfg.micro}")
+    for o in {stage.batch(cfg) for stage in system.STAGES}:
+        if o%(acc.num_processes*cfg.micro): raise ValueError(f"batch={o} does not divide into {acc.num_processes} processes x micro={cfg.micro}")
     seed_all(run.seed)
     nets,done = system.build(cfg).to(acc.device),0
     saved,examples,seconds = load_checkpoint(run.folder, str(acc.device)),load(cfg.data),0.
