@@ -107,7 +107,7 @@ PRESETS = {
     'spiral-long':  Config(**_LONG, n_steps=2_000),
     'digits-T30':   Config(**_SMALL, n_steps=30, n_iters=3_000),
     'digits-T200':  Config(**_SMALL | dict(delta=.045, delta_test=.055), n_steps=200, n_iters=3_000),
-    'digits-pre':   Config(**_PRE, n_steps=30, n_iters=2_000, n_pre=1_500, warm=200),
+    'digits-pre':   Config(**_PRE, n_steps=30, n_iters=1_200, n_pre=1_500, warm=150),
     # the rows behind the claims, a few minutes each
     'digits-claim':         Config(**_CLAIM, n_steps=10, n_iters=1_200, n_pre=500, warm=100),
     'digits-claim-scratch': Config(**_CLAIM | dict(lr=3e-4, lr_flow=1e-3), n_steps=10, n_iters=1_200),
