@@ -417,16 +417,24 @@ def reconstruct(
     lr:float=.05,          # gamma_0
     decay:float=1.,        # rho
     mask:Tensor|None=None, # (1 or B, 1, H, W) bool, True where pixels are known; None is everywhere
+    safe:bool=False,       # Take a step back, and half as long, wherever it did not lower the error; ours
 )->Found:
     "Explain images by gradient descent on their proposals, label `eq-coopflow-reconstruct`. Source: Zhu 2024, section 4.4.3; step sizes from the released scripts."
-    start,errors = start.detach(),[]
     seen = torch.ones_like(x[:1,:1], dtype=torch.bool) if mask is None else mask
-    for j in range(n_iters):
-        start.requires_grad_()
-        out = make(start)
+    rate,errors,here = x.new_full((len(x), 1, 1, 1), lr),[],None
+    start = start.detach()
+    for j in range(n_iters+safe):
+        out = make(start.requires_grad_())
         grad, = torch.autograd.grad(((x-out)*seen).square().sum(), start)
-        start = (start-lr*decay**j*grad).detach().clamp(-1, 1)
-        errors.append(pixel_error(x, out.detach(), mask))
+        new = start.detach(),grad,pixel_error(x, out.detach(), mask)
+        if safe and here is not None:
+            good = (new[2]<=here[2]).view(-1, 1, 1, 1) # false for NaN
+            new = *(torch.where(good, a, b) for a,b in zip(new[:2], here)),torch.where(good.flatten(), new[2], here[2])
+            rate = torch.where(good, rate, rate/2)
+        here = new
+        errors.append(here[2])
+        start = (here[0]-rate*decay**j*here[1]).clamp(-1, 1)
+    start = here[0] if safe else start
     return Found(start, make(start.requires_grad_()).detach(), errors)
 
 # %% ../nbs/04_coopflow.ipynb #c050
