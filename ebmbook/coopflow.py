@@ -408,6 +408,7 @@ def pixel_error(
     m = mask.expand_as(e)
     return (e*m).flatten(1).sum(1)/m.flatten(1).sum(1)
 
+# %% ../nbs/04_coopflow.ipynb #c050
 def reconstruct(
     make:Callable, # F: proposals (B, ...) -> images (B, ...), differentiable
     start:Tensor,  # (B, C, H, W) first proposals
@@ -437,7 +438,7 @@ def reconstruct(
     start = here[0] if safe else start
     return Found(start, make(start.requires_grad_()).detach(), errors)
 
-# %% ../nbs/04_coopflow.ipynb #c050
+# %% ../nbs/04_coopflow.ipynb #c052
 def explain(
     nets:Nets,   # Trained networks
     x:Tensor,    # (B, C, H, W) images in [-1, 1]
@@ -477,7 +478,7 @@ def interpolate(
         z = torch.stack([za+(zb-za)*t for t in torch.linspace(0, 1, n).tolist()], 1).flatten(0, 1)
         return refine(nets, nets.flow.decode(z).clamp(-1, 1), cfg).clamp(-1, 1).view(len(a), n, *a.shape[1:])
 
-# %% ../nbs/04_coopflow.ipynb #c053
+# %% ../nbs/04_coopflow.ipynb #c055
 def sliced_distance(
     a:Tensor,      # (N, 2) points
     b:Tensor,      # (N, 2) as many
@@ -504,7 +505,7 @@ def _measure_points(nets, cfg, g, n, **how):
         out |= {f'distance_{name}': sliced_distance(x, b), f'near_{name}': (log_density(cfg.data, x)>truth.quantile(.01)).float().mean().item()}
     return {k: (v, n, '') for k,v in out.items()}
 
-# %% ../nbs/04_coopflow.ipynb #c055
+# %% ../nbs/04_coopflow.ipynb #c057
 def _reference(cfg, split): # up to 50,000 images, the released program's number, chosen at random
     examples = load(cfg.data, split=split)
     if len(examples)<=50_000: return examples
