@@ -262,15 +262,16 @@ def refine(
     delta:float|None=None,     # Step; None is the row's in training
     noise:float=0.,            # Share of the noise
     generator=None,            # Source of the noise
-    differentiable:bool=False, # Keep the graph; then nothing is clamped, as in the released scripts
+    differentiable:bool=False, # Keep the graph
+    clamps:bool|None=None,     # Whether the two clamps act; None: unless `differentiable`, as in the released scripts
     on_step:Callable|None=None,# As in `langevin`
 )->Tensor:         # (B, ...)
     "The row's Langevin flow. Source: Zhu 2024, Algorithm 3, line 6."
     if cfg.method=='flow': return start
-    clamps = {} if differentiable else dict(clip=cfg.clip, bound=cfg.bound)
+    limits = dict(clip=cfg.clip, bound=cfg.bound) if (not differentiable if clamps is None else clamps) else {}
     with frozen(nets.energy):
         return walk(nets.energy, start, cfg.n_steps if n_steps is None else n_steps, cfg.delta if delta is None else delta, noise=noise,
-                    generator=generator, differentiable=differentiable, on_step=on_step, **clamps)
+                    generator=generator, differentiable=differentiable, on_step=on_step, **limits)
 
 # %% ../nbs/04_coopflow.ipynb #c031
 def first_look(
@@ -446,11 +447,12 @@ def explain(
     *,
     generator=None,    # Source of the first proposals
     n_steps:int|None=None, # Updates of the chain; None is the row's
+    clamps:bool=False, # Whether the chain keeps the clamps of its training; the released scripts drop them
     **how,             # Arguments of `reconstruct`
 )->Found:
-    "Explain images by a trained row, with the step of training and a chain without clamps."
+    "Explain images by a trained row, with the step of training."
     with frozen(nets):
-        return reconstruct(lambda s: refine(nets, s, cfg, n_steps=n_steps, differentiable=True), propose(nets, x, cfg, generator), x, **how)
+        return reconstruct(lambda s: refine(nets, s, cfg, n_steps=n_steps, differentiable=True, clamps=clamps), propose(nets, x, cfg, generator), x, **how)
 
 def inpaint(
     nets:Nets,    # Trained networks
