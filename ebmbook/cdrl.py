@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from .cdrl_nets import EnergyNet, PointEnergy, PointInit, UNet
 from .core.config import check_words
 from .core.train import Group, Loop, Stage
-from .data import DATASETS, edge, in_square, load, random_flip
+from .data import check_shape, edge, in_square, load, random_flip
 from .mcmc import Rates, frozen, grid_log_z, langevin, normal, ula, uniform
 
 # %% ../nbs/05_cdrl.ipynb #c008
@@ -122,8 +122,7 @@ def check_config(
     for k,t in (('drl-t6', 6), ('drl-t8', 8)):
         if cfg.schedule==k and cfg.n_levels!=t: raise ValueError(f"schedule {k!r} has n_levels={t}, got {cfg.n_levels}")
     if cfg.n_levels<1 or cfg.n_steps<0: raise ValueError(f"n_levels must be at least 1 and n_steps at least 0, got {cfg.n_levels} and {cfg.n_steps}")
-    spec = spec or DATASETS.get(cfg.data)
-    if spec is not None and not cfg.vae and tuple(spec.shape)!=cfg.shape: raise ValueError(f"data set {cfg.data!r} has shape {spec.shape}, but shape={cfg.shape}")
+    if not cfg.vae: check_shape(cfg.data, cfg.shape, spec) # latents have a shape of their own
     return cfg
 
 # %% ../nbs/05_cdrl.ipynb #c018

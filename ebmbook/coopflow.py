@@ -25,9 +25,9 @@ from .core.config import check_words
 from .core.flowpp import FlowPP, PointFlowPP, gains
 from .core.nets import Flow
 from .core.train import Group, Loop, Stage
-from .data import DATASETS, load, log_density, random_flip
-from .foundations import PlaneEnergy
-from .mcmc import Rates, frozen, grid_log_z, langevin, normal
+from .data import DATASETS, check_shape, load, log_density, random_flip
+from .foundations import PlaneEnergy, plane_scores
+from .mcmc import Rates, frozen, in_chunks, langevin, normal
 
 # %% ../nbs/04_coopflow.ipynb #c008
 @dataclass(frozen=True, kw_only=True)
@@ -141,8 +141,7 @@ def check_config(
     if cfg.n_steps<0 or cfg.warm<0 or cfg.n_pre<0: raise ValueError(f"n_steps, warm and n_pre must not be negative, got {cfg.n_steps}, {cfg.warm} and {cfg.n_pre}")
     if len(cfg.shape)==3 and cfg.shape[1]%2**cfg.blocks: raise ValueError(f"blocks={cfg.blocks} halve the image too often for shape={cfg.shape}")
     if len(cfg.shape)==3 and cfg.bound not in (0, 1): raise ValueError(f"images live in [-1, 1]: bound is 1, or 0 for none, got {cfg.bound}")
-    spec = spec or DATASETS.get(cfg.data)
-    if spec is not None and tuple(spec.shape)!=cfg.shape: raise ValueError(f"data set {cfg.data!r} has shape {spec.shape}, but shape={cfg.shape}")
+    check_shape(cfg.data, cfg.shape, spec)
     return cfg
 
 # %% ../nbs/04_coopflow.ipynb #c016
@@ -374,13 +373,8 @@ def sample(
 
     Source: Zhu 2024, eq. 4.6.
     """
-    own,parts = next(nets.parameters()),[]
-    with frozen(nets):
-        for i in range(0, n, chunk):
-            start = propose(nets, own.new_empty(min(chunk, n-i), *cfg.shape), cfg, generator)
-            parts.append(refine(nets, start, cfg, n_steps=n_steps, delta=cfg.delta_test if delta is None else delta,
-                                noise=float(cfg.noise=='on'), generator=generator, on_step=on_step))
-    x = torch.cat(parts)
+    like,how = next(nets.parameters()),dict(n_steps=n_steps, delta=cfg.delta_test if delta is None else delta, noise=float(cfg.noise=='on'), generator=generator, on_step=on_step)
+    with frozen(nets): x = in_chunks(lambda m: refine(nets, propose(nets, like.new_empty(m, *cfg.shape), cfg, generator), cfg, **how), n, chunk)
     return x.clamp(-1, 1) if len(cfg.shape)==3 else x
 
 def energy(
@@ -500,8 +494,7 @@ def _measure_points(nets, cfg, g, n, **how):
     if hasattr(nets, 'flow'):
         with torch.no_grad(), frozen(nets): out['loglik_flow'] = nets.flow.log_prob(a.to(own)).mean().item()
     if hasattr(nets, 'energy'): # the grid covers the whole box of the chains
-        log_z,_ = grid_log_z(lambda o: energy(nets, o), max(cfg.bound, 1.2), 400, like=own)
-        out['loglik_energy'] = (-energy(nets, a.to(own)).mean()-log_z).item()
+        out['loglik_energy'] = plane_scores(lambda o: energy(nets, o), a.to(own), lambda _: truth, max(cfg.bound, 1.2), 400)['loglik']
     for name,k in dict(start=dict(n_steps=0), pair=how).items():
         x = sample(nets, n, cfg, generator=g, **k).cpu()
         out |= {f'distance_{name}': sliced_distance(x, b), f'near_{name}': (log_density(cfg.data, x)>truth.quantile(.01)).float().mean().item()}

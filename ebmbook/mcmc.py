@@ -5,9 +5,10 @@
 # %% auto #0
 __all__ = ['State', 'Rates', 'ula', 'Slice', 'normal', 'uniform', 'frozen', 'langevin', 'double_well', 'ring', 'funnel',
            'variance_after', 'Trace', 'ess', 'rhat', 'leapfrog', 'hmc', 'mala', 'adapt', 'alternate', 'recall',
-           'tempered', 'grid', 'grid_log_z', 'ais', 'log_mean_exp', 'bf16', 'in_chunks']
+           'tempered', 'grid', 'grid_log_z', 'ais', 'log_mean_exp', 'bf16', 'keep_freed', 'in_chunks']
 
 # %% ../nbs/01_mcmc.ipynb #c003
+import ctypes
 import math
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
@@ -172,8 +173,8 @@ def variance_after(
     v0:float,        # Variance of the start
     precision:float, # P > 0 of the Gaussian target
     rates:Rates,     # Drift and noise, numbers
-    n_steps:int,     # K
-)->float:            # Variance of every coordinate after K updates
+    n_steps:float,   # K; math.inf gives the stationary value
+)->float:            # Variance of every coordinate after K updates; infinite if the chain is unstable and never ends
     "Exact variance of a short chain on a Gaussian, label `eq-mcmc-short`. Source: book chapter 1."
     r = (1-rates.drift*precision)**2
     return r**n_steps*v0 + rates.noise**2*(n_steps if r==1 else (1-r**n_steps)/(1-r))
@@ -428,6 +429,14 @@ def bf16(
     def mixed(*x):
         with torch.autocast(x[0].device.type, torch.bfloat16): return energy(*x).float()
     return mixed
+
+def keep_freed()->bool: # Whether the C library does it; False outside Linux
+    "Have the C library of Linux keep freed memory for the next tensor, for the rest of this process. Source: glibc manual, mallopt."
+    try: option = ctypes.CDLL(None).mallopt
+    except (AttributeError, OSError, TypeError): return False # another system
+    return option(_MMAP_MAX, 0)==1 and option(_TRIM_FROM, 2**31-1)==1
+
+_MMAP_MAX,_TRIM_FROM = -4,-1 # as malloc.h has them
 
 def in_chunks(
     draw:Callable,   # draw(m) -> (m, ...)

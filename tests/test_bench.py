@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -161,3 +162,8 @@ def test_memory_is_flat_beyond_a_chunk():
     chunked = [o['mb'] for o in B.memory((32, 256), 32)]
     whole = B.memory((256,), 0)[0]['mb']
     assert chunked[1]<1.3*chunked[0] and whole>3*chunked[0]
+
+def test_a_process_that_ends_is_an_error(capfd): # of a candidate that runs elsewhere
+    with B._as_it_comes(replace(B.points_case(4, 4), key='none'), 'float32')() as f:
+        with pytest.raises(RuntimeError, match='has ended'): f()
+    assert 'KeyError' in capfd.readouterr().err

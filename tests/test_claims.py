@@ -137,3 +137,9 @@ def test_the_books_claims():
     jobs = missing(claims, [], [0])
     for job in jobs: resolve(job)
     assert len({json.dumps([j.system, j.row, j.over], sort_keys=True) for j in jobs})==len(jobs)
+
+def test_the_table_of_the_readme():
+    "The README shows what `ebmbook claims --markdown` prints from the ledger today."
+    text = (ROOT/'README.md').read_text(encoding='utf-8')
+    shown = text.split('<!-- claims: begin -->\n')[1].split('\n<!-- claims: end -->')[0]
+    assert shown==as_markdown(verdicts(read_claims(ROOT/'results'/'claims.yaml'), ledger(ROOT/'results'/'ledger.jsonl')))

@@ -16,7 +16,7 @@ from ebmbook import foundations as f
 from ebmbook.core.claims import read_claims
 from ebmbook.core.runs import open_run
 from ebmbook.core.train import train
-from ebmbook.mcmc import Rates, alternate, frozen, grid_log_z, langevin, mala, ula
+from ebmbook.mcmc import Rates, alternate, frozen, grid_log_z, langevin, mala, ula, variance_after
 
 
 def gen(seed=0): return torch.Generator().manual_seed(seed)
@@ -30,14 +30,14 @@ def within(got, want, errors, n=5): # a statistic agrees with its expectation to
 @pytest.mark.parametrize('prec,delta', [(1., .5), (4., .3), (4., .8), (.25, 1.)])
 def test_stationary_variance(prec, delta):
     n,v = 30_000,1/(prec*(1-delta**2*prec/4))
-    assert f.chain_variance(prec, delta, math.inf, 1.)==pytest.approx(v)
+    assert variance_after(1., prec, ula(delta**2/2), math.inf)==pytest.approx(v)
     x = langevin(lambda x: prec*x[:,0]**2/2, v**.5*torch.randn(n, 1, generator=gen()), ula(delta**2/2), 8, generator=gen(1))
     within(x.var(), v, v*(2/n)**.5)
 
 @pytest.mark.parametrize('prec,stable', [(3.9, True), (4.1, False)])
 def test_stable_only_below_four(prec, stable):
     x = langevin(lambda x: prec*x[:,0]**2/2, torch.ones(10, 1), Rates(.5, 0.), 400) # delta = 1, noise off
-    assert (x.abs().max()<1e-3)==stable and math.isfinite(f.chain_variance(prec, 1., math.inf, 1.))==stable
+    assert (x.abs().max()<1e-3)==stable and math.isfinite(variance_after(1., prec, ula(.5), math.inf))==stable
 
 def test_mala_removes_the_bias():
     n,prec,energy = 4_000,4.,lambda x: 2*x[:,0]**2
@@ -46,7 +46,7 @@ def test_mala_removes_the_bias():
         x,accept = mala(energy, start, delta**2/2, 30, generator=gen(1))
         within(x.var(), 1/prec, 1/prec*(2/n)**.5)
         rates.append(accept.mean().item())
-    assert f.chain_variance(prec, .8, math.inf, 1.)>1.5/prec           # without the test the first would be far off
+    assert variance_after(1., prec, ula(.8**2/2), math.inf)>1.5/prec           # without the test the first would be far off
     assert rates[0]<rates[1]<rates[2] and rates[2]>.998
 
 
@@ -137,7 +137,7 @@ def test_learned_covariance():
             opts[name].param_groups[0]['lr'] *= .994
             opts[name].step()
         # learning matches the chain, so its variance counts and not 1/prec; the two differ by a few per cent
-        v = torch.tensor([f.chain_variance(p, cfg.prior_delta, cfg.prior_steps, 1.) for p in nets.prec.tolist()])
+        v = torch.tensor([variance_after(1., p, ula(cfg.prior_delta**2/2), cfg.prior_steps) for p in nets.prec.tolist()])
         if i>=90: kept.append((nets.w@torch.diag(v)@nets.w.T).detach()+cfg.sigma**2*torch.eye(3))
     got,want = torch.stack(kept).mean(0),x.T.cov()
     assert (got-want).norm()/want.norm()<.1, (got, want)

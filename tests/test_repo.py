@@ -18,7 +18,7 @@ FLOORS = {
     0: 'core.config core.book core.plot mcmc',
     1: 'data core.runs core.nets',
     2: 'core.metrics core.train core.claims core.glow core.flowpp core.restoration',
-    3: 'foundations core.baselines',
+    3: 'foundations core.baselines core.cost',
     4: 'nerf cdrl_nets nvae vaebm_nets selfsup',
     5: 'nerf_lebm coopflow cdrl vaebm ecvae liebm',
     6: 'scoreboard core.bench',

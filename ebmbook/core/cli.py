@@ -7,13 +7,12 @@ __all__ = ['app', 'System', 'Pairs', 'Device', 'Seed', 'Weights', 'join_args', '
            'table', 'systems', 'load_system', 'select', 'check_device', 'datasets', 'main_numbers', 'presets',
            'find_notebook', 'read_parameters', 'typed', 'notebook_out', 'execute', 'run', 'train', 'load_nets',
            'read_labels', 'save_samples', 'sample', 'read_at', 'evaluate', 'resolve', 'claim_run', 'do_job',
-           'run_claims', 'claims', 'random_batch', 'seconds_per_iteration', 'cost', 'duration', 'plain_number',
-           'chain_energy', 'row_case', 'bench', 'main']
+           'run_claims', 'claims', 'cost', 'chain_energy', 'row_case', 'bench', 'main']
 
 # %% ../../nbs/core/cli.ipynb #c002
 import ast, hashlib, importlib, json, os, re, shutil, sys, time
 from contextlib import contextmanager
-from dataclasses import asdict, fields, replace
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Annotated
 
@@ -534,55 +533,6 @@ def claims(
     if failed: raise typer.Exit(1)
 
 # %% ../../nbs/core/cli.ipynb #c048
-def random_batch(
-    cfg,          # Resolved settings
-    n:int,        # How many
-    device:str,   # Where
-)->dict:          # x, and y if the data set has labels
-    "A batch that looks like the data of a row."
-    import torch
-    from ebmbook.data import DATASETS, require
-    spec = DATASETS[cfg.data] if cfg.data in DATASETS else require(cfg.data)
-    x = torch.rand(n, *(cfg.shape if getattr(cfg, 'vae', '') else spec.shape), device=device)*2-1
-    if spec.attributes: return dict(x=x, y=torch.randint(2, (n, len(spec.attributes)), device=device))
-    return dict(x=x, y=torch.randint(spec.n_classes, (n,), device=device)) if spec.n_classes else dict(x=x)
-
-def _sync(device):
-    import torch
-    if device.startswith('cuda'): torch.cuda.synchronize(device)
-    if device=='mps': torch.mps.synchronize()
-
-# %% ../../nbs/core/cli.ipynb #c050
-def seconds_per_iteration(
-    stage,             # One of the system's stages
-    nets,              # Its networks, on the device; their weights change
-    cfg,               # Resolved settings
-    device:str,        # Where
-    budget:float=1.,   # Seconds that one iteration may take
-    most:int|None=None,# Largest batch to try; None is the row's
-)->tuple[float,int]:   # Seconds, and the batch they were measured with
-    "Time one iteration with a batch as near to the row's as the budget allows."
-    import torch
-    from ebmbook.core.train import Context, _accelerator, optimiser_step
-    acc,groups = _accelerator(cfg, device),stage.optimisers(nets, cfg)
-    for group in groups.values():
-        for g in group.optimiser.param_groups: g.setdefault('initial_lr', g['lr'])
-    ctx = Context(0, 0., torch.Generator(device).manual_seed(0))
-    full = stage.batch(cfg)
-    bare,most = replace(cfg, vae='') if getattr(cfg, 'vae', '') else cfg,min(most or full, full)
-    def once(n):
-        batch = random_batch(cfg, n, device)
-        _sync(device)
-        start = time.monotonic()
-        optimiser_step(stage, nets, [batch], bare, [ctx], groups, acc)
-        _sync(device)
-        return time.monotonic()-start
-    n = 1
-    if (took := once(n))>4*budget: return took,n # the first iteration also allocates, but little beside this
-    while (took := min(once(n), once(n)))<budget/2 and n<most: n = min(2*n, most)
-    return took,n
-
-# %% ../../nbs/core/cli.ipynb #c052
 @app.command(cls=Command)
 def cost(
     system:System, p:Pairs=None, device:Device='',
@@ -596,6 +546,7 @@ def cost(
     said = parameters(p, ('dataset', 'preset', 'over'))
     row,cfg = select(module, *(said.get(k, '') for k in ('dataset', 'preset', 'over')))
     import torch
+    from ebmbook.core.cost import duration, plain_number, seconds_per_iteration
     torch.manual_seed(0)
     nets = module.build(cfg).to(device)
     count = lambda net: sum(o.numel() for o in net.parameters())
@@ -609,17 +560,7 @@ def cost(
         typer.echo(f"{n_iters:,} iterations: about {duration(took*scale*n_iters)}; reading data and checkpoints are not in it")
         if getattr(cfg, 'vae', ''): typer.echo("the autoencoder's share is not in it either")
 
-def duration(
-    seconds:float, # >= 0
-)->str:            # With one unit
-    "Seconds in the unit in which a person would say them."
-    for size,unit in ((86_400, 'days'), (3_600, 'hours'), (60, 'minutes')):
-        if seconds>=2*size: return f'{plain_number(seconds/size)} {unit}'
-    return f'{plain_number(seconds)} s'
-
-def plain_number(v:float)->str: return f'{v:,.0f}' if v>=100 else f'{v:.3g}' # no exponent for large numbers
-
-# %% ../../nbs/core/cli.ipynb #c055
+# %% ../../nbs/core/cli.ipynb #c051
 def chain_energy(
     module, nets, cfg, # A system, its networks, their settings
     x,                 # (B, ...) where the energy is wanted
@@ -640,6 +581,7 @@ def row_case(
     "One row of a system, ready to be timed."
     import torch
     from ebmbook.core.bench import Case, vaebm_case
+    from ebmbook.core.cost import random_batch
     module = load_system(system)
     row,cfg = select(module, preset=row or next(iter(module.PRESETS)))
     torch.manual_seed(0)
@@ -648,7 +590,7 @@ def row_case(
     return Case(name=f'{system} {row}', net=nets, x=x, steps=steps, arms=tuple(arms),
                 call=lambda nets, x: chain_energy(module, nets, cfg, x)(x), chain=lambda nets: chain_energy(module, nets, cfg, x))
 
-# %% ../../nbs/core/cli.ipynb #c057
+# %% ../../nbs/core/cli.ipynb #c053
 @app.command(cls=Command)
 def bench(
     system:Annotated[str, typer.Argument(help="time a row of this system instead", show_default=False)]='',
@@ -657,7 +599,7 @@ def bench(
     steps:Annotated[int, typer.Option(min=1, help="updates in one timed chain, with a system")]=20,
     only:Annotated[str, typer.Option(metavar='CASES', help="these cases alone, separated by commas; nothing is stored")]='',
     quick:Annotated[bool, typer.Option('--quick', help="tiny networks, a few seconds; nothing is stored")]=False,
-    minutes:Annotated[float, typer.Option(min=0, help="time for the rounds; preparation, compilation and memory come on top")]=3.4,
+    minutes:Annotated[float, typer.Option(min=0, help="time for the rounds; preparation, compilation and memory come on top")]=5.5,
     as_json:Annotated[bool, typer.Option('--json', help="print one JSON line per measurement")]=False,
     store:Annotated[bool, typer.Option('--store/--no-store', help="replace results/bench.json after a full run")]=True,
     device:Device='',
@@ -679,7 +621,7 @@ def bench(
         if not system and not quick: typer.echo('\n'+table(VERDICT_HEAD, verdict_rows(result)))
     if path: save(result, path)
 
-# %% ../../nbs/core/cli.ipynb #c060
+# %% ../../nbs/core/cli.ipynb #c056
 def main(): # What `ebmbook` and `python -m ebmbook.core.cli` start
     "Run the command line."
     app(prog_name='ebmbook')

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['log_odds', 'from_log_odds', 'checker', 'unchecker', 'squeeze', 'unsqueeze', 'wn', 'gains', 'GatedConv',
-           'GatedAttention', 'Gain', 'ImageNet', 'PointNet', 'Coupling', 'ActNorm', 'Mix', 'Step', 'PointFlowPP',
-           'Dequantiser', 'ImageBody', 'to_line', 'from_line', 'FlowPP']
+           'GatedAttention', 'Gain', 'ImageNet', 'PointNet', 'Coupling', 'Mix', 'Step', 'PointFlowPP', 'Dequantiser',
+           'ImageBody', 'to_line', 'from_line', 'FlowPP']
 
 # %% ../../nbs/core/flowpp.ipynb #c002
 import math
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 from torch.utils.checkpoint import checkpoint
 
-from .nets import Flow, log_normal, sinusoid
+from .nets import ActNorm, Flow, log_normal, sinusoid
 from ..mcmc import normal
 
 # %% ../../nbs/core/flowpp.ipynb #c006
@@ -249,27 +249,6 @@ class Coupling(nn.Module):
         return from_log_odds(y*(-a).exp() - b, *mix)
 
 # %% ../../nbs/core/flowpp.ipynb #c037
-class ActNorm(nn.Module):
-    "Shift and scale each channel; set from the first batch that `Flow.init` shows, learned afterwards."
-    def __init__(self,
-        ch:int, # Channels
-    ):
-        super().__init__()
-        self.mean,self.inv_std = nn.Parameter(torch.zeros(ch, 1, 1)), nn.Parameter(torch.ones(ch, 1, 1))
-        self.register_buffer('ready', torch.tensor(False))
-        self.watching = False
-
-    def forward(self,
-        x:Tensor, # (B, ch, H, W)
-    )->tuple:     # Like x, and log-determinant (), the same for all examples
-        if self.watching and not self.ready:
-            std,mean = torch.std_mean(x, (0, 2, 3), correction=0, keepdim=True)
-            self.mean.data.copy_(mean[0]), self.inv_std.data.copy_(1/std[0].clamp(min=1e-6))
-            self.ready.fill_(True)
-        return (x-self.mean)*self.inv_std, self.inv_std.abs().log().sum()*x[0,0].numel()
-
-    def inverse(self, y): return y/self.inv_std + self.mean
-
 class Mix(nn.Module):
     "Multiply the channels of every pixel by one matrix, at first nearly the identity."
     def __init__(self,

@@ -301,6 +301,7 @@ def _register(name, look, net=None): # look(batch, net) -> features, logits; `na
     from torch_fidelity.registry import FEATURE_EXTRACTORS_REGISTRY as known
     from torch_fidelity import FeatureExtractorBase, register_feature_extractor
     class Own(FeatureExtractorBase):
+        "A network of ours as torch-fidelity wants it."
         def __init__(self, name, features_list, **kwargs):
             super().__init__(name, features_list)
             self.net = copy.deepcopy(net) # torch-fidelity moves it to its device
