@@ -61,7 +61,7 @@ class Config(Switches):
     flows:int = 1             # NVAE: pairs of flow steps in each posterior
     std:float|str = .3        # Points: spread of the decoder, > 0; 'one' learns it
     lr_vae:float = 1e-2       # Adamax step size
-    lr_last:float = 1e-4      # Where its cosine ends
+    lr_last:float = 1e-2      # Where its cosine ends, as a part of lr_vae
     warm_vae:int = 0          # Steps over which it rises
     spectral_vae:float = .1   # Weight of spectral and batch norms
     spectral_start:float = 0. # Its weight at the start; 0 is the same
@@ -112,7 +112,7 @@ PRESETS = {
     'celeba64':           _paper('celeba64', **_SIXTY, n_vae=50, eta=5e-6, lr=5e-5),
     'lsun_church64':      _paper('lsun_church64', **_SIXTY | _BUFFER, n_vae=60, eta=4e-6),
     'celebahq256':        _paper('celebahq256', **_BUFFER | dict(buffer=8_000, p_rise=3_000), ch=32, groups=(4,)*5, flows=2, batch=16, batch_vae=64, n_vae=200, warm_vae=5,
-                                 lr_vae=6e-3, spectral_vae=.01, spectral_start=10., bits=5, n_iters=9_000, n_steps=6, n_steps_test=24, eta=3e-6, negative='mean'),
+                                 lr_vae=6e-3, lr_last=1/60, spectral_vae=.01, spectral_start=10., bits=5, n_iters=9_000, n_steps=6, n_steps_test=24, eta=3e-6, negative='mean'),
 }
 DEFAULT_ROW = {o: o for o in PRESETS if o in DATASETS}
 
@@ -132,6 +132,7 @@ def check_config(
     if not 0<=cfg.p_max<=1: raise ValueError(f"p_max is a probability, got {cfg.p_max}")
     if cfg.p_max and cfg.buffer<cfg.batch: raise ValueError(f"a buffer of {cfg.buffer} rows cannot start {cfg.batch} chains")
     if cfg.potential=='official' and (cfg.space=='xz' or len(cfg.shape)==1): raise ValueError("the official potential belongs to space 'eps' and to images")
+    if cfg.potential=='official' and cfg.n_jumps: raise ValueError("jumps are accepted by the rule of equation 9: they do not belong to the official potential")
     if cfg.space=='xz' and (cfg.n_jumps or cfg.sampler!='langevin'): raise ValueError("jumps and the sampler 'mala' belong to space 'eps'")
     if cfg.space=='xz' and cfg.p_max: raise ValueError("the buffer holds noise: with space 'xz' p_max must be 0")
     check_shape(cfg.data, cfg.shape, spec)
@@ -257,15 +258,14 @@ def chains(
     n_steps:int,    # K updates; 0 returns the start's sample
     generator=None, # Source of the noise
     on_step:Callable|None=None, # As in `langevin`
-)->tuple:           # End: x (B, ...), and the noise it has (None where the chain ran elsewhere)
+)->tuple:           # End: x (B, ...) and None, or None and the noise that `render` makes x of
     "Run Langevin chains on the row's target. Source: Xiao et al. 2021, eq. 9 and appendix B."
     rates,how = ula(cfg.eta/2),dict(generator=generator, on_step=on_step)
     with frozen(nets):
         if cfg.method=='vaebm' and cfg.space=='eps':
             if cfg.n_jumps: eps,_ = jumps(nets, eps, cfg.n_jumps, generator)
             U = potential(nets, cfg.potential)
-            eps = mala(U, eps, cfg.eta/2, n_steps, **how)[0] if cfg.sampler=='mala' else langevin(U, eps, rates, n_steps, **how)
-            with torch.no_grad(): return render(nets.vae, eps), eps
+            return None, mala(U, eps, cfg.eta/2, n_steps, **how)[0] if cfg.sampler=='mala' else langevin(U, eps, rates, n_steps, **how)
         with torch.no_grad(): state = unroll(nets.vae, eps)
         if cfg.method=='vaebm': return langevin(joint_energy(nets), state, rates, n_steps, **how)[0], None
         return langevin(nets.energy, state[0], rates, n_steps, **how), None # 'ebm-vae': the energy alone, in x
@@ -319,8 +319,7 @@ def negatives(
     x,end = chains(nets, eps, cfg, cfg.n_steps, ctx.generator)
     if end is None: return x
     keep(end)
-    if cfg.negative=='sample': return x
-    with torch.no_grad(), frozen(nets.vae): return nets.vae.decode(end[1:])[0]
+    with torch.no_grad(), frozen(nets.vae): return render(nets.vae, end) if cfg.negative=='sample' else nets.vae.decode(end[1:])[0]
 
 def slope_penalty(
     energy:Callable, # E(x) -> (B,)

@@ -40,6 +40,7 @@ def test_rows_of_the_paper(row):
     assert (cfg.n_iters, cfg.n_steps, cfg.eta, cfg.n_steps_test, cfg.lr, cfg.batch)==(n, K, eta, K_test, lr, batch)
     assert (cfg.p_max>0)==(row in ('cifar10-persistent', 'lsun_church64', 'celebahq256')) and (cfg.negative=='mean')==(cfg.data!='cifar10')
     assert (cfg.potential, cfg.method, cfg.penalty, cfg.n_jumps, cfg.spectral, cfg.weight_decay)==('paper', 'vaebm', 0., 0, .2, 3e-5)
+    assert cfg.lr_vae*cfg.lr_last==pytest.approx(1e-4)                        # where the rate of the autoencoder ends, on every data set
     with torch.device('meta'): nets = v.build(cfg)
     assert round(count(nets.energy)/1e6, 3)==energy and round(count(nets.vae)/1e6, 1)==vae
 
