@@ -347,7 +347,7 @@ def losses(
 ):               # Yields ('energy', loss, logs), then ('init', loss, logs)
     "One iteration of cooperative recovery likelihood. Source: Zhu 2024, Algorithm 4, label `eq-cdrl-losses`."
     s,g = schedule(cfg, batch['x'].device),ctx.generator
-    x0 = encode(random_flip(batch['x'], g) if cfg.flip else batch['x'], cfg)
+    x0 = encode(random_flip(batch['x'], uniform(len(batch['x']), batch['x'], g)) if cfg.flip else batch['x'], cfg)
     c = labels_for(batch.get('y'), cfg, x0, g)
     t = (uniform(len(x0), x0, g)*cfg.n_levels).long()
     x_next,y = noisy_pair(x0, t, s, cfg.shared_noise, g)
@@ -386,7 +386,7 @@ def optimisers(
 def pretrain_losses(nets, batch, cfg, ctx): # Yields ('init', loss, logs)
     "The initialiser alone learns the mean of y_t given x_{t+1} from Markov pairs of data. Ours: not in the paper, and off in its rows."
     s,g = schedule(cfg, batch['x'].device),ctx.generator
-    x0 = encode(random_flip(batch['x'], g) if cfg.flip else batch['x'], cfg)
+    x0 = encode(random_flip(batch['x'], uniform(len(batch['x']), batch['x'], g)) if cfg.flip else batch['x'], cfg)
     c = labels_for(batch.get('y'), cfg, x0, g) if cfg.init_cond else None
     t = (uniform(len(x0), x0, g)*cfg.n_levels).long()
     x_next,y = noisy_pair(x0, t, s, False, g)

@@ -27,7 +27,7 @@ from .core.nets import Flow
 from .core.train import Group, Loop, Stage
 from .data import DATASETS, check_shape, load, log_density, random_flip
 from .foundations import PlaneEnergy, plane_scores
-from .mcmc import Rates, frozen, in_chunks, langevin, normal
+from .mcmc import Rates, frozen, in_chunks, langevin, normal, uniform
 
 # %% ../nbs/04_coopflow.ipynb #c008
 @dataclass(frozen=True, kw_only=True)
@@ -302,7 +302,7 @@ def losses(
 ):               # Yields ('flow', loss, logs) unless the flow rests, then ('energy', loss, logs); a rival yields its own
     "One iteration of CoopFlow or of a rival, label `eq-coopflow-losses`. Source: Zhu 2024, Algorithm 3."
     g,noise = ctx.generator,noise_share(cfg, ctx.step)
-    x = random_flip(batch['x'], g) if cfg.flip else batch['x']
+    x = random_flip(batch['x'], uniform(len(batch['x']), batch['x'], g)) if cfg.flip else batch['x']
     def chain(start): return refine(nets, start, cfg, noise=noise, generator=g)
     if cfg.method=='shortrun': yield from short_run_losses(nets.energy, x, chain, blur=cfg.blur, generator=g)
     elif cfg.method=='coopnets':
@@ -321,7 +321,7 @@ def losses(
 
 def flow_losses(nets, batch, cfg, ctx): # Yields ('flow', loss, logs)
     "The flow alone learns from data. Source: Zhu 2024, section 4.5.2, setting Pre, and the first arm of Table 4.7."
-    x = random_flip(batch['x'], ctx.generator) if cfg.flip else batch['x']
+    x = random_flip(batch['x'], uniform(len(batch['x']), batch['x'], ctx.generator)) if cfg.flip else batch['x']
     if ctx.step==0: first_look(nets.flow, x, cfg)
     nets.flow.train()
     yield 'flow', -nets.flow.log_prob(x, generator=ctx.generator).mean(), {}

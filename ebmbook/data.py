@@ -498,12 +498,10 @@ def download(
 # %% ../nbs/00_data.ipynb #c062
 def random_flip(
     x:Tensor, # (B, C, H, W) images
-    generator:torch.Generator|None=None, # May live on another device than `x`
-)->Tensor:    # Same shape; each image mirrored left to right with probability one half
+    u:Tensor, # (B,) uniform in [0, 1), for example from `ebmbook.mcmc.uniform`, which knows parts of a batch
+)->Tensor:    # Same shape; images with u < 1/2 mirrored left to right
     "Mirror each image with probability one half."
-    device = generator.device if generator is not None else x.device
-    yes = torch.rand(len(x), generator=generator, device=device).to(x.device) < .5
-    return torch.where(yes.view(-1, 1, 1, 1), x.flip(-1), x)
+    return torch.where((u<.5).view(-1, 1, 1, 1), x.flip(-1), x)
 
 def ood(
     kind:str,  # constant, interpolation or noise

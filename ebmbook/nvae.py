@@ -27,8 +27,9 @@ def bounded(
     s:Tensor,  # Like mu, raw log standard deviation
 )->tuple[Tensor,Tensor]: # Mean in (-5, 5) and standard deviation in (0.0167, 148.4), at least float32
     "Mean and standard deviation of a bounded normal, label `eq-nvae-bounded`. Source: released code of Vahdat and Kautz 2020."
-    mu,s = (5*torch.tanh(_full(o)/5) for o in (mu, s))
-    return mu, s.exp()+.01
+    return _soft(mu), _soft(s).exp()+.01
+
+def _soft(u): return 5*torch.tanh(_full(u)/5)
 
 def _full(x): return x.to(torch.promote_types(x.dtype, torch.float32)) # heads, densities and their sums are never in half precision
 
@@ -311,8 +312,11 @@ class Decoder(nn.Module):
         latent:int,       # Channels of a group
         cells:int,        # Cells before each group but the first
         halvings:int,     # Doublings after the last group
+        std:float|str='each', # Spread at the pixels: a number stays fixed, 'each' learns one for each pixel
     ):
         super().__init__()
+        if std!='each' and not (isinstance(std, (int, float)) and std>0): raise ValueError(f"std must be a number above 0 or 'each', got {std!r}")
+        self.std = std
         times = halvings+len(per_scale)-1
         if size%2**times or size<2**times: raise ValueError(f"size {size} cannot be halved {times} times")
         w,side = ch<<times, size>>times
@@ -325,7 +329,7 @@ class Decoder(nn.Module):
                 self.shapes.append((latent, side, side))
         post = []
         for _ in range(halvings): post += [DecoderCell(w, w//2, 3), DecoderCell(w//2, w//2, 3)]; w //= 2
-        self.leave = nn.Sequential(*post, nn.ELU(), _conv(w, 2*in_ch, 3))
+        self.leave = nn.Sequential(*post, nn.ELU(), _conv(w, in_ch*(1+(std=='each')), 3))
 
     def forward(self,
         n:int,          # Examples
@@ -336,13 +340,15 @@ class Decoder(nn.Module):
             h = group.cells(h)
             mu,s = group.prior(h, h.new_zeros(n, *self.shapes[0]))
             h = group.join(torch.cat((h, pick(l, h, mu, s).to(h.dtype)), 1))
-        return bounded(*self.leave(h).chunk(2, 1))
+        if self.std=='each': return bounded(*self.leave(h).chunk(2, 1))
+        mu = _soft(self.leave(h))
+        return mu, torch.full_like(mu, self.std)
 
 # %% ../nbs/06a_nvae.ipynb #c032
 class NVAE(VAE):
     """Deep hierarchical autoencoder of images.
 
-    Raises `ValueError` if the image cannot be halved often enough.
+    Raises `ValueError` if the image cannot be halved often enough, or for a spread that is no such thing.
     Source: Vahdat and Kautz 2020, with the Gaussian decoder of Xiao et al. 2021, completed from the released code.
     """
     def __init__(self,
@@ -354,10 +360,11 @@ class NVAE(VAE):
         cells:int=2,          # Cells for each group, in the encoder and in the decoder
         flows:int=1,          # Pairs of shifts in each posterior; 0 has the divergence in closed form
         halvings:int=1,       # Halvings between the image and the finest group
+        std:float|str='each', # Spread at the pixels: 'each' learns one for each pixel, a number > 0 stays fixed (ours)
     ):
         super().__init__()
         self.shape,self.per_scale = (in_ch, size, size), tuple(per_scale)
-        self.decoder = Decoder(size, in_ch, ch, self.per_scale, latent, cells, halvings)
+        self.decoder = Decoder(size, in_ch, ch, self.per_scale, latent, cells, halvings, std)
         self.encoder = Encoder(in_ch, ch, self.per_scale, latent, cells, flows, halvings)
 
     shapes = property(lambda self: self.decoder.shapes)
@@ -374,9 +381,9 @@ ROWS = { # arguments of NVAE
     'celeba64':       dict(size=64, ch=48, per_scale=(5, 5, 5)),
     'lsun_church64':  dict(size=64, ch=48, per_scale=(5, 5, 5)),
     'celebahq256':    dict(size=256, ch=32, per_scale=(4, 4, 4, 4, 4), flows=2),
-    'digits':         dict(size=8, in_ch=1, ch=8, per_scale=(2, 2), latent=4, cells=1, flows=0),
-    'stacked_digits': dict(size=8, in_ch=3, ch=16, per_scale=(2, 2), latent=8, cells=1, flows=0),
-    'stacked_mnist':  dict(size=28, in_ch=3, ch=32, per_scale=(4, 4), latent=20, flows=1),
+    'digits':         dict(size=8, in_ch=1, ch=8, per_scale=(2,), latent=4, cells=1, flows=0, std=.2),
+    'stacked_digits': dict(size=8, in_ch=3, ch=32, per_scale=(2,), latent=16, cells=1, flows=0, std=.2),
+    'stacked_mnist':  dict(size=28, in_ch=3, ch=32, per_scale=(4, 4), latent=20, flows=1, std=.2),
 }
 
 def nvae(
