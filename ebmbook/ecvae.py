@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PRESETS', 'DEFAULT_ROW', 'STAGES', 'Switches', 'Config', 'check_config', 'Nets', 'build', 'spread', 'calibrate',
            'noise_floor', 'margin', 'climb', 'apart', 'bound', 'refine_latents', 'model_loss', 'losses', 'optimisers',
-           'sample', 'energy', 'restore', 'evaluate']
+           'collect_norms', 'sample', 'energy', 'restore', 'evaluate']
 
 # %% ../nbs/07_ecvae.ipynb #c005
 import math
@@ -24,8 +24,8 @@ from .core.glow import Glow, PointGlow
 from .core.nets import log_normal, settle_norms
 from .core.restoration import Operator, project
 from .core.train import Group, Loop, Stage
-from .data import DATASETS, check_shape, load, random_flip
-from .ecvae_nets import ROWS, networks
+from .data import DATASETS, STD25, check_shape, load, random_flip
+from .ecvae_nets import PRIOR_BLOCKS, ROWS, networks
 from .mcmc import Slice, frozen, in_chunks, langevin, normal, ula, uniform
 
 # %% ../nbs/07_ecvae.ipynb #c008
@@ -69,6 +69,7 @@ class Config(Switches):
     z_eta:float = 1e-3       # Their step
     z_pull:float = .05       # As `pull`
     z_lam:float = 1.         # Multiplier of the encoder at the start
+    z_lr_dual:float = 1e-2   # Step of its ascent
     flow_levels:int = 3      # EC-Flow: scales of Glow
     flow_depth:int = 32      # Its steps at each scale
     flow_width:int = 512     # Its hidden channels
@@ -79,7 +80,7 @@ class Config(Switches):
 # %% ../nbs/07_ecvae.ipynb #c010
 _POINTS = dict(data='gaussians25', shape=(2,), net='gaussians25', batch=256, ema=.99, tau=1e-3, eta=1e-3, kl=.005, lam0=1., lr_dual=1e-2, lr_vae=1e-3, lr=1e-3,
                n_steps=10, log_every=50, save_every=500, bound=False)
-_SMALL = dict(data='digits', shape=(1, 8, 8), net='digits', batch=64, ema=.99, n_steps=8, eta=1e-5, tau=1e-4, lr_vae=1e-3, lr=1e-3, lr_dual=100., log_every=20, save_every=250,
+_SMALL = dict(data='digits', shape=(1, 8, 8), net='digits', batch=64, ema=.99, n_steps=8, eta=1e-5, tau=1e-4, lr_vae=1e-3, lr=1e-3, lr_dual=100., z_lam=10., log_every=20, save_every=250,
               flow_levels=2, flow_depth=4, flow_width=32, levels=17)
 def _paper(data, **more): return Config(data=data, shape=DATASETS[data].shape, net=data, **dict(batch=128, n_iters=200_000, flip=True) | more) # n_iters and batch beyond STL-10: ours
 
@@ -88,7 +89,8 @@ PRESETS = {
     'gaussians25':   Config(**_POINTS, n_iters=4_000),
     'digits':        Config(**_SMALL, n_iters=3_000),
     'digits-claim':  Config(**_SMALL, n_iters=800),
-    'digits-flow':   Config(**_SMALL, method='ecflow', n_iters=1_000),
+    'digits-flow':   Config(**_SMALL | dict(kl=1., lam0=3., lam_max=10., lr_dual=1.), method='ecflow', n_iters=800),
+    'shapes':        Config(**_SMALL | dict(data='shapes', shape=(3, 16, 16), net='shapes', lr_dual=10., levels=256), n_iters=1_200),
     # full-size digits, ours
     'mnist':         Config(**_SMALL | dict(data='mnist', shape=(1, 28, 28), net='mnist', levels=256, eta=1e-6, tau=1e-5, lr_vae=2e-4, lr=1e-4, lr_dual=1e-2, n_steps=15), n_iters=50_000),
     # the paper's rows
@@ -98,7 +100,7 @@ PRESETS = {
     'imagenet32':    _paper('imagenet32'),
     'lsun_church64': _paper('lsun_church64', ema=.999),
     'celeba64':      _paper('celeba64'),
-    'celebahq256':   _paper('celebahq256', batch=16, prior='flow'),
+    'celebahq256':   _paper('celebahq256', batch=16, prior='flow', z_eta=1e-4),
 }
 DEFAULT_ROW = {o: o for o in PRESETS if o in DATASETS}
 
@@ -136,7 +138,7 @@ class Nets(nn.Module, PyTorchModelHubMixin):
     ):
         super().__init__()
         self.cfg = check_config(cfg)
-        enc,dec,net,prior = networks(**ROWS[cfg.net] | dict(flow=8 if cfg.prior=='flow' else 0) | (dict(norm=cfg.norm) if cfg.norm else {}))
+        enc,dec,net,prior = networks(**ROWS[cfg.net] | dict(flow=PRIOR_BLOCKS if cfg.prior=='flow' else 0) | (dict(norm=cfg.norm) if cfg.norm else {}))
         if cfg.method in ('ecflow', 'flow'): self.flow = PointGlow() if len(cfg.shape)==1 else Glow(cfg.shape, n_levels=cfg.flow_levels, depth=cfg.flow_depth, width=cfg.flow_width, levels=cfg.levels)
         elif cfg.method!='ebm': self.encoder,self.decoder = enc,dec
         if prior and hasattr(self, 'encoder'): self.prior = prior
@@ -173,7 +175,7 @@ def spread(
 def calibrate(
     energy:Callable, # f(x) -> (B,); the energy is f/tau
     x:Tensor,        # (B, ...) samples; left unmodified
-    cfg,             # Uses eta, tau, tether, pull, n_steps
+    cfg,             # Uses method, eta, tau, tether, pull, n_steps
     n_steps:int,     # K updates; the tether keeps the width of training
     generator=None,  # Source of the noise
     on_step:Callable|None=None, # As in `langevin`
@@ -275,14 +277,14 @@ def model_loss(
     "Everything that encoder and decoder, or a flow, learn from; label `eq-ecvae-saddle`."
     if hasattr(nets, 'flow'):
         nll,z = -nets.flow.log_prob(x, generator=ctx.generator).mean(),None
-        loss,logs = nll*cfg.kl,dict(nll=nll.detach())
+        loss,logs = nll*cfg.kl,dict(nll=nll.detach()) # on the same scale as the autoencoder's bound; ours
     else:
         near,div,z,mu,log_var = bound(nets, x, cfg, ctx.generator)
         loss,logs = (near+cfg.kl*div).mean(),dict(recon=near.detach().mean(), divergence=div.detach().mean())
         if cfg.posterior:
             far = (z-refine_latents(nets, x, z, cfg, generator=ctx.generator)).square().sum(1).mean()
             loss,logs['z_distance'] = loss+lam[1]*far,far.detach()
-    if cfg.method=='wgan':
+    if cfg.method=='wgan': # that lam0 weighs the critic is ours
         with frozen(nets.energy): loss = loss+cfg.lam0*nets.energy(made).mean()
     if target is not None:
         far = apart(made, target, cfg).mean()
@@ -298,39 +300,41 @@ def losses(
 ):               # Yields ('model', loss, logs), ('prior', ...) where it is learned, ('energy', ...)
     "One iteration, label `eq-ecvae-saddle`. Source: Luo et al. 2024, section 3; the released program."
     x = random_flip(batch['x'], uniform(len(batch['x']), batch['x'], ctx.generator)) if cfg.flip else batch['x']
+    nets.train()
     if cfg.method=='ebm':
         yield 'energy', *contrast(nets.energy, x, _mend(nets, from_noise(x, ctx.generator), cfg, ctx.generator))
         return
     lam = ctx.state.setdefault('lam', _multipliers(cfg, x))
-    nets.train()
-    pulled,inside = cfg.method in ('ecvae', 'ecflow'),(lambda o: o.clamp(-1, 1)) if cfg.bound else lambda o: o
-    u = nets.draw(len(x), ctx.generator).detach() if cfg.method not in ('vae', 'flow') else None
+    pulled = cfg.method in ('ecvae', 'ecflow')
+    with torch.no_grad(): u = nets.draw(len(x), ctx.generator) if cfg.method not in ('vae', 'flow') else None
     made = nets.decode(u) if pulled or cfg.method=='wgan' else None
     target = _mend(nets, made, cfg, ctx.generator) if pulled else None
-    loss,logs,z = model_loss(nets, x, made, inside(target) if pulled else None, lam, cfg, ctx)
-    if pulled: logs['distance'] = (made.detach()-target).flatten(1).square().sum(1).mean() # before the clamp: the margin counts noise
+    loss,logs,z = model_loss(nets, x, made, _inside(target, cfg) if pulled else None, lam, cfg, ctx)
+    if pulled: logs |= dict(distance=(far := (made.detach()-target).flatten(1).square().sum(1).mean()), drift=far-margin(cfg)/(1+cfg.slack)) # before the clamp: the margin counts noise
     yield 'model', loss, logs | dict(lam=lam[0].clone())
     if cfg.dual:
-        if pulled: _ascend(lam, 0, logs['distance'], margin(cfg), cfg, ctx.generator)
-        if cfg.posterior: _ascend(lam, 1, logs['z_distance'], (1+cfg.slack)*noise_floor(cfg.z_steps, cfg.z_eta, z.shape[1], cfg.z_pull), cfg, ctx.generator)
+        if pulled: _ascend(lam, 0, logs['distance'], margin(cfg), cfg.lr_dual, cfg, ctx.generator)
+        if cfg.posterior: _ascend(lam, 1, logs['z_distance'], (1+cfg.slack)*noise_floor(cfg.z_steps, cfg.z_eta, z.shape[1], cfg.z_pull), cfg.z_lr_dual, cfg, ctx.generator)
     if hasattr(nets, 'prior'): yield 'prior', -nets.prior.log_prob(z).mean(), {}
     if u is None: return
     if not (pulled and cfg.reuse): # the same latent numbers, the decoder as it is now
         with torch.no_grad(): made = nets.decode(u)
         target = made if cfg.method=='wgan' else _mend(nets, made, cfg, ctx.generator)
-    loss,logs = contrast(nets.energy, x, inside(target))
+    loss,logs = contrast(nets.energy, x, _inside(target, cfg))
     yield 'energy', loss, logs | dict(moved=(target-made.detach()).flatten(1).square().sum(1).mean())
+
+def _inside(x, cfg): return x.clamp(-1, 1) if cfg.bound else x
 
 def _mend(nets, x, cfg, generator): # targets of samples x, without graph
     with frozen(nets.energy): return calibrate(nets.energy, x, cfg, cfg.n_steps, generator)
 
-def _ascend(lam, i, distance, most, cfg, generator): # once for the whole batch, whatever the number of processes and of parts
+def _ascend(lam, i, distance, most, rate, cfg, generator): # once for the whole batch, whatever the number of processes and of parts
     far,world = distance.clone(),dist.get_world_size() if dist.is_initialized() else 1
     if world>1: dist.all_reduce(far)
     parts = generator.parts//world if isinstance(generator, Slice) else 1
-    lam[i] = climb(lam[i], far/world, most, cfg.lr_dual/parts, cfg.lam_max)
+    lam[i] = climb(lam[i], far/world, most, rate/parts, cfg.lam_max)
 
-# %% ../nbs/07_ecvae.ipynb #c036
+# %% ../nbs/07_ecvae.ipynb #c037
 def optimisers(
     nets,       # The networks
     cfg,        # Learning rates
@@ -344,9 +348,28 @@ def optimisers(
     if hasattr(nets, 'energy'): out['energy'] = adam(cfg.lr, nets.energy)
     return out
 
-STAGES = (Stage('joint', losses, optimisers, lambda cfg: cfg.n_iters),)
+@torch.no_grad()
+def collect_norms(
+    nets,           # Trained networks, changed in place
+    cfg,            # Uses data
+    generator=None, # Source of the draws
+    n:int=4_096,    # Examples
+    chunk:int=128,  # Examples at once
+):
+    "Collect the averages of batch norm anew, the encoder's from data, the decoder's from samples alone."
+    norms = [o for o in nets.modules() if isinstance(o, nn.modules.batchnorm._BatchNorm)]
+    if not norms: return
+    own,was = next(nets.parameters()),[o.momentum for o in norms]
+    nets.eval()
+    for o in norms: o.reset_running_stats(); o.momentum = None; o.train() # the mean over all parts
+    for x in load(cfg.data).tensor(n).split(chunk): nets.encoder(x.to(own))
+    for _ in range(n//chunk): nets.decode(nets.draw(chunk, generator))
+    for o,m in zip(norms, was): o.momentum = m
+    nets.eval()
 
-# %% ../nbs/07_ecvae.ipynb #c039
+STAGES = (Stage('joint', losses, optimisers, lambda cfg: cfg.n_iters, finish=collect_norms),)
+
+# %% ../nbs/07_ecvae.ipynb #c041
 @torch.no_grad()
 def sample(
     nets:Nets,    # Trained networks
@@ -377,39 +400,41 @@ def energy(
     "The learned energy E = f/tau."
     with torch.no_grad(), frozen(nets.energy): return nets.energy(x)/cfg.tau
 
-# %% ../nbs/07_ecvae.ipynb #c042
+# %% ../nbs/07_ecvae.ipynb #c044
 def restore(
     nets:Nets,      # Trained networks with a decoder
     op:Operator,    # What was done to the images
     y:Tensor,       # (B, ...) measurements
     *,
-    weight:float=1., # w of the learned energy f; 0 leaves it out, as do networks without one
-    sigma:float=.1,  # sigma_y, in units of x
-    eta:float=2e-3,  # Step of the chain
+    weight:float=200., # w of the learned energy f; 0 leaves it out, as do networks without one
+    sigma:float=.05, # sigma_y, in units of x
+    eta:float|None=None, # Step of the chain; None is 0.008 times latent numbers per number of the image, as its slopes ask for
     n_steps:int=200, # Updates
     tries:int=4,     # Chains for each image
     generator=None,  # Source of every draw
 )->Tensor:           # (B, C, H, W), consistent with y
     "Restore images by a chain on latent numbers, label `eq-ecvae-restore`. Source: Luo et al. 2024, section 4.3."
     known = op.A_dagger(y).repeat(tries, *[1]*(y.ndim-1))
+    z = nets.draw(len(known), generator)
+    if eta is None: eta = .008*z[0].numel()/known[0].numel()
     def misfit(x): return (known-op.A_dagger(op.A(x))).flatten(1).square().sum(1)
     with frozen(nets):
         def U(z):
             x = nets.decode(z)
             e = misfit(x)/(2*sigma**2)-nets.log_prior(z)
             return e+weight*nets.energy(x) if weight and hasattr(nets, 'energy') else e
-        z = langevin(U, nets.draw(len(known), generator), ula(eta/2), n_steps, generator=generator)
+        z = langevin(U, z, ula(eta/2), n_steps, generator=generator)
         with torch.no_grad():
             x = nets.decode(z)
             best = misfit(x).view(tries, -1).argmin(0)
             return project(op, y, x.view(tries, -1, *x.shape[1:])[best, torch.arange(len(y), device=y.device)])
 
-# %% ../nbs/07_ecvae.ipynb #c045
+# %% ../nbs/07_ecvae.ipynb #c047
 def _measure_points(nets, cfg, g, n, **how):
     n = n or 5_000
     made = sample(nets, n, cfg, generator=g, **how).cpu()
     centre = made.clamp(-2.4, 2.4).round() # the nearest of 25 modes, one apart
-    near = (made-centre).norm(dim=1)<3*.0839
+    near = (made-centre).norm(dim=1)<3*STD25
     found = (centre[near]+2).long()@torch.tensor([5, 1])
     out = dict(near=near.float().mean().item(), modes=float(len(found.unique())))
     return {k: (v, n, '') for k,v in out.items()}
@@ -433,16 +458,16 @@ def _measure_posterior(nets, cfg, g, n, refined=False): # bound and error at dra
     out = dict(mse=(near.mean()/d).item()) | ({} if refined else dict(elbo=(-near/(2*var)-d/2*math.log(2*math.pi*var)-div).mean().item()))
     return {k: (v, n, '') for k,v in out.items()}
 
-# %% ../nbs/07_ecvae.ipynb #c047
-def _measure_restoration(nets, cfg, g, n, op='sr4', weight=1., **how):
+# %% ../nbs/07_ecvae.ipynb #c049
+def _measure_restoration(nets, cfg, g, n, op='sr4', inverse=False, **how): # `inverse`: the pseudo-inverse alone, for comparison
     from ebmbook.core.metrics import psnr
     from ebmbook.core.restoration import consistency, operator
     n = n or 100
     own = next(nets.parameters())
     x,damage = load(cfg.data, split='test').tensor(n).to(own),operator(op, tuple(cfg.shape))
     y = damage.A(x)
-    made = restore(nets, damage, y, weight=weight, generator=g, **how)
-    out = dict(psnr=psnr(made.clamp(-1, 1).cpu(), x.cpu()), psnr_inverse=psnr(damage.A_dagger(y).clamp(-1, 1).cpu(), x.cpu()), consistency=consistency(damage, made, y)[1])
+    made = damage.A_dagger(y) if inverse else restore(nets, damage, y, generator=g, **how)
+    out = dict(psnr=psnr(made.clamp(-1, 1).cpu(), x.cpu()), consistency=consistency(damage, made, y)[1])
     return {k: (v, n, '') for k,v in out.items()}
 
 _TASKS = dict(posterior=_measure_posterior, restore=_measure_restoration)
@@ -454,7 +479,7 @@ def evaluate(
     seed:int=0,         # Seed of all draws
     n:int|None=None,    # Samples; None is the protocol's number
     task:str='sample',  # 'sample'; 'posterior': bound and error of the encoder on test images; 'restore': PSNR and consistency
-    **how,              # Passed on: n_steps, temp; refined; op, weight, sigma, eta, n_steps, tries
+    **how,              # Passed on: n_steps, temp; refined; op, inverse, weight, sigma, eta, n_steps, tries
 )->dict:                # metric -> (value, number of samples, extractor with fingerprint)
     """Numbers of a trained row.
 

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from .core.nets import wnorm
+from .core.nets import full, mlp, wnorm
 from .mcmc import Slice, frozen, normal
 
 # %% ../nbs/06a_nvae.ipynb #c006
@@ -29,9 +29,7 @@ def bounded(
     "Mean and standard deviation of a bounded normal, label `eq-nvae-bounded`. Source: released code of Vahdat and Kautz 2020."
     return _soft(mu), _soft(s).exp()+.01
 
-def _soft(u): return 5*torch.tanh(_full(u)/5)
-
-def _full(x): return x.to(torch.promote_types(x.dtype, torch.float32)) # heads, densities and their sums are never in half precision
+def _soft(u): return 5*torch.tanh(full(u)/5)
 
 def log_gauss(
     x:Tensor,     # (B, ...)
@@ -383,7 +381,7 @@ ROWS = { # arguments of NVAE
     'celebahq256':    dict(size=256, ch=32, per_scale=(4, 4, 4, 4, 4), flows=2),
     'digits':         dict(size=8, in_ch=1, ch=8, per_scale=(2,), latent=4, cells=1, flows=0, std=.2),
     'stacked_digits': dict(size=8, in_ch=3, ch=32, per_scale=(2,), latent=16, cells=1, flows=0, std=.2),
-    'stacked_mnist':  dict(size=28, in_ch=3, ch=32, per_scale=(4, 4), latent=20, flows=1, std=.2),
+    'stacked_mnist':  dict(size=28, in_ch=3, ch=32, per_scale=(4, 4), latent=20, cells=1, flows=1, std=.2),
 }
 
 def nvae(
@@ -403,7 +401,7 @@ class PointVAE(VAE):
     """
     noisy = True
     per_scale = (1,)
-    dist = staticmethod(lambda mu, s: (_full(mu), _full(s).exp()))
+    dist = staticmethod(lambda mu, s: (full(mu), full(s).exp()))
 
     def __init__(self,
         dim:int=2,       # Coordinates of a point
@@ -415,7 +413,7 @@ class PointVAE(VAE):
         super().__init__()
         if not (std in ('one', 'each') if isinstance(std, str) else std>0): raise ValueError(f"std must be a number above 0, 'one' or 'each', got {std!r}")
         self.shape,self.shapes,self.kind = (dim,), [(latent,)], std
-        self.encoder,self.decoder = _dense(dim, 2*latent, width, depth), _dense(latent, dim*(1+(std=='each')), width, depth)
+        self.encoder,self.decoder = (mlp((i, *[width]*depth, o), nn.ReLU) for i,o in ((dim, 2*latent), (latent, dim*(1+(std=='each')))))
         log_std = torch.tensor(0. if isinstance(std, str) else math.log(std))
         if std=='one': self.log_std = nn.Parameter(log_std)
         else: self.register_buffer('log_std', log_std) # 'each' does not read it
@@ -428,10 +426,6 @@ class PointVAE(VAE):
         zero = next(self.parameters()).new_zeros(n, *self.shapes[0])
         out = self.decoder(pick(0, None, zero, zero))
         return self.dist(*(out.chunk(2, 1) if self.kind=='each' else (out, self.log_std.expand_as(out))))
-
-def _dense(i, o, width, depth):
-    layers = [p for n in range(depth) for p in (nn.Linear(width if n else i, width), nn.ReLU())]
-    return nn.Sequential(*layers, nn.Linear(width, o))
 
 # %% ../nbs/06a_nvae.ipynb #c049
 def warm_up(
@@ -476,7 +470,7 @@ def spectral_sum(
     for (o,i),ws in _kernels(net).items():
         name = f'{key}/{len(ws)}x{o}x{i}'
         with torch.autocast(ws[0].device.type, enabled=False):
-            ws = [_full(k) for k in ws]
+            ws = [full(k) for k in ws]
             u,v = _power(torch.stack([k.detach() for k in ws]), state.get(name), n, first)
             total = total + sum((a.mT@(k@b)).sum() for k,a,b in zip(ws, u, v))
         state[name] = u

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from .core.nets import wnorm
+from .core.nets import full, wnorm
 
 # %% ../nbs/06b_vaebm_nets.ipynb #c006
 def swish(
@@ -47,8 +47,6 @@ ROWS = { # size of the image, its channels, width of the first convolution, bloc
     'mnist':        (32,  3, 64,  '64/2 64 128/2 128'), # in the program, not in the paper; named for digits, counted with three channels
 }
 
-def _full(x): return x.to(torch.promote_types(x.dtype, torch.float32)) # a sum of thousands of terms is never taken in half precision
-
 # %% ../nbs/06b_vaebm_nets.ipynb #c010
 class EnergyNet(nn.Module):
     """Energy of an image: a first convolution, residual blocks, a sum over pixels, a linear layer.
@@ -78,7 +76,7 @@ class EnergyNet(nn.Module):
         "Last feature map, summed over pixels."
         h = swish(self.enter(x/2+.5)) # the paper's images lie in [0, 1]
         for b in self.blocks: h = b(h)
-        return _full(h).sum((2, 3))
+        return full(h).sum((2, 3))
 
     def forward(self,
         x:Tensor, # (B, in_ch, size, size) in [-1, 1]

@@ -3,7 +3,6 @@
 Numbers of checks refer to section 7 of the chapter's fact sheet. Checks 1 and 2 are in test_flows.py; 3 to 9 are test cells of the notebook,
 of which 2 and 3 come back here in other settings; 10 is here.
 """
-import json
 import math
 import pickle
 from dataclasses import replace
@@ -13,11 +12,11 @@ import pytest
 import torch
 from torch import nn
 
-from chapters import ROOT, limit, papermill
+from chapters import ROOT, claims_can_be_measured, ends_without_data, limit, papermill, trains_in_full
 from ebmbook import coopflow as c
 from ebmbook.coopflow import PRESETS
 from ebmbook.core.nets import count
-from ebmbook.core.runs import load_checkpoint, open_run
+from ebmbook.core.runs import open_run
 from ebmbook.core.train import Context, train
 from ebmbook.data import DATASETS
 
@@ -146,13 +145,7 @@ def test_rivals_train_and_are_measured(method, tmp_path):
 def test_settings_can_be_sent_to_another_process(): # workers and launchers pickle them
     assert pickle.loads(pickle.dumps(PRESETS['cifar10-pre']))==PRESETS['cifar10-pre']
 
-def test_every_claim_names_rows_and_metrics_that_exist():
-    from ebmbook.core.claims import read_claims
-    from ebmbook.core.config import choose
-    for claim in (o for o in read_claims() if o.system=='coopflow'):
-        for name,arm in claim.arms.items():
-            c.check_config(choose(PRESETS, c.DEFAULT_ROW, PRESETS[arm.row].data, arm.row, arm.over)[1])
-            assert claim.metrics(name)<={'fid', 'precision', 'recall', 'mse', 'bits'}
+def test_every_claim_names_rows_and_metrics_that_exist(): claims_can_be_measured(c, dict(ch=4, flow_width=8, n_mix=2, n_steps=2))
 
 
 # --- check 10: the spiral
@@ -195,9 +188,7 @@ def write_pictures(folder, n=60):
     for i in range(n): Image.fromarray(rng.integers(0, 256, (32, 32, 3), dtype=np.uint8)).save(folder/f'{i:02d}.png')
 
 def test_missing_data_ends_the_chapter_in_seconds(tmp_path):
-    code,said,seconds = papermill('04_coopflow', tmp_path, tmp_path/'nowhere', '-p', 'dataset', 'cifar10', '-p', 'preset', 'cifar10-pre')
-    assert code!=0 and 'FileNotFoundError' in said and 'cifar10' in said
-    assert str(tmp_path/'nowhere') in said and 'EBMBOOK_DATA' in said and seconds<limit(20)
+    ends_without_data('04_coopflow', tmp_path, 'cifar10', '-p', 'preset', 'cifar10-pre')
 
 def test_wrong_names_end_the_chapter_in_seconds(tmp_path):
     code,said,seconds = papermill('04_coopflow', tmp_path, tmp_path, '-p', 'dataset', 'digits', '-p', 'preset', 'digits-prf')
@@ -205,13 +196,7 @@ def test_wrong_names_end_the_chapter_in_seconds(tmp_path):
 
 def test_the_paper_row_says_its_cost_and_trains(tmp_path): # on pictures of one's own; the official files are checked by their sums
     write_pictures(tmp_path/'mine')
-    over = ('over: {n_pre: 2, n_iters: 2, warm: 1, batch: 4, ch: 4, flow_steps: [1, 1, 1], deq: [1, 1, 4], flow_blocks: 1, flow_width: 8, n_mix: 2, '
-            'n_steps: 2, save_every: 1, log_every: 1, n_eval: 16}')
-    code,said,seconds = papermill('04_coopflow', tmp_path, tmp_path, '-p', 'dataset', f"folder:{tmp_path/'mine'}", '-p', 'preset', 'cifar10-pre', '-p', 'out', str(tmp_path/'run'), '-y', over)
-    assert code==0, said[-3000:]
-    told = json.dumps(json.loads((tmp_path/'out.ipynb').read_text())['cells'])
-    assert 'stage flow: 2 iterations, about' in told and 'stage coopflow: 2 iterations, about' in told
-    assert load_checkpoint(tmp_path/'run')['step']==2 and (tmp_path/'run/weights/model.safetensors').is_file()
-    record = [json.loads(o) for o in (tmp_path/'run/record.jsonl').read_text().splitlines()]
-    assert record and all(o['system']=='coopflow' and o['row']=='cifar10-pre' and np.isfinite(o['value']) for o in record)
-    assert seconds<limit(240)
+    over = ('n_pre: 2, n_iters: 2, warm: 1, batch: 4, ch: 4, flow_steps: [1, 1, 1], deq: [1, 1, 4], flow_blocks: 1, flow_width: 8, n_mix: 2, '
+            'n_steps: 2, save_every: 1, log_every: 1, n_eval: 16')
+    trains_in_full('04_coopflow', 'coopflow', 'cifar10-pre', tmp_path, over, '-p', 'dataset', f"folder:{tmp_path/'mine'}", '-p', 'preset', 'cifar10-pre',
+                   says=('stage flow: 2 iterations, about', 'stage coopflow: 2 iterations, about'))

@@ -3,7 +3,6 @@
 Numbers of checks refer to section 8 of the chapter's fact sheet. 1 to 7, 11 and 13 are test cells of the chapter; 9 and 14 of the page of its networks; 8 of the page
 of restoration. 10, 12, 15 and 16 are here.
 """
-import json
 import math
 import pickle
 import sys
@@ -15,7 +14,7 @@ import pytest
 import torch
 import yaml
 
-from chapters import ROOT, limit, papermill
+from chapters import ROOT, claims_can_be_measured, ends_without_data, trains_in_full
 from ebmbook import ecvae as e
 from ebmbook.core.config import choose
 from ebmbook.core.nets import count, settle_norms
@@ -79,10 +78,7 @@ def test_every_experiment_names_a_row():
         said = yaml.safe_load(o.read_text())
         e.check_config(choose(PRESETS, e.DEFAULT_ROW, said['dataset'], said['preset'], said['over'])[1])
 
-def test_every_claim_names_rows_and_settings_that_exist():
-    from ebmbook.core.claims import read_claims
-    for claim in (o for o in read_claims() if o.system=='ecvae'):
-        for arm in claim.arms.values(): e.check_config(choose(PRESETS, e.DEFAULT_ROW, PRESETS[arm.row].data, arm.row, arm.over)[1])
+def test_every_claim_names_rows_and_metrics_that_exist(): claims_can_be_measured(e, dict(flow_depth=1, flow_width=8))
 
 
 # --- training
@@ -214,17 +210,8 @@ def test_a_trained_energy_outweighs_the_noise(digits): # check 10, second half
 # --- the chapter as a user runs it
 
 def test_missing_data_ends_the_chapter_in_seconds(tmp_path):
-    code,said,seconds = papermill('07_ecvae', tmp_path, tmp_path/'nowhere', '-p', 'dataset', 'cifar10')
-    assert code!=0 and 'FileNotFoundError' in said and 'cifar10' in said
-    assert str(tmp_path/'nowhere') in said and 'EBMBOOK_DATA' in said and seconds<limit(20)
+    ends_without_data('07_ecvae', tmp_path)
 
 @pytest.mark.parametrize('change', ['method: ecvae', 'method: vae', 'method: ecflow'])
 def test_a_small_row_says_its_cost_and_trains(change, tmp_path):
-    over = f'over: {{{change}, n_iters: 2, batch: 4, n_steps: 2, save_every: 1, log_every: 1, flow_depth: 1, flow_width: 8}}'
-    code,said,seconds = papermill('07_ecvae', tmp_path, tmp_path, '-p', 'out', str(tmp_path/'run'), '-y', over)
-    assert code==0, said[-3000:]
-    assert '2 iterations, about' in json.dumps(json.loads((tmp_path/'out.ipynb').read_text())['cells'])
-    assert load_checkpoint(tmp_path/'run')['step']==2 and (tmp_path/'run/weights/model.safetensors').is_file()
-    record = [json.loads(o) for o in (tmp_path/'run/record.jsonl').read_text().splitlines()]
-    assert record and all(o['system']=='ecvae' and o['row']=='digits' and np.isfinite(o['value']) for o in record)
-    assert seconds<limit(240)
+    trains_in_full('07_ecvae', 'ecvae', 'digits', tmp_path, f'{change}, n_iters: 2, batch: 4, n_steps: 2, save_every: 1, log_every: 1, flow_depth: 1, flow_width: 8', says=('2 iterations, about',))

@@ -11,6 +11,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from .nets import mlp
 from ..mcmc import frozen, langevin, normal, ula
 
 # %% ../../nbs/core/baselines.ipynb #c006
@@ -112,4 +113,4 @@ class PointGenerator(nn.Sequential):
         dim:int=2,     # Coordinates of a point
         nz:int=2,      # Latent dimension
         width:int=128, # Of two hidden layers
-    ): super().__init__(nn.Linear(nz, width), nn.SiLU(), nn.Linear(width, width), nn.SiLU(), nn.Linear(width, dim))
+    ): super().__init__(*mlp((nz, width, width, dim)))

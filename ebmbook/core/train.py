@@ -61,6 +61,7 @@ class Stage(NamedTuple):
     optimisers:Callable  # optimisers(nets, cfg) -> dict of group name to Group
     n_iters:Callable     # n_iters(cfg) -> number of optimiser steps
     batch:Callable = lambda cfg: cfg.batch # batch(cfg) -> examples in one optimiser step
+    finish:Callable|None = None # finish(nets, cfg, generator) at the end of the stage, with averaged weights in place
 
 @dataclass
 class Context:
@@ -364,6 +365,7 @@ def train(
         if saved is not None and saved['stage']==index: job.restore(saved)
         if job.step<job.n_iters: _fit(job, examples, log, progress=progress, on_step=on_step)
         if job.ema is not None: use_average(nets, job.ema)
+        if stage.finish is not None: stage.finish(nets, cfg, torch.Generator(acc.device).manual_seed(run.seed))
         done,seconds,saved = done+job.n_iters,job.seconds,None
     if acc.is_main_process: nets.save_pretrained(run.folder/'weights')
     acc.wait_for_everyone()
