@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['SHAPE_NAMES', 'DATASETS', 'STD25', 'Lazy', 'as_is', 'Examples', 'Spec', 'data_root', 'require', 'check_shape',
-           'draw_points', 'edge', 'in_square', 'log_density', 'draw_shapes', 'load', 'download', 'random_flip', 'ood']
+           'draw_points', 'edge', 'in_square', 'log_density', 'draw_shapes', 'load', 'download', 'random_flip', 'ood',
+           'foreign']
 
 # %% ../nbs/00_data.ipynb #c003
 import difflib
@@ -523,3 +524,19 @@ def ood(
     i = torch.randint(len(x), (n,), generator=generator, device=device).to(x.device)
     j = torch.randint(1, len(x), (n,), generator=generator, device=device).to(x.device)
     return (x[i]+x[(i+j)%len(x)])/2                                   # never the mean of an image with itself
+
+# %% ../nbs/00_data.ipynb #c064
+def foreign(
+    name:str, # A data set, or folder:PATH
+    n:int,    # How many of each kind
+    generator:torch.Generator|None=None, # Source of every draw
+)->dict:      # Kind -> (n or as many as there are, C, H, W) images that do not belong to the data
+    "Foreign images: made from the test split, and other sets of the same shape as far as they are there."
+    x = load(name, split='test').tensor(n)
+    out = {k: ood(k, x, n, generator) for k in ('interpolation', 'constant', 'noise')}
+    spec = DATASETS.get(name) # None for a folder
+    if len(x[0])==1 or spec and spec.source=='embedded': out |= dict(negative=-x, upside_down=x.flip(2))
+    for k in ('svhn', 'cifar100', 'celeba32') if tuple(x.shape[1:])==(3, 32, 32) else ():
+        try: out[k] = load(k, split='test').tensor(n)
+        except FileNotFoundError: pass # a reader without that set loses one number, not the others
+    return out

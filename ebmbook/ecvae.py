@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PRESETS', 'DEFAULT_ROW', 'STAGES', 'Switches', 'Config', 'check_config', 'Nets', 'build', 'spread', 'calibrate',
            'noise_floor', 'drift_to_noise', 'margin', 'climb', 'apart', 'evidence', 'refine_latents', 'model_loss',
-           'losses', 'optimisers', 'collect_norms', 'sample', 'energy', 'restore', 'evaluate']
+           'losses', 'optimisers', 'settle', 'sample', 'energy', 'restore', 'evaluate']
 
 # %% ../nbs/07_ecvae.ipynb #c005
 import math
@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from .core.baselines import contrast, from_noise
 from .core.config import check_words
 from .core.glow import Glow, PointGlow
-from .core.nets import log_normal, settle_norms
+from .core.nets import collect_norms, log_normal, settle_norms
 from .core.restoration import Operator, project
 from .core.train import Group, Loop, Stage
 from .data import DATASETS, STD25, check_shape, load, random_flip
@@ -373,8 +373,7 @@ def optimisers(
     if hasattr(nets, 'energy'): out['energy'] = adam(cfg.lr, nets.energy)
     return out
 
-@torch.no_grad()
-def collect_norms(
+def settle(
     nets,           # Trained networks, changed in place
     cfg,            # Uses data
     generator=None, # Source of the draws
@@ -382,18 +381,13 @@ def collect_norms(
     chunk:int=128,  # Examples at once
 ):
     "Collect the averages of batch norm anew, the encoder's from data, the decoder's from samples alone."
-    norms = [o for o in nets.modules() if isinstance(o, nn.modules.batchnorm._BatchNorm)]
-    if not norms: return
-    own,was = next(nets.parameters()),[o.momentum for o in norms]
-    nets.eval()
-    for o in norms: o.reset_running_stats(); o.momentum = None; o.train() # the mean over all parts
-    data = load(cfg.data)
-    for at in torch.randint(len(data), (n,), generator=torch.Generator().manual_seed(0)).split(chunk): nets.encoder(data.batch(at.tolist())['x'].to(own))
-    for _ in range(n//chunk): nets.decode(nets.draw(chunk, generator))
-    for o,m in zip(norms, was): o.momentum = m
-    nets.eval()
+    def show():
+        own,data = next(nets.parameters()),load(cfg.data)
+        for at in torch.randint(len(data), (n,), generator=torch.Generator().manual_seed(0)).split(chunk): nets.encoder(data.batch(at.tolist())['x'].to(own))
+        for _ in range(n//chunk): nets.decode(nets.draw(chunk, generator))
+    collect_norms(nets, show)
 
-STAGES = (Stage('joint', losses, optimisers, lambda cfg: cfg.n_iters, finish=collect_norms),)
+STAGES = (Stage('joint', losses, optimisers, lambda cfg: cfg.n_iters, finish=settle),)
 
 # %% ../nbs/07_ecvae.ipynb #c043
 @torch.no_grad()

@@ -199,12 +199,13 @@ def nt_xent(
     a:Tensor,        # (N, emb) codes of one view of each image, of any length
     b:Tensor,        # (N, emb) codes of another view
     temp:float=.5,   # Temperature t
+    others:Tensor|None=None, # (M, emb) codes of more images, partners of nobody
 )->Tensor:           # () nats
     "Recognise the partner among all other codes of both views, label `eq-selfsup-ntxent`."
-    z = F.normalize(torch.cat([full(a), full(b)]), dim=1)
-    n = len(a)
-    with torch.autocast(z.device.type, enabled=False): logits = z@z.mT/temp
-    logits = logits.masked_fill(torch.eye(2*n, dtype=torch.bool, device=z.device), -math.inf)
+    z,n = F.normalize(torch.cat([full(a), full(b)]), dim=1),len(a)
+    all_of = z if others is None else torch.cat([z, F.normalize(full(others), dim=1)])
+    with torch.autocast(z.device.type, enabled=False): logits = z@all_of.mT/temp
+    logits = logits.masked_fill(torch.eye(2*n, len(all_of), dtype=torch.bool, device=z.device), -math.inf)
     return F.cross_entropy(logits, torch.arange(2*n, device=z.device).roll(n))
 
 # %% ../nbs/08a_selfsup.ipynb #c032
@@ -310,6 +311,9 @@ PRESETS = {
     # embedded data; all numbers ours
     'digits':      _paper('digits', 200, drops=(20, 10), **_SMALL, scale=(.5, 1.), flip=False),
     'shapes':      _paper('shapes', 20, drops=(4, 2), **_SMALL | dict(widths=(32, 64, 64, 128)), scale=(.6, 1.), temp=.1),
+    # full-size digits, and CIFAR-10 with a narrow network; ours
+    'mnist':       _paper('mnist', 20, drops=(4, 2), **_SMALL | dict(hidden=256, emb=32), scale=(.5, 1.), flip=False),
+    'cifar10-small': _paper('cifar10', 10, drops=(2, 1), **_SMALL | dict(widths=(32, 64, 128, 256), hidden=256, emb=64, w=128), mean=(.4914, .4822, .4465), std=(.2023, .1994, .2010)),
     # the released program
     'cifar10':     _paper('cifar10', 1000, mean=(.4914, .4822, .4465), std=(.2023, .1994, .2010)),
     # sizes as LIEBM's parameter counts say, settings of the released program for CIFAR-10 or STL-10

@@ -6,7 +6,7 @@
 __all__ = ['PRESETS', 'DEFAULT_ROW', 'STAGES', 'Switches', 'Config', 'check_config', 'PointEnergy', 'Nets', 'build', 'render',
            'fresh_noise', 'unroll', 'potential', 'jumps', 'chains', 'recall_share', 'starts', 'negatives',
            'slope_penalty', 'vae_losses', 'as_seen', 'losses', 'cautious', 'vae_optimisers', 'optimisers', 'sample',
-           'energy', 'log_score', 'vae_log_density', 'plane_likelihood', 'foreign', 'evaluate', 'nearest']
+           'energy', 'log_score', 'vae_log_density', 'plane_likelihood', 'evaluate', 'nearest']
 
 # %% ../nbs/06_vaebm.ipynb #c005
 import math
@@ -24,7 +24,7 @@ from .core.config import check_words
 from .core.metrics import iwae
 from .core.nets import mlp
 from .core.train import Group, Loop, Stage
-from .data import DATASETS, check_shape, load, log_density, ood, random_flip
+from .data import DATASETS, check_shape, load, log_density, random_flip
 from .mcmc import frozen, grid, grid_log_z, in_chunks, langevin, mala, normal, recall, ula, uniform
 from .nvae import NVAE, PointVAE, learning_rate, log_gauss, reduce_bits, spectral_sum, vae_loss
 from .vaebm_nets import ROWS, EnergyNet, data_init
@@ -517,28 +517,10 @@ def _measure_images(nets, cfg, g, n, **how):
     return said | {k: (modes[k], n, modes['extractor']) for k in ('modes', 'kl')}
 
 # %% ../nbs/06_vaebm.ipynb #c050
-def foreign(
-    cfg,            # Uses data
-    n:int,          # How many of each
-    generator=None, # Source of the draws
-)->dict:            # Name -> (n, C, H, W) images that do not belong to the data
-    "Foreign images: made from the data, and other sets of the same shape as far as they are there."
-    x = load(cfg.data, split='test').tensor(n)
-    out = {k: ood(k, x, n, generator) for k in ('interpolation', 'constant', 'noise')}
-    spec = DATASETS.get(cfg.data) # None for a folder
-    if len(x[0])==1 or spec and spec.source=='embedded': out |= dict(negative=-x, upside_down=x.flip(2))
-    for k in ('svhn', 'cifar100', 'celeba32') if tuple(cfg.shape)==(3, 32, 32) else ():
-        try: out[k] = load(k, split='test').tensor(n)
-        except FileNotFoundError: pass # a reader without that set loses one number, not the others
-    return out
-
 def _measure_ood(nets, cfg, g, n, k=20):
-    from ebmbook.core.metrics import auroc
-    n = n or 300
+    from ebmbook.core.metrics import auroc_foreign
     own = next(nets.parameters())
-    score = lambda x: torch.cat([log_score(nets, o.to(own), k=k, generator=g) for o in x.split(100)])
-    inside = score(load(cfg.data, split='test').tensor(n))
-    return {f'auroc_{name}': (auroc(inside, score(x)), n, '') for name,x in foreign(cfg, n, torch.Generator().manual_seed(0)).items()}
+    return auroc_foreign(lambda x: log_score(nets, x.to(own), k=k, generator=g), cfg.data, n or 300)
 
 def evaluate(
     nets:Nets,   # Trained networks

@@ -19,13 +19,13 @@ FLOORS = {
     1: 'data core.runs core.nets',
     2: 'core.metrics core.train core.claims core.glow core.flowpp core.restoration',
     3: 'foundations core.baselines core.cost',
-    4: 'nerf cdrl_nets nvae vaebm_nets ecvae_nets selfsup',
+    4: 'nerf cdrl_nets nvae vaebm_nets ecvae_nets selfsup liebm_nets',
     5: 'nerf_lebm coopflow cdrl vaebm ecvae liebm',
     6: 'scoreboard core.bench',
     7: 'core.cli',
 }
 FLOOR = {m: n for n,ms in FLOORS.items() for m in ms.split()}
-PARTS = {'nerf': 'nerf_lebm', 'cdrl_nets': 'cdrl', 'nvae': 'vaebm', 'vaebm_nets': 'vaebm', 'ecvae_nets': 'ecvae', 'selfsup': 'liebm'} # a system's own parts
+PARTS = {'nerf': 'nerf_lebm', 'cdrl_nets': 'cdrl', 'nvae': 'vaebm', 'vaebm_nets': 'vaebm', 'ecvae_nets': 'ecvae', 'selfsup': 'liebm', 'liebm_nets': 'liebm'} # a system's own parts
 MEASURES = {'core.bench'} # takes the networks of any system to time them
 PARAMETERS = ['dataset', 'preset', 'seed', 'weights', 'over', 'out']                     # of a system's chapter, in this order
 DIRECTIVES = {'export', 'hide', 'default_exp', 'eval', 'echo', 'slow', 'gpu'}

@@ -7,7 +7,7 @@ __all__ = ['EXTRACTORS', 'MIN_COUNT', 'INCEPTION_FILE', 'DATA_RANGE', 'to_uint8'
            'extractor_folder', 'train_extractor', 'extractor_info', 'load_extractor', 'features', 'classify',
            'fid_from_features', 'evaluate_features', 'inception_weights', 'extractor_id', 'evaluate_images', 'describe',
            'anchors', 'class_accuracy', 'attribute_accuracy', 'class_spread', 'diversity', 'count_modes', 'modes_kl',
-           'auroc', 'auroc_error', 'psnr', 'ssim', 'iwae']
+           'auroc', 'auroc_error', 'auroc_foreign', 'psnr', 'ssim', 'iwae']
 
 # %% ../../nbs/core/metrics.ipynb #c002
 import copy
@@ -16,7 +16,7 @@ import importlib.resources
 import json
 import math
 import socket
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from pathlib import Path
 
@@ -25,7 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..data import load
+from ..data import foreign, load
 
 # %% ../../nbs/core/metrics.ipynb #c005
 def to_uint8(
@@ -582,6 +582,20 @@ def auroc_error(
 )->float:       # Standard error, a rule of thumb
     "How far an AUROC may lie from its value for endless data."
     return math.sqrt(area*(1-area)/min(n_in, n_out))
+
+@torch.no_grad()
+def auroc_foreign(
+    score:Callable, # score(x) -> (B,), higher is more ordinary
+    data:str,       # Name of the data set
+    n:int,          # Test images, and foreign images of each kind
+    *,
+    chunk:int=100,  # Images at once
+)->dict:            # auroc_KIND -> (area, number of test images, ''), as ledgers have it; kinds from `ebmbook.data.foreign`
+    "How well a score tells test images from foreign ones."
+    x = load(data, split='test').tensor(n)
+    all_of = lambda x: torch.cat([score(o) for o in x.split(chunk)])
+    inside = all_of(x)
+    return {f'auroc_{k}': (auroc(inside, all_of(o)), len(x), '') for k,o in foreign(data, n, torch.Generator().manual_seed(0)).items()}
 
 # %% ../../nbs/core/metrics.ipynb #c056
 DATA_RANGE = 1. # Of images once mapped to [0, 1], where both measures look at them

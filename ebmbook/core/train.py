@@ -62,6 +62,7 @@ class Stage(NamedTuple):
     n_iters:Callable     # n_iters(cfg) -> number of optimiser steps
     batch:Callable = lambda cfg: cfg.batch # batch(cfg) -> examples in one optimiser step
     finish:Callable|None = None # finish(nets, cfg, generator) at the end of the stage, with averaged weights in place
+    ema:Callable = lambda cfg: cfg.ema # ema(cfg) -> decay of the moving average of the weights in this stage
 
 @dataclass
 class Context:
@@ -243,7 +244,8 @@ class _Job:
         self.n_iters,self.groups,self.step,self.seconds = stage.n_iters(cfg),stage.optimisers(nets, cfg),0,0.
         for group in self.groups.values():
             for g in group.optimiser.param_groups: g.setdefault('initial_lr', g['lr'])
-        self.ema = averaged(nets, cfg.ema) if cfg.ema else None
+        decay = stage.ema(cfg)
+        self.ema = averaged(nets, decay) if decay else None
         self.generator,self.state = torch.Generator(accelerator.device).manual_seed(run.seed+1_000_003*(index+1)),{}
     def contexts(self): # one for each part of this process's share; all generators in one state
         world,rank,m = self.accelerator.num_processes,self.accelerator.process_index,self.cfg.micro
