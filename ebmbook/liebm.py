@@ -111,7 +111,8 @@ def encoder_config(
 )->selfsup.Config:
     "Settings of the encoder; its views are the operation V too."
     row = selfsup.PRESETS[cfg.enc]
-    return replace(row, data=cfg.data, shape=cfg.shape, n_iters=row.n_iters if cfg.n_enc<0 else cfg.n_enc)
+    n = dict(frozen=row.n_iters if cfg.n_enc<0 else cfg.n_enc, joint=row.n_iters, none=0)[cfg.encoder]
+    return replace(row, data=cfg.data, shape=cfg.shape, n_iters=n, micro=cfg.micro if n else 1) # what compares the images of a batch cannot work in parts
 
 def check_config(
     cfg:Config, # Resolved settings
@@ -128,12 +129,13 @@ def check_config(
     check_shape(cfg.data, cfg.shape, spec)
     emb = selfsup.check_config(encoder_config(cfg), spec).emb
     if cfg.encoder!='none' and emb!=ROWS[cfg.net]['z']: raise ValueError(f"enc {cfg.enc!r} makes {emb} numbers, but net {cfg.net!r} has {ROWS[cfg.net]['z']}")
-    if cfg.encoder=='none' and (cfg.method=='ejm' or cfg.posterior!='cosine' or cfg.n_infer): raise ValueError("a plain energy (encoder='none') has no joint chain, no posterior and no inference model that is trained afterwards")
+    if cfg.encoder=='none' and (cfg.method=='ejm' or cfg.posterior!='cosine' or cfg.n_infer): raise ValueError("a plain energy (encoder='none') has no joint chain, no posterior and no inference model that is trained afterwards (n_infer=0)")
     if not 0<=cfg.p_aug<=1: raise ValueError(f"p_aug is a probability, got {cfg.p_aug}")
     if cfg.n_steps<0 or cfg.n_infer<0: raise ValueError(f"n_steps and n_infer must not be negative, got {cfg.n_steps} and {cfg.n_infer}")
-    for k in ('step', 'tau2'):
+    if cfg.n_enc<-1: raise ValueError(f"n_enc is a number of steps, or -1 for the encoder's own, got {cfg.n_enc}")
+    for k in ('step', 'tau2', 'lr', 'lr_gen', 'lr_inf'):
         if getattr(cfg, k)<=0: raise ValueError(f"{k} must be above 0, got {getattr(cfg, k)}")
-    for k in ('gamma', 'noise', 'clip', 'rho', 'reg'):
+    for k in ('gamma', 'gamma_ood', 'noise', 'clip', 'rho', 'reg', 'w_match', 'w_data'):
         if getattr(cfg, k)<0: raise ValueError(f"{k} must not be negative, got {getattr(cfg, k)}")
     return cfg
 
@@ -245,7 +247,7 @@ def build(
     "Networks of a row."
     return settle_norms(Nets(cfg))
 
-# %% ../nbs/08_liebm.ipynb #c027
+# %% ../nbs/08_liebm.ipynb #c028
 def view(
     u:Tensor,       # (B, C, H, W) in the range of the row
     cfg,            # Uses view, unit and the encoder's settings
@@ -265,7 +267,11 @@ def disturb(
     pick = uniform(len(u), u, generator)<cfg.p_aug
     return torch.where(pick[:,None,None,None], view(u, cfg, generator), u)
 
-# %% ../nbs/08_liebm.ipynb #c030
+# %% ../nbs/08_liebm.ipynb #c031
+def _rates(cfg): return Rates(cfg.step/2, math.sqrt(cfg.step) if cfg.literal else cfg.noise)
+
+def _kept(u, cfg): return u.clamp(0. if cfg.unit else -1., 1.) if cfg.clamp else u
+
 def refine(
     nets,         # Networks with an energy
     u:Tensor,     # (B, C, H, W) where chains start, in the range of the row; left unmodified
@@ -279,12 +285,10 @@ def refine(
     "Short chains, label `eq-liebm-chain`. Source: LIEBM, eq. 9 and 10; drift and noise apart as in the programs that it reuses."
     def E(o): return nets.energy.joint(o, latent(nets.h, outward(o, cfg)), cfg.gamma) if joint else nets.energy(o)
     def limit(g): return g*(cfg.clip/(cfg.step/2*g.flatten(1).norm(dim=1).clamp(min=1e-12))).clamp(max=1).view(-1, *[1]*(g.ndim-1))
-    rates = Rates(cfg.step/2, math.sqrt(cfg.step) if cfg.literal else cfg.noise)
-    keep = (lambda o: o.clamp(0. if cfg.unit else -1., 1.)) if cfg.clamp else None
     with frozen(nets.energy):
-        return langevin(E, u, rates, cfg.n_steps if n_steps is None else n_steps, constrain=keep, on_grad=limit if cfg.clip else None, generator=generator, on_step=on_step)
+        return langevin(E, u, _rates(cfg), cfg.n_steps if n_steps is None else n_steps, constrain=lambda o: _kept(o, cfg), on_grad=limit if cfg.clip else None, generator=generator, on_step=on_step)
 
-# %% ../nbs/08_liebm.ipynb #c033
+# %% ../nbs/08_liebm.ipynb #c034
 def energy_loss(
     net:Energy,      # The energy
     u:Tensor,        # (B, C, H, W) data
@@ -304,7 +308,7 @@ def energy_loss(
     r = said['r'][:len(u)]
     return loss-log_posterior(net.kind, r, z, cfg.gamma).mean(), logs | dict(match=F.cosine_similarity(r[:,:z.shape[1]], z).detach().mean())
 
-# %% ../nbs/08_liebm.ipynb #c038
+# %% ../nbs/08_liebm.ipynb #c039
 def apart(
     a:Tensor, # (B, ...)
     b:Tensor, # Like a
@@ -346,7 +350,7 @@ def generator_loss(
     other,more = bound(nets, u, z, cfg, generator=generator)
     return cfg.w_match*loss+cfg.w_data*other, logs | more
 
-# %% ../nbs/08_liebm.ipynb #c041
+# %% ../nbs/08_liebm.ipynb #c042
 def losses(
     nets,        # The networks
     batch:dict,  # x (B, C, H, W)
@@ -389,7 +393,7 @@ def inference_losses(nets, batch, cfg, ctx): # stage three, where the row has on
     z = place(nets.h, outward(view(u, cfg, ctx.generator), cfg))
     with frozen(nets.generator): yield 'inference', *bound(nets, u, z, cfg, pixels=False, generator=ctx.generator)
 
-# %% ../nbs/08_liebm.ipynb #c043
+# %% ../nbs/08_liebm.ipynb #c044
 def optimisers(
     nets,       # The networks
     cfg,        # Learning rates
@@ -417,11 +421,11 @@ def settle(
         for _ in range(n//chunk): nets.generator(nets.draw(chunk, generator))
     collect_norms(nets.generator, show)
 
-STAGES = (Stage('encoder', encoder_losses, encoder_optimisers, lambda cfg: encoder_config(cfg).n_iters if cfg.encoder=='frozen' else 0, lambda cfg: encoder_config(cfg).batch, ema=lambda cfg: encoder_config(cfg).ema),
+STAGES = (Stage('encoder', encoder_losses, encoder_optimisers, lambda cfg: encoder_config(cfg).n_iters if cfg.encoder=='frozen' else 0, lambda cfg: encoder_config(cfg).batch, ema=lambda cfg: encoder_config(cfg).ema, least=lambda cfg: selfsup.least(encoder_config(cfg))),
           Stage('joint', losses, optimisers, lambda cfg: cfg.n_iters, finish=settle),
           Stage('inference', inference_losses, inference_optimisers, lambda cfg: cfg.n_infer if cfg.method!='erm' else 0))
 
-# %% ../nbs/08_liebm.ipynb #c046
+# %% ../nbs/08_liebm.ipynb #c047
 @torch.no_grad()
 def sample(
     nets:Nets,    # Trained networks
@@ -431,13 +435,15 @@ def sample(
     n_steps:int|None=None, # Updates after the generator; None is the row's, 0 the generator alone
     generator:torch.Generator|None=None, # Source of every draw
     on_step:Callable|None=None,          # As in `langevin`
-    chunk:int=512,         # Samples at once; bounds the memory
+    chunk:int|None=None,   # Samples at once, which bounds the memory; None is 512 up to 32 pixels, and fewer of larger ones
 )->Tensor:                 # (n, C, H, W) in [-1, 1]
     "Draw from the model, with 1 + n_steps evaluations."
     def draw(k):
         with frozen(nets.generator): u = nets.generator(nets.draw(k, generator))
         return outward(refine(nets, u, cfg, n_steps, generator=generator, on_step=on_step), cfg)
-    return in_chunks(draw, n, chunk).clamp(-1, 1)
+    return in_chunks(draw, n, chunk or _at_once(cfg)).clamp(-1, 1)
+
+def _at_once(cfg): return max(1, min(512, 512*32*32//math.prod(cfg.shape[1:]))) # images in one pass
 
 def energy(
     nets:Nets,   # Trained networks
@@ -462,28 +468,31 @@ def score(
         z = latent(nets.h, x)
         return -e+(cfg.gamma_ood if gamma is None else gamma)*F.cosine_similarity(r[:,:z.shape[1]], z)
 
-# %% ../nbs/08_liebm.ipynb #c049
+# %% ../nbs/08_liebm.ipynb #c050
 @torch.no_grad()
 def class_codes(
     nets:Nets,   # Trained networks with an encoder
     cfg:Config,  # Uses data
     *,
     n_views:int=4,  # Augmented images of each datum behind the means
-    n:int=5_000,    # Training images
+    n:int=500,      # Training images of each class, or as many as there are
     generator=None, # Source of the views
 )->tuple[Tensor,Tensor]: # Codes (K, d), and mean augmented images (K, C, H, W) in [-1, 1]
     """Where classes lie. Source: LIEBM, section 4.3.
 
-    Raises `ValueError` if the data have no classes.
+    Raises `ValueError` if the data have no classes, or a class has no image.
     """
     data,own = load(cfg.data),next(nets.parameters())
     if data.y is None or data.y.ndim!=1: raise ValueError(f"the data set {cfg.data!r} has no classes")
-    x,y = data.tensor(n).to(own),data.y[:n].to(own.device)
-    z = torch.cat([place(nets.h, o) for o in x.split(500)])
-    seen = sum(view(inward(x, cfg), cfg, generator) for _ in range(n_views))/n_views
-    kinds = range(int(data.y.max())+1)
-    return F.normalize(torch.stack([z[y==c].mean(0) for c in kinds]), dim=1), outward(torch.stack([seen[y==c].mean(0) for c in kinds]), cfg)
+    codes,means = [],[]
+    for c in range(int(data.y.max())+1):
+        if not len(at := (data.y==c).nonzero()[:n,0].tolist()): raise ValueError(f"class {c} of {cfg.data!r} has no training image")
+        x = data.batch(at)['x'].to(own)
+        codes.append(torch.cat([place(nets.h, o) for o in x.split(100)]).mean(0))
+        means.append(sum(view(inward(x, cfg), cfg, generator) for _ in range(n_views)).mean(0)/n_views)
+    return F.normalize(torch.stack(codes), dim=1), outward(torch.stack(means), cfg)
 
+# %% ../nbs/08_liebm.ipynb #c052
 @torch.no_grad()
 def conditional(
     nets:Nets,    # Trained networks with an inference model
@@ -491,7 +500,7 @@ def conditional(
     start:Tensor, # (B, C, H, W) in [-1, 1], first guess of the image
     cfg:Config,   # Uses n_steps, step, noise
     *,
-    gamma:float=10.,  # Concentration
+    gamma:float=1.,   # Concentration
     rounds:int=3,     # Turns of Y and m
     n_steps:int|None=None, # Updates of Y in a turn; None is the row's
     generator=None,   # Source of every draw
@@ -503,10 +512,10 @@ def conditional(
             mu,log_var = nets.q(u)
             base = nets.generator(mu+(log_var/2).exp()*normal(mu, generator))
             def E(o): return nets.energy.joint(base+o, code, gamma)
-            u = base+langevin(E, torch.zeros_like(base), Rates(cfg.step/2, cfg.noise), cfg.n_steps if n_steps is None else n_steps, generator=generator)
+            u = _kept(base+langevin(E, torch.zeros_like(base), _rates(cfg), cfg.n_steps if n_steps is None else n_steps, generator=generator), cfg)
     return outward(u, cfg).clamp(-1, 1)
 
-# %% ../nbs/08_liebm.ipynb #c052
+# %% ../nbs/08_liebm.ipynb #c055
 @torch.no_grad()
 def restore(
     nets:Nets,      # Trained networks with an inference model
@@ -535,7 +544,7 @@ def restore(
         Y = langevin(lambda o: E(base+o), torch.zeros_like(base), Rates(eta_y/2, noise_y), n_steps_y, generator=generator)
         return tuple(outward(o, cfg).clamp(-1, 1) for o in (nets.generator(first), base, base+Y))
 
-# %% ../nbs/08_liebm.ipynb #c055
+# %% ../nbs/08_liebm.ipynb #c058
 def _measure_images(nets, cfg, g, n, **how):
     from ebmbook.core.metrics import evaluate_images, extractor_for
     name = extractor_for(cfg.data)
@@ -546,7 +555,7 @@ def _measure_images(nets, cfg, g, n, **how):
 def _measure_ood(nets, cfg, g, n, **how): # `alone` leaves the cosine out; gamma
     from ebmbook.core.metrics import auroc_foreign
     own = next(nets.parameters())
-    return auroc_foreign(lambda x: score(nets, x.to(own), cfg, **how), cfg.data, n or 300)
+    return auroc_foreign(lambda x: score(nets, x.to(own), cfg, **how), cfg.data, n or (300 if len(load(cfg.data, split='test'))<10_000 else 10_000))
 
 def _measure_encoder(nets, cfg, g, n, **how):
     return selfsup.evaluate(nets.h, encoder_config(cfg), n=n, **how)
@@ -563,7 +572,7 @@ def _measure_rebuild(nets, cfg, g, n): # images in [0, 1], as the paper's number
     with torch.no_grad(), frozen(nets): made = outward(nets.generator(nets.q(inward(x, cfg))[0]), cfg)
     return dict(mse=(((made-x)/2).square().mean().item(), len(x), ''))
 
-# %% ../nbs/08_liebm.ipynb #c057
+# %% ../nbs/08_liebm.ipynb #c060
 def _measure_restoration(nets, cfg, g, n, op='sr4', stage='', **how): # `stage`: start, latent, both or inverse, which is then called psnr
     from ebmbook.core.metrics import psnr, ssim
     from ebmbook.core.restoration import operator
@@ -572,7 +581,9 @@ def _measure_restoration(nets, cfg, g, n, op='sr4', stage='', **how): # `stage`:
     y = damage.A(x)
     how |= dict(start=dict(n_steps=0, n_steps_y=0), latent=dict(n_steps_y=0)).get(stage, {}) # what comes later is not asked for
     made = dict(inverse=damage.A_dagger(y).clamp(-1, 1))
-    if stage!='inverse': made |= zip(('start', 'latent', 'both'), restore(nets, damage, y, cfg, generator=g, **how))
+    if stage!='inverse': # in parts, or large images would fill the memory
+        parts = [restore(nets, damage, o, cfg, generator=g, **how) for o in y.split(_at_once(cfg))]
+        made |= zip(('start', 'latent', 'both'), map(torch.cat, zip(*parts)))
     if stage: return dict(psnr=(psnr(made[stage].cpu(), x.cpu()), len(x), ''))
     said = {f'psnr_{k}': (psnr(o.cpu(), x.cpu()), len(x), '') for k,o in made.items()}
     return said | ({f'ssim_{k}': (ssim(o.cpu(), x.cpu()), len(x), '') for k,o in made.items()} if min(cfg.shape[1:])>=11 else {})

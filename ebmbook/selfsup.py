@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['PRESETS', 'DEFAULT_ROW', 'STAGES', 'Views', 'boxes', 'crop', 'grey', 'turn_hue', 'jitter', 'augment', 'dequantise',
            'backbone', 'head', 'Encoder', 'nt_xent', 'norm_mse', 'byol_loss', 'momentum', 'follow', 'whiten',
-           'wmse_loss', 'Config', 'check_config', 'Nets', 'build', 'codes', 'rate', 'losses', 'optimisers', 'latent',
-           'place', 'read_features', 'nearest_labels', 'linear_probe', 'evaluate']
+           'wmse_loss', 'Config', 'check_config', 'Nets', 'build', 'least', 'codes', 'rate', 'losses', 'optimisers',
+           'latent', 'place', 'read_features', 'nearest_labels', 'linear_probe', 'evaluate']
 
 # %% ../nbs/08a_selfsup.ipynb #c003
 import copy
@@ -365,6 +365,13 @@ def build(
     return Nets(cfg).to(memory_format=torch.channels_last)
 
 # %% ../nbs/08a_selfsup.ipynb #c046
+def least(
+    cfg, # Uses method, w
+)->int:  # Images
+    "Smallest batch that a loss can be computed with: images to compare, and batch norms with a mean."
+    return cfg.w if cfg.method=='wmse' else 2
+
+# %% ../nbs/08a_selfsup.ipynb #c048
 def codes(
     nets:Nets,  # The networks, in training mode
     views:list, # Views, (N, C, H, W) each
@@ -408,9 +415,9 @@ def optimisers(
     adam = torch.optim.Adam([p for p in nets.parameters() if p.requires_grad], cfg.lr, weight_decay=cfg.weight_decay)
     return dict(encoder=Group(adam, lambda step: rate(step, cfg)))
 
-STAGES = (Stage('encoder', losses, optimisers, lambda cfg: cfg.n_iters),)
+STAGES = (Stage('encoder', losses, optimisers, lambda cfg: cfg.n_iters, least=least),)
 
-# %% ../nbs/08a_selfsup.ipynb #c049
+# %% ../nbs/08a_selfsup.ipynb #c051
 def latent(
     nets:Nets, # Trained networks; only the encoder is used
     x:Tensor,  # (B, C, H, W) in [-1, 1]
@@ -426,7 +433,7 @@ def place(
     "The same as a target, without gradient."
     return latent(nets, x)
 
-# %% ../nbs/08a_selfsup.ipynb #c052
+# %% ../nbs/08a_selfsup.ipynb #c054
 @torch.no_grad()
 def read_features(
     nets:Nets,  # The networks
@@ -455,7 +462,7 @@ def nearest_labels(
         return (2*near.sum(1)>k).long() if y.ndim==2 else F.one_hot(near, int(y.max())+1).sum(1).argmax(1)
     return torch.cat([vote(o) for o in q.split(chunk)])
 
-# %% ../nbs/08a_selfsup.ipynb #c054
+# %% ../nbs/08a_selfsup.ipynb #c056
 @torch.enable_grad() # whoever asks, this trains
 def linear_probe(
     x:Tensor,      # (M, D) features of training images
@@ -482,7 +489,7 @@ def linear_probe(
             fall.step()
     with torch.no_grad(): return read(q)
 
-# %% ../nbs/08a_selfsup.ipynb #c056
+# %% ../nbs/08a_selfsup.ipynb #c058
 def evaluate(
     nets:Nets,   # Trained networks
     cfg:Config,  # Resolved settings; uses data

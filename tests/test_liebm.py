@@ -11,6 +11,7 @@ import itertools
 import math
 import pickle
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ import yaml
 from chapters import ROOT, claims_can_be_measured, ends_without_data, trains_in_full
 from ebmbook import liebm as l
 from ebmbook.core.config import choose
+from ebmbook.core.cost import seconds_per_iteration
 from ebmbook.core.nets import count
 from ebmbook.core.restoration import operator
 from ebmbook.core.runs import load_checkpoint, open_run, ship
@@ -277,16 +279,25 @@ def test_restoration_written_out(unit):
     with torch.no_grad():
         for a,b in zip(got, (nets.generator(first), base, base+Y), strict=True): assert torch.allclose(a, wide(b, cfg).clamp(-1, 1), atol=1e-4)
 
-def test_classes_have_their_own_codes(): # labels and images stay together, in either range
+def test_classes_have_their_own_codes(monkeypatch): # labels and images stay together, in either range
     cfg = replace(STRONG, unit=True)
     nets,d = built(cfg).eval(),load('digits')
-    codes,means = l.class_codes(nets, cfg, n_views=30, n=600, generator=gen())
-    x,y = d.tensor(600),d.y[:600]
+    codes,means = l.class_codes(nets, cfg, n_views=30, n=50, generator=gen())
+    x = [d.tensor()[d.y==c][:50] for c in range(10)]
     for c in range(10):
-        z = place(nets, x[y==c]).mean(0)
+        z = place(nets, x[c]).mean(0)
         assert torch.allclose(codes[c], z/z.norm(), atol=1e-4)
-        far = torch.stack([(means[c]-x[y==o].mean(0)).norm() for o in range(10)])
+        far = torch.stack([(means[c]-o.mean(0)).norm() for o in x])
         assert far.argmin()==c
+    lacking = SimpleNamespace(y=torch.where(d.y==3, 4, d.y), batch=d.batch)
+    monkeypatch.setattr(l, 'load', lambda *_, **__: lacking)
+    with pytest.raises(ValueError, match="class 3 of 'digits' has no training image"): l.class_codes(nets, cfg, n_views=1, n=5)
+
+@pytest.mark.parametrize('enc', ['digits', 'digits-byol', 'digits-wmse'])
+def test_the_cost_of_every_encoder_can_be_told(enc): # losses that compare images need more than one
+    cfg = replace(SHORT, enc=enc, n_enc=5)
+    took,n = seconds_per_iteration(l.STAGES[0], l.build(cfg), cfg, 'cpu', budget=.01)
+    assert took>0 and n>=(l.encoder_config(cfg).w if enc.endswith('wmse') else 2)
 
 
 # --- training

@@ -58,7 +58,7 @@ def seconds_per_iteration(
         optimiser_step(stage, nets, [batch], bare, [ctx], groups, acc)
         wait()
         return time.monotonic()-start
-    n = 1
+    n = min(stage.least(cfg), most)
     if (took := once(n))>4*budget: return took,n # the first iteration also allocates, but little beside this
     while (took := min(once(n), once(n)))<budget/2 and n<most: n = min(2*n, most)
     return took,n

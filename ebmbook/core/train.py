@@ -63,6 +63,7 @@ class Stage(NamedTuple):
     batch:Callable = lambda cfg: cfg.batch # batch(cfg) -> examples in one optimiser step
     finish:Callable|None = None # finish(nets, cfg, generator) at the end of the stage, with averaged weights in place
     ema:Callable = lambda cfg: cfg.ema # ema(cfg) -> decay of the moving average of the weights in this stage
+    least:Callable = lambda cfg: 1 # least(cfg) -> smallest batch that the losses take, above 1 where they compare images of a batch
 
 @dataclass
 class Context:
