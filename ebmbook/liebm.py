@@ -13,6 +13,7 @@ __all__ = ['PRESETS', 'DEFAULT_ROW', 'STAGES', 'Switches', 'Config', 'encoder_co
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -56,6 +57,7 @@ class Config(Switches):
     net:str                   # Name in `liebm_nets.ROWS`
     enc:str                   # Encoder: name in `selfsup.PRESETS`
     n_enc:int = -1            # Its optimiser steps before the energy's, where it is 'frozen'; -1 is that row's number, 0 leaves random weights
+    enc_weights:str = ''      # Folder with weights of such an encoder, as `ebmbook train selfsup` leaves it; it is then not trained here
     n_infer:int = 0           # Optimiser steps of an inference model that is trained afterwards (appendix A.6); 'erm' has one anyway
     gamma:float = .01         # Concentration of the posterior in training
     gamma_ood:float = .1      # Weight of the cosine in the joint score
@@ -107,12 +109,14 @@ DEFAULT_ROW = {o: o for o in PRESETS if o in DATASETS}
 _KINDS = dict(method=('em', 'ejm', 'erm'), encoder=('frozen', 'joint', 'none'), posterior=('cosine', 'gaussian', 'cebm'), view=('augment', 'dequantise'), top=('square', 'linear'))
 
 def encoder_config(
-    cfg, # Uses enc, data, shape, n_enc
+    cfg, # Uses enc, data, shape, n_enc, enc_weights
 )->selfsup.Config:
-    "Settings of the encoder; its views are the operation V too."
+    "Settings of the encoder, whose schedule shrinks with its length; its views are the operation V too."
     row = selfsup.PRESETS[cfg.enc]
-    n = dict(frozen=row.n_iters if cfg.n_enc<0 else cfg.n_enc, joint=row.n_iters, none=0)[cfg.encoder]
-    return replace(row, data=cfg.data, shape=cfg.shape, n_iters=n, micro=cfg.micro if n else 1) # what compares the images of a batch cannot work in parts
+    n = dict(frozen=0 if cfg.enc_weights else row.n_iters if cfg.n_enc<0 else cfg.n_enc, joint=row.n_iters, none=0)[cfg.encoder]
+    part = n/row.n_iters if n else 1.
+    return replace(row, data=cfg.data, shape=cfg.shape, n_iters=n, warm=round(part*row.warm), drops=tuple(round(part*o) for o in row.drops),
+                   micro=cfg.micro if n else 1) # what compares the images of a batch cannot work in parts
 
 def check_config(
     cfg:Config, # Resolved settings
@@ -130,6 +134,8 @@ def check_config(
     emb = selfsup.check_config(encoder_config(cfg), spec).emb
     if cfg.encoder!='none' and emb!=ROWS[cfg.net]['z']: raise ValueError(f"enc {cfg.enc!r} makes {emb} numbers, but net {cfg.net!r} has {ROWS[cfg.net]['z']}")
     if cfg.encoder=='none' and (cfg.method=='ejm' or cfg.posterior!='cosine' or cfg.n_infer): raise ValueError("a plain energy (encoder='none') has no joint chain, no posterior and no inference model that is trained afterwards (n_infer=0)")
+    if cfg.encoder=='joint' and selfsup.PRESETS[cfg.enc].method!='simclr': raise ValueError(f"an encoder that learns along (encoder='joint') is a SimCLR, but enc {cfg.enc!r} is not")
+    if cfg.enc_weights and (cfg.encoder!='frozen' or cfg.n_enc>=0): raise ValueError("enc_weights takes the place of the encoder's training: it needs encoder='frozen' and n_enc=-1")
     if not 0<=cfg.p_aug<=1: raise ValueError(f"p_aug is a probability, got {cfg.p_aug}")
     if cfg.n_steps<0 or cfg.n_infer<0: raise ValueError(f"n_steps and n_infer must not be negative, got {cfg.n_steps} and {cfg.n_infer}")
     if cfg.n_enc<-1: raise ValueError(f"n_enc is a number of steps, or -1 for the encoder's own, got {cfg.n_enc}")
@@ -228,7 +234,7 @@ class Nets(nn.Module, PyTorchModelHubMixin):
         super().__init__()
         self.cfg = check_config(cfg)
         row = ROWS[cfg.net]
-        made = networks(**row, linear=cfg.top=='linear', n_out=row['z']*(2 if cfg.posterior=='gaussian' else 1), infer=cfg.method=='erm' or cfg.n_infer>0, sn=cfg.norm, unit=cfg.unit, bias=cfg.bias)
+        made = networks(**row, linear=cfg.top=='linear' and cfg.posterior!='cebm', n_out=row['z']*(2 if cfg.posterior=='gaussian' else 1), infer=cfg.method=='erm' or cfg.n_infer>0, sn=cfg.norm, unit=cfg.unit, bias=cfg.bias)
         if cfg.encoder!='none': self.h = selfsup.Nets(encoder_config(cfg))
         self.energy = Energy(made['f'], made['g'] if cfg.encoder!='none' else None, made.get('F'), cfg.posterior)
         self.generator = made['generator']
@@ -241,11 +247,19 @@ class Nets(nn.Module, PyTorchModelHubMixin):
         "What the generator starts from."
         return normal(next(self.parameters()).new_empty(n, self.generator.latent), generator)
 
+# %% ../nbs/08_liebm.ipynb #c023
 def build(
     cfg:Config, # Resolved settings
 )->Nets:        # Fresh networks from torch's global seed
-    "Networks of a row."
-    return settle_norms(Nets(cfg))
+    "Networks of a row. Raises `FileNotFoundError` or `ValueError` if `enc_weights` has none that fit."
+    nets = Nets(cfg)
+    if cfg.enc_weights: _take_encoder(nets.h, Path(cfg.enc_weights))
+    return settle_norms(nets).to(memory_format=torch.channels_last)
+
+def _take_encoder(h, folder):
+    if not (folder/'model.safetensors').is_file(): raise FileNotFoundError(f"no weights in {folder}: expected model.safetensors and config.json, as in the folder weights/ of a run of `ebmbook train selfsup`")
+    try: h.load_state_dict(selfsup.Nets.from_pretrained(folder).state_dict())
+    except RuntimeError as e: raise ValueError(f"the encoder in {folder} has other networks than enc {h.cfg.method!r} of this row: {e}") from e
 
 # %% ../nbs/08_liebm.ipynb #c028
 def view(
@@ -411,15 +425,22 @@ def inference_optimisers(nets, cfg): return dict(inference=Group(torch.optim.Ada
 
 def settle(
     nets,           # Trained networks, changed in place
-    cfg,            # Not used
+    cfg,            # Uses encoder, data
     generator=None, # Source of the draws
     n:int=4_096,    # Images
     chunk:int=128,  # Images at once
 ):
-    "The generator's batch norms get their averages from samples alone, with the averaged weights in place."
+    "Batch norms get their averages anew, with the averaged weights in place: the generator's from samples alone, those of an encoder that learned along from views of data."
     def show():
         for _ in range(n//chunk): nets.generator(nets.draw(chunk, generator))
     collect_norms(nets.generator, show)
+    if cfg.encoder!='joint': return
+    data,own,enc = load(cfg.data),next(nets.parameters()),encoder_config(cfg)
+    def look():
+        for _ in range(n//chunk):
+            at = (uniform(chunk, own, generator)*len(data)).long().tolist()
+            selfsup.codes(nets.h, [augment(data.batch(at)['x'].to(own), enc, generator)])
+    collect_norms(nets.h, look)
 
 STAGES = (Stage('encoder', encoder_losses, encoder_optimisers, lambda cfg: encoder_config(cfg).n_iters if cfg.encoder=='frozen' else 0, lambda cfg: encoder_config(cfg).batch, ema=lambda cfg: encoder_config(cfg).ema, least=lambda cfg: selfsup.least(encoder_config(cfg))),
           Stage('joint', losses, optimisers, lambda cfg: cfg.n_iters, finish=settle),
@@ -524,14 +545,15 @@ def restore(
     cfg:Config,     # Uses gamma, unit
     *,
     sigma:float=.05,      # Of the measurement, in units of x in [-1, 1]
-    eta:float=5e-4,       # Step of the chain on m: drift eta/2, noise sqrt(eta)
-    eta_y:float=2e-3,     # Drift of the chain on Y is half of it
-    noise_y:float=1e-3,   # Noise of the chain on Y
+    eta:float=5e-4,       # Step of the chain on m: drift eta/2, noise sqrt(eta); images of more than 768 numbers get less in proportion
+    eta_y:float=2e-3,     # Drift of the chain on Y is half of it, in units of x in [-1, 1]
+    noise_y:float=1e-3,   # Noise of the chain on Y, in these units
     n_steps:int=200,      # Updates on m
     n_steps_y:int=60,     # Updates on Y
     generator=None,       # Source of every draw
 )->tuple[Tensor,Tensor,Tensor]: # G(m0), G(m) and G(m)+Y, (B, C, H, W) each, in [-1, 1]
     "Restore images in two stages, label `eq-liebm-restore`. Source: LIEBM, eq. 16 and 17; all numbers ours."
+    eta,half = eta*min(1., 768/math.prod(cfg.shape)),.5 if cfg.unit else 1. # more numbers make the likelihood steeper; a range of half the length
     known = op.A_dagger(y)
     def misfit(x): return (known-op.A_dagger(op.A(x))).flatten(1).square().sum(1)/(2*sigma**2)
     def E(u):
@@ -541,7 +563,7 @@ def restore(
         first = nets.q(inward(known, cfg))[0]
         m = langevin(lambda o: E(nets.generator(o))+o.square().sum(1)/2, first, Rates(eta/2, eta**.5), n_steps, generator=generator)
         base = nets.generator(m)
-        Y = langevin(lambda o: E(base+o), torch.zeros_like(base), Rates(eta_y/2, noise_y), n_steps_y, generator=generator)
+        Y = langevin(lambda o: E(base+o), torch.zeros_like(base), Rates(half**2*eta_y/2, half*noise_y), n_steps_y, generator=generator)
         return tuple(outward(o, cfg).clamp(-1, 1) for o in (nets.generator(first), base, base+Y))
 
 # %% ../nbs/08_liebm.ipynb #c058
