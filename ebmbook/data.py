@@ -45,6 +45,9 @@ class Lazy:
 
 def as_is(batch): return batch # collate_fn for a DataLoader over `Examples`
 
+
+
+# %% ../nbs/00_data.ipynb #0f81bbac
 class Examples(torch.utils.data.Dataset):
     """A data set: `x`, labels `y` or None, and batches of both.
 
@@ -117,12 +120,6 @@ DATASETS = {
     'stacked_digits': Spec((3, 8, 8), 1000, 'embedded', 'three digits as colour channels', n=(20_000, 4_000)),
     'shapes':         Spec((3, 16, 16), 0, 'embedded', 'drawn shapes with three independent attributes', SHAPE_NAMES, (8000, 2000)),
     'textures':       Spec((1, 64, 64), 3, 'embedded', 'crops of brick, grass and gravel (scikit-image)', n=(3000, 300)),
-    'cars':           Spec((3, 32, 32), 0, 'embedded', 'toy cars, one view of each', n=(2000, 400)),
-    'cars_views':     Spec((3, 32, 32), 0, 'embedded', 'toy cars, 10 views of each', n=(2560, 640)),
-    'cars_masked':    Spec((3, 32, 32), 0, 'embedded', 'the same views, a square of each spoiled', n=(2560, 640)),
-    'cars64':         Spec((3, 64, 64), 0, 'rendered', 'toy cars, one view of each', n=(5000, 1000)),
-    'cars_views64':   Spec((3, 64, 64), 0, 'rendered', 'toy cars, 20 views of each', n=(10_000, 2000)),
-    'cars_masked64':  Spec((3, 64, 64), 0, 'rendered', 'the same views, a square of each spoiled', n=(10_000, 2000)),
     'mnist':          Spec((1, 28, 28), 10, 'torchvision', 'handwritten digits', n=(60_000, 10_000), files=_idx_files('MNIST')),
     'stacked_mnist':  Spec((3, 28, 28), 1000, 'torchvision', 'three MNIST digits as colour channels', n=(128_000, 26_000), files=_idx_files('MNIST')),
     'fashion_mnist':  Spec((1, 28, 28), 10, 'torchvision', 'articles of clothing', n=(60_000, 10_000), files=_idx_files('FashionMNIST')),
@@ -144,15 +141,23 @@ DATASETS = {
     'celebahq256':    Spec((3, 256, 256), 0, 'files', 'faces at 256 pixels', n=(27_000, 3_000), files=('celebahq256',),
                            get='put the 30,000 CelebA-HQ images there (https://github.com/tkarras/progressive_growing_of_gans makes them), or its train and test folders'),
 }
+DATASETS |= {k: replace(o, get=f'ebmbook datasets --get {k}') for k,o in DATASETS.items() if o.source=='torchvision' and not o.get}
+
+# %% ../nbs/00_data.ipynb #dc8d6cd5
 _GRAF = 'https://s3.eu-central-1.amazonaws.com/avg-projects/graf/data'
-DATASETS |= {
+DATASETS |= { # sets with cameras
+    'cars':           Spec((3, 32, 32), 0, 'embedded', 'toy cars, one view of each', n=(2000, 400)),
+    'cars_views':     Spec((3, 32, 32), 0, 'embedded', 'toy cars, 10 views of each', n=(2560, 640)),
+    'cars_masked':    Spec((3, 32, 32), 0, 'embedded', 'the same views, a square of each spoiled', n=(2560, 640)),
+    'cars64':         Spec((3, 64, 64), 0, 'rendered', 'toy cars, one view of each', n=(5000, 1000)),
+    'cars_views64':   Spec((3, 64, 64), 0, 'rendered', 'toy cars, 20 views of each', n=(10_000, 2000)),
+    'cars_masked64':  Spec((3, 64, 64), 0, 'rendered', 'the same views, a square of each spoiled', n=(10_000, 2000)),
     'carla':          Spec((3, 64, 64), 0, 'files', 'cars of a driving simulator, one view of each, with its camera', n=(9000, 1000), files=('carla/imgs', 'carla/poses'),
                            get=f'unpack {_GRAF}/carla.zip and {_GRAF}/carla_poses.zip, so that imgs and poses lie there'),
     'srn_cars':       Spec((3, 128, 128), 0, 'files', 'ShapeNet cars, 50 views of each for training, 251 for testing, with cameras', n=(107_550, 176_704),
                            files=('srn_cars/cars_train', 'srn_cars/cars_test'), get='unpack cars_train.zip and cars_test.zip there, from '
                            'https://drive.google.com/drive/folders/1OkYgeRcIcLOFu1ft5mRODWNQaPJ0ps90'),
 }
-DATASETS |= {k: replace(o, get=f'ebmbook datasets --get {k}') for k,o in DATASETS.items() if o.source=='torchvision' and not o.get}
 
 # %% ../nbs/00_data.ipynb #c012
 def data_root(
@@ -332,6 +337,9 @@ def draw_cars(
     x = torch.cat([o.add(1).mul(127.5).round().byte() for o in x])
     return dict(x=x, pose=pose, object=of, shape=shape[of], colour=colour[of])
 
+
+
+# %% ../nbs/00_data.ipynb #34524338
 def _cached(path, make): # a dict of arrays from a file, or made and written
     try: return {k: torch.from_numpy(v) for k,v in np.load(path, allow_pickle=False).items()}
     except (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile): pass # absent or damaged: make it again

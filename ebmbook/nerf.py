@@ -210,6 +210,7 @@ class FilmNet(nn.Module):
         m,phase = self.layers[-1](z)[:,None].chunk(2, -1)
         return 15*m+30, phase
 
+# %% ../nbs/03a_nerf.ipynb #54a2ae7d
 class Siren(nn.Module):
     """A radiance field of sines, for unknown poses.
 
@@ -353,6 +354,9 @@ def angle_slope(
     integrand = (t.cos()-mean[...,None])*torch.exp(k[...,None]*(t.cos()-angle[...,None].cos()))
     return -(integrand*weights).sum(-1)*angle/2
 
+
+
+# %% ../nbs/03a_nerf.ipynb #04508fe3
 class _Implicit(torch.autograd.Function): # the angle itself, with the derivative that rejection does not have
     @staticmethod
     def forward(ctx, angle, kappa):

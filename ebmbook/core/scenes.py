@@ -8,7 +8,6 @@ __all__ = ['SHAPE_RANGES', 'Camera', 'pairs', 'camera_to_world', 'rays', 'draw_c
 
 # %% ../../nbs/core/scenes.ipynb #1e1463cc
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -169,6 +168,7 @@ def _paint(x, ray, shape, colour): # hit points (N, 3) -> their colours (N, 3) i
     sun = torch.nn.functional.normalize(x.new_tensor([.4, .3, .86]), dim=0)
     return ink*(.45+.55*(normal@sun).clamp(min=0))[:,None]
 
+# %% ../../nbs/core/scenes.ipynb #483f7a18
 def render_cars(
     shape:Tensor,   # (B, 10) as from `draw_car_shapes`
     colour:Tensor,  # (B, 6) as from `draw_car_colours`
