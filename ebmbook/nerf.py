@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['pick_pixels', 'colours_at', 'stratified', 'resample', 'Rendered', 'composite', 'positional', 'MappingNet', 'NeRF',
            'FilmNet', 'Siren', 'Look', 'render', 'image', 'log_von_mises', 'kl_uniform', 'entropy_von_mises',
-           'angle_slope', 'von_mises', 'psnr']
+           'angle_slope', 'von_mises']
 
 # %% ../nbs/03a_nerf.ipynb #b6324f4c
 import math
@@ -399,11 +399,3 @@ def von_mises(
     if mean.shape==kappa.shape: return torch.remainder(mean+turn+math.pi, 2*math.pi)-math.pi
     s,c = mean.unbind(-1)
     return torch.stack([s*turn.cos()+c*turn.sin(), c*turn.cos()-s*turn.sin()], -1)
-
-# %% ../nbs/03a_nerf.ipynb #f1d12d42
-def psnr(
-    a:Tensor, # (B, 3, H, W) images in [-1, 1]
-    b:Tensor, # Like a
-)->Tensor:    # (B,) decibels
-    "Peak signal-to-noise ratio of each image, where the peak is the whole range."
-    return -10*((a-b)/2).square().flatten(1).mean(1).log10()
