@@ -314,7 +314,7 @@ def image(
 # %% ../nbs/03a_nerf.ipynb #48f94ff8
 def _double(v): return (v.cpu() if v.device.type=='mps' else v).double()    # Apple's GPUs know neither double precision nor Bessel functions
 
-def _concentration(kappa): return _double(kappa)+1e-30 # at zero itself torch halves the slope of exp(-k)I_0(k), which has a corner there
+def _concentration(kappa): return _double(kappa)+1e-30 # exp(-|k|) I_0(k) has a corner at zero, where torch takes the slope 0 instead of -1
 
 def log_von_mises(
     angle:Tensor, # (...) radians
