@@ -12,8 +12,9 @@ from dataclasses import replace
 
 import torch
 
+from .scenes import camera_to_world
 from .train import Context, _accelerator, optimiser_step
-from ..data import DATASETS, require
+from ..data import CAMERAS, DATASETS, require
 
 # %% ../../nbs/core/cost.ipynb #c005
 def waiter(
@@ -27,12 +28,17 @@ def random_batch(
     cfg,          # Resolved settings
     n:int,        # How many
     device:str,   # Where
-)->dict:          # x, and y if the data set has labels
+)->dict:          # x, y if the data set has labels, and cameras and objects if it has those
     "A batch that looks like the data of a row."
     spec = DATASETS[cfg.data] if cfg.data in DATASETS else require(cfg.data)
     x = torch.rand(n, *(cfg.shape if getattr(cfg, 'vae', '') else spec.shape), device=device)*2-1
-    if spec.attributes: return dict(x=x, y=torch.randint(2, (n, len(spec.attributes)), device=device))
-    return dict(x=x, y=torch.randint(spec.n_classes, (n,), device=device)) if spec.n_classes else dict(x=x)
+    out = dict(x=x)
+    if spec.attributes: out['y'] = torch.randint(2, (n, len(spec.attributes)), device=device)
+    elif spec.n_classes: out['y'] = torch.randint(spec.n_classes, (n,), device=device)
+    if cfg.data in CAMERAS:
+        pose = torch.rand(n, 2, device=device)
+        out |= dict(pose=pose, c2w=camera_to_world(pose, CAMERAS[cfg.data]), object=torch.arange(n, device=device))
+    return out
 
 # %% ../../nbs/core/cost.ipynb #c008
 def seconds_per_iteration(

@@ -85,8 +85,9 @@ EXTRACTORS = { # data, first width, passes over the data, whether to jitter the 
     'digits16': dict(data='digits16', width=16, epochs=60,  jitter=True),
     'shapes':   dict(data='shapes',   width=12, epochs=10,  jitter=False),
     'mnist':    dict(data='mnist',    width=16, epochs=3,   jitter=True),
+    'cars':     dict(data='cars',     width=12, epochs=30,  jitter=False),
 }
-_FOR = {'stacked_digits': 'digits', 'stacked_mnist': 'mnist', **{k: k for k in EXTRACTORS}}
+_FOR = {'stacked_digits': 'digits', 'stacked_mnist': 'mnist', 'cars_views': 'cars', 'cars_masked': 'cars', **{k: k for k in EXTRACTORS}}
 
 def extractor_for(
     data:str, # Name of a data set
