@@ -273,7 +273,8 @@ def test_restoration_written_out(unit):
     with torch.no_grad(): first = nets.q((known+1)/2 if unit else known)[0]
     m = climb(lambda m: value(nets.generator(m))-(m**2).sum(1)/2, first, replace(cfg, step=.01, noise=.1), g, steps=3, clamp=False)
     with torch.no_grad(): base = nets.generator(m)
-    Y = climb(lambda Y: value(base+Y), torch.zeros_like(base), replace(cfg, step=.02, noise=.05), g, steps=3, clamp=False)
+    half = .5 if unit else 1. # the step is said in units of images in [-1, 1]
+    Y = climb(lambda Y: value(base+Y), torch.zeros_like(base), replace(cfg, step=.02*half**2, noise=.05*half), g, steps=3, clamp=False)
     got = l.restore(nets.train(), op, y, cfg, sigma=sigma, eta=.01, eta_y=.02, noise_y=.05, n_steps=3, n_steps_y=3, generator=gen())
     nets.eval()
     with torch.no_grad():
