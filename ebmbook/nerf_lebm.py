@@ -27,7 +27,7 @@ from .core.nets import mlp
 from .core.scenes import Camera, camera_to_world, rays
 from .core.train import Group, Loop, Stage
 from .data import CAMERAS, DATASETS, check_shape, load
-from .mcmc import Rates, frozen, in_chunks, langevin, normal, uniform
+from .mcmc import Rates, frozen, langevin, normal, uniform
 from .nerf import Look, NeRF, Siren, colours_at, image, kl_uniform, pick_pixels, render, von_mises
 
 # %% ../nbs/03_nerf_lebm.ipynb #a6b109e4
