@@ -12,7 +12,7 @@ __all__ = ['PRESETS', 'DEFAULT_ROW', 'STAGES', 'Switches', 'Config', 'camera_of'
 # %% ../nbs/03_nerf_lebm.ipynb #dc86401d
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -26,7 +26,7 @@ from .core.config import check_words
 from .core.nets import mlp
 from .core.scenes import Camera, camera_to_world, rays
 from .core.train import Group, Loop, Stage
-from .data import CAMERAS, DATASETS, check_shape, load
+from .data import CAMERAS, check_shape, load
 from .mcmc import Rates, frozen, langevin, normal, uniform
 from .nerf import Look, NeRF, Siren, colours_at, image, kl_uniform, pick_pixels, render, von_mises
 
