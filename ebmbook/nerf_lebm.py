@@ -118,7 +118,7 @@ _KINDS = dict(prior=('ebm', 'gaussian'), inference=('mcmc', 'persistent', 'amort
 def camera_of(
     cfg, # Uses data
 )->Camera:
-    "The camera of a data set; without one on record, that of pi-GAN's faces {cite:p}`chan2021`."
+    "The camera of a data set; without one on record, that of pi-GAN's faces. Source: Chan et al. 2021."
     return CAMERAS.get(cfg.data, Camera(12., 1., .88, 1.12, (0., 0., 0.)))
 
 def check_config(
