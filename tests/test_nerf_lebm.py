@@ -217,6 +217,6 @@ def test_missing_data_ends_the_chapter_in_seconds(tmp_path):
     ends_without_data('03_nerf_lebm', tmp_path, 'carla')
 
 @pytest.mark.slow
-@pytest.mark.parametrize('change', ['inference: mcmc', 'pose: vmf, field: siren', 'prior: gaussian'])
+@pytest.mark.parametrize('change', ['inference: mcmc', 'pose: vmf, field: siren, mapping: 8', 'prior: gaussian'])
 def test_a_small_row_says_its_cost_and_trains(change, tmp_path):
     trains_in_full('03_nerf_lebm', 'nerf_lebm', 'cars', tmp_path, f'{change}, n_iters: 2, batch: 4, rays: 10, n_depths: 6, width: 16, depth: 2, post_steps: 2, save_every: 1, log_every: 1', says=('2 iterations', 'about'))
