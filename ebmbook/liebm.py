@@ -259,7 +259,7 @@ def build(
 def _take_encoder(h, folder):
     if not (folder/'model.safetensors').is_file(): raise FileNotFoundError(f"no weights in {folder}: expected model.safetensors and config.json, as in the folder weights/ of a run of `ebmbook train selfsup`")
     try: h.load_state_dict(selfsup.Nets.from_pretrained(folder).state_dict())
-    except RuntimeError as e: raise ValueError(f"the encoder in {folder} has other networks than enc {h.cfg.method!r} of this row: {e}") from e
+    except RuntimeError as e: raise ValueError(f"the encoder in {folder} has other networks than the encoder of this row: {e}") from e
 
 # %% ../nbs/08_liebm.ipynb #c028
 def view(

@@ -137,12 +137,12 @@ def test_the_camera_of_a_picture_learns(): # the gradient of the likelihood reac
     got = grads(nets, next(l.losses(nets, load('cars').batch(range(4)), cfg, context()))[1])
     for k in range(4): assert got[f'encoder.turn.{k}.weight'].abs().sum()>0
 
-def test_an_unknown_camera_is_found_up_to_what_cannot_be_known(): # 25 of 50 cameras exact, the others wrong by a quarter turn
+def test_an_unknown_camera_is_found_up_to_what_cannot_be_known(): # in a world turned around and on its head, 40 of 50 cameras exact, ten wrong by a quarter turn
     true = torch.stack([6.28*torch.rand(50, generator=gen())-3.14, .2+.7*torch.rand(50, generator=gen(1))], 1)
-    found = true.clone()
-    found[::2,0] += math.pi/2
+    wrong = torch.arange(50)%5==0
+    found = torch.stack([2.-true[:,0]-math.pi/2*wrong, true[:,1]-math.pi], 1)
     error,flip,_ = l.turn_error(found, true)
-    assert not flip and 20<error.mean()<50
+    assert flip and error[~wrong].max()<.6 and (error[wrong]-90).abs().max()<.6 # half a step of the offsets
 
 def test_depth_of_a_new_object_does_not_know_its_paint(): # check 3, through the chapter
     cfg = replace(TINY, inference='mcmc')
