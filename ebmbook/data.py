@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['SHAPE_NAMES', 'CAR_NAMES', 'DATASETS', 'STD25', 'CAMERAS', 'Lazy', 'as_is', 'Examples', 'Spec', 'data_root',
-           'require', 'check_shape', 'draw_points', 'edge', 'in_square', 'log_density', 'draw_shapes', 'draw_cars',
-           'load', 'download', 'random_flip', 'ood', 'foreign']
+           'require', 'check_shape', 'draw_points', 'edge', 'in_square', 'log_density', 'draw_shapes', 'load',
+           'download', 'random_flip', 'ood', 'foreign']
 
 # %% ../nbs/00_data.ipynb #c003
 import difflib
@@ -14,7 +14,6 @@ import importlib.util
 import io
 import math
 import os
-import warnings
 import zipfile
 import zlib
 from collections.abc import Callable
@@ -27,9 +26,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from tqdm import tqdm
 
-from .core.scenes import SHAPE_RANGES, Camera, camera_to_world, draw_car_colours, draw_car_shapes, render_cars
+from .core.scenes import SHAPE_RANGES, Camera, camera_to_world, draw_cars, kept, pose_of, spoil
 
 # %% ../nbs/00_data.ipynb #c006
 class Lazy:
@@ -171,10 +169,7 @@ def require(
     name:str,                # A name in `DATASETS`, or folder:PATH
     root:str|Path|None=None, # As in `data_root`
 )->Spec:
-    """Make sure that a data set is there, before any work is done.
-
-    Raises `ValueError` for an unknown name, `FileNotFoundError` saying what is missing, where, and how to get it.
-    """
+    "Make sure that a data set is there, before any work is done. Raises `ValueError` for an unknown name, `FileNotFoundError` saying what is missing, where, and how to get it."
     root = data_root(root)
     if name.startswith('folder:'): return _folder(name, root, 'train')[2]
     if name not in DATASETS:
@@ -320,61 +315,18 @@ CAMERAS = {'cars': Camera(), 'carla': Camera(30., 10., 7.5, 12.5, (0., 0., 0.)),
            'srn_cars': Camera(2*math.degrees(math.atan(64/131.25)), 1.3, .8, 1.8, (0., 0., 0.))} # focal length of its intrinsics.txt, in pixels of 128
 CAMERAS |= {k: CAMERAS['cars'] for k in DATASETS if k.startswith('cars')}
 
-def draw_cars(
-    n_cars:int,  # Number of cars
-    n_views:int, # Views of each
-    size:int,    # Pixels a side
-    seed:int,    # Of shapes, paint and cameras
-)->dict:         # x (N, 3, size, size) uint8 and pose, object, shape, colour of each, N = n_cars*n_views, car by car
-    "Draw cars and render them from random places."
-    g,n = _gen(seed),n_cars*n_views
-    shape,colour = draw_car_shapes(n_cars, g),draw_car_colours(n_cars, g)
-    u = torch.rand(n, 2, generator=g)
-    low,high = (math.sin(math.radians(o)) for o in (10, 60))
-    pose = torch.stack([math.pi*(1-2*u[:,0]), (low+(high-low)*u[:,1]).asin()], 1)
-    of = torch.arange(n_cars).repeat_interleave(n_views)
-    bar = tqdm(of.split(128), desc=f'rendering {n:,} images', disable=n<500 or bool(os.environ.get('IN_TEST')))
-    x = [render_cars(shape[i], colour[i], p, size).image for i,p in zip(bar, pose.split(128))]
-    x = torch.cat([o.add(1).mul(127.5).round().byte() for o in x])
-    return dict(x=x, pose=pose, object=of, shape=shape[of], colour=colour[of])
-
-
-
-# %% ../nbs/00_data.ipynb #34524338
-def _cached(path, make): # a dict of arrays from a file, or made and written
-    try: return {k: torch.from_numpy(v) for k,v in np.load(path, allow_pickle=False).items()}
-    except (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile): pass # absent or damaged: make it again
-    made,part = make(),path.with_name(f'{path.stem}.{os.getpid()}.part')
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(part, 'wb') as f: np.savez(f, **{k: v.numpy() for k,v in made.items()})
-        part.replace(path)                                           # whole or not at all
-    except OSError as e: warnings.warn(f"cannot keep the rendered images in {path.parent}, the next run renders them again: {e}")
-    return made
-
 def _load_cars(name, root, split):
     spec = DATASETS[name]
     n,size,test = spec.n[split=='test'],spec.shape[1],split=='test'
     views = 1 if name in ('cars', 'cars64') else 10 if size==32 else 20
     seed = 2*views+test
-    got = _cached(root/'cars'/f'v1-{n//views}x{views}-{size}px-seed{seed}.npz', lambda: draw_cars(n//views, views, size, seed))
+    got = kept(root/'cars'/f'v1-{n//views}x{views}-{size}px-seed{seed}.npz', lambda: draw_cars(n//views, views, size, seed))
     x = got.pop('x')
     got |= dict(c2w=camera_to_world(got['pose']))
     middle = torch.tensor(list(SHAPE_RANGES.values())).mean(1)
     y = torch.cat([got['shape']>middle, got['colour']>.5], 1).long()
-    if 'masked' in name: x,got['mask'] = _spoil(x, _gen(seed+100))
+    if 'masked' in name: x,got['mask'] = spoil(x, _gen(seed+100))
     return Examples(x, y, extra=got)
-
-def _spoil(x, g): # overwrite one square of each image with noise, mean 1/2 and spread 1/5 of the range; -> images, mask (N, 1, H, W)
-    n,_,size,_ = x.shape
-    u = torch.rand(n, 3, generator=g)
-    side = (size*(.25+.25*u[:,:1])).round()
-    first = (u[:,1:]*(size-side+1)).floor()
-    at = torch.arange(size)
-    row,column = ((at>=o) & (at<o+side) for o in first.split(1, 1))
-    mask = ~(row[:,None,:,None] & column[:,None,None,:])
-    noise = (.5+.2*torch.randn(x.shape, generator=g)).clamp(0, 1).mul(255).round().byte()
-    return torch.where(mask, x, noise), mask
 
 # %% ../nbs/00_data.ipynb #c038
 def _damaged(path, why): return ValueError(f"cannot read {path}: {why}; replace it by an intact copy")
@@ -540,13 +492,8 @@ def _load_lsun(name, root, split):
 
 # %% ../nbs/00_data.ipynb #3bbcf790
 def _camera_extras(c2w, of, name, where): # matrices (N, 3, 4) -> the extras; refuses what does not fit the camera that is on record
-    camera,axes = CAMERAS[name],c2w[:,:,:3]
-    if not torch.allclose(axes.mT@axes, torch.eye(3).expand_as(axes), atol=1e-3): raise _damaged(where, "the axes of a camera are not orthogonal unit vectors")
-    back = axes[:,:,2]
-    radius = (c2w[:,:,3]-torch.tensor(camera.target)).norm(dim=1)
-    if ((radius/camera.radius-1).abs()>.1).any(): raise _damaged(where, f"a camera is {radius.min():.3g} to {radius.max():.3g} away from its target, expected {camera.radius}")
-    pose = torch.stack([torch.atan2(back[:,0], back[:,1]), back[:,2].clamp(-1, 1).asin()], 1)
-    return dict(pose=pose, c2w=c2w, object=of)
+    try: return dict(pose=pose_of(c2w, CAMERAS[name]), c2w=c2w, object=of)
+    except ValueError as e: raise _damaged(where, e) from None
 
 def _same_fov(fov, name, where):
     if abs(fov-CAMERAS[name].fov)>.5: raise _damaged(where, f"it says an angle of view of {fov:.2f} degrees, expected {CAMERAS[name].fov:.2f}")
@@ -600,10 +547,7 @@ def load(
     root:str|Path|None=None, # As in `data_root`
     split:str='train',       # train or test
 )->Examples:
-    """Load one split of a data set; embedded sets need no files and no network.
-
-    Raises what `require` raises, and `ValueError` naming a file that is damaged.
-    """
+    "Load one split of a data set; embedded sets need no files and no network. Raises what `require` raises, and `ValueError` naming a file that is damaged."
     if split not in ('train', 'test'): raise ValueError(f"split must be 'train' or 'test', got {split!r}")
     require(name, root)
     return _LOADERS[name.partition(':')[0]](name, data_root(root), split)
@@ -657,10 +601,7 @@ def ood(
     n:int,     # Number of images to make
     generator:torch.Generator|None=None, # Source of every draw
 )->Tensor:     # (n, C, H, W) in [-1, 1]
-    """Images from outside a data set: one colour each, the mean of two images, or noise.
-
-    Raises `ValueError` for another `kind`, or if there are fewer than two images to average.
-    """
+    "Images from outside a data set: one colour each, the mean of two images, or noise. Raises `ValueError` for another `kind`, or if there are fewer than two images to average."
     device = generator.device if generator is not None else x.device
     def rand(*shape): return torch.rand(*shape, generator=generator, device=device).to(x)
     if kind=='noise': return rand(n, *x.shape[1:])*2-1

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['pick_pixels', 'colours_at', 'stratified', 'resample', 'Rendered', 'composite', 'positional', 'MappingNet', 'NeRF',
            'FilmNet', 'Siren', 'Look', 'render', 'image', 'log_von_mises', 'kl_uniform', 'entropy_von_mises',
-           'angle_slope', 'von_mises']
+           'angle_slope', 'von_mises', 'Seen', 'Encoder']
 
 # %% ../nbs/03a_nerf.ipynb #b6324f4c
 import math
@@ -399,3 +399,43 @@ def von_mises(
     if mean.shape==kappa.shape: return torch.remainder(mean+turn+math.pi, 2*math.pi)-math.pi
     s,c = mean.unbind(-1)
     return torch.stack([s*turn.cos()+c*turn.sin(), c*turn.cos()-s*turn.sin()], -1)
+
+# %% ../nbs/03a_nerf.ipynb #6bf2675f
+class Seen(NamedTuple):
+    "What an encoder says of pictures."
+    mean:tuple            # Of the codes of shape and colour, (B, nz) each
+    log_var:tuple         # The same
+    turn:Tensor|None=None # (B, 2, 2) azimuth and elevation as (sine, cosine)
+    kappa:Tensor|None=None # (B, 2) their concentrations
+
+class Encoder(nn.Module):
+    "Inference model of the codes, and of the camera. Source: thesis, section 3.5.2.3, and the released program."
+    def __init__(self,
+        kind:str,      # 'small' or 'resnet34'
+        size:int,      # Pixels a side
+        nz:tuple,      # Numbers of the codes
+        turn:bool,     # With heads of the camera
+    ):
+        super().__init__()
+        if kind=='resnet34':
+            from torchvision.models import resnet34
+            self.body,n = resnet34(weights=None),1000
+        else:
+            widths,n = (3, 32, 64, 96, 128),128
+            self.body = nn.Sequential(*[o for a,b in zip(widths, widths[1:]) for o in (nn.Conv2d(a, b, 4, 2, 1), nn.SiLU())],
+                                      nn.AdaptiveAvgPool2d(max(1, min(2, size//16))), nn.Flatten(), nn.LazyLinear(n), nn.SiLU())
+            self.body(torch.zeros(1, 3, size, size))
+        for k,v in dict(mean=(.485, .456, .406), std=(.229, .224, .225)).items(): self.register_buffer(k, torch.tensor(v).view(3, 1, 1), persistent=False)
+        self.turn = nn.ModuleList(nn.Linear(n, k) for k in (2, 1, 2, 1)) if turn else None
+        self.shared = nn.Sequential(nn.Linear(n, 256), nn.ReLU()) if turn else nn.Identity()
+        self.heads = nn.ModuleList(nn.Linear(256 if turn else n, k) for k in (*nz, *nz))
+        for o in self.heads if turn else (): nn.init.zeros_(o.weight); nn.init.zeros_(o.bias)
+
+    def forward(self,
+        x:Tensor, # (B, 3, S, S) in [-1, 1]
+    )->Seen:
+        h = self.body((x/2+.5-self.mean)/self.std)
+        s,a,ls,la = (o(self.shared(h)) for o in self.heads)
+        if self.turn is None: return Seen((s, a), (ls, la))
+        m = [o(h) for o in self.turn]
+        return Seen((s, a), (ls, la), F.normalize(torch.stack(m[::2], 1), dim=2), F.softplus(torch.cat(m[1::2], 1))+1)

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['PRESETS', 'DEFAULT_ROW', 'STAGES', 'Switches', 'Config', 'camera_of', 'check_config', 'LatentEnergy', 'reflect',
-           'prior_energy', 'start_codes', 'Seen', 'Encoder', 'Nets', 'build', 'Rays', 'look_at', 'misfit', 'walk',
-           'ramped', 'draw_prior', 'draw_posterior', 'with_views', 'turned', 'amortised', 'adam_rows', 'new_table',
-           'descend', 'find_codes', 'losses', 'optimisers', 'settle', 'predicted_angles', 'draw_cameras', 'draw_images',
-           'sample', 'codes_of', 'turn_error', 'evaluate']
+           'prior_energy', 'start_codes', 'Nets', 'build', 'Rays', 'look_at', 'misfit', 'walk', 'ramped', 'draw_prior',
+           'draw_posterior', 'with_views', 'turned', 'amortised', 'adam_rows', 'new_table', 'descend', 'find_codes',
+           'losses', 'optimisers', 'settle', 'predicted_angles', 'draw_cameras', 'draw_images', 'sample', 'codes_of',
+           'turn_error', 'evaluate']
 
 # %% ../nbs/03_nerf_lebm.ipynb #dc86401d
 import math
@@ -17,7 +17,6 @@ from functools import lru_cache
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from huggingface_hub import PyTorchModelHubMixin
 from torch import Tensor, nn
 
@@ -28,7 +27,7 @@ from .core.scenes import Camera, camera_to_world, rays
 from .core.train import Group, Loop, Stage
 from .data import CAMERAS, check_shape, load
 from .mcmc import Rates, frozen, langevin, normal, uniform
-from .nerf import Look, NeRF, Siren, colours_at, image, kl_uniform, pick_pixels, render, von_mises
+from .nerf import Encoder, Look, NeRF, Seen, Siren, colours_at, image, kl_uniform, pick_pixels, render, von_mises
 
 # %% ../nbs/03_nerf_lebm.ipynb #a6b109e4
 @dataclass(frozen=True, kw_only=True)
@@ -183,46 +182,6 @@ def start_codes(
     "Draw from q_0."
     draw = normal if cfg.reference=='gaussian' else lambda o, g: 2*uniform(o.numel(), o, g).view_as(o)-1
     return tuple(draw(like.new_empty(n, k), generator) for k in cfg.nz)
-
-# %% ../nbs/03_nerf_lebm.ipynb #fef220fd
-class Seen(NamedTuple):
-    "What an encoder says of pictures."
-    mean:tuple            # Of the codes of shape and colour, (B, nz) each
-    log_var:tuple         # The same
-    turn:Tensor|None=None # (B, 2, 2) azimuth and elevation as (sine, cosine)
-    kappa:Tensor|None=None # (B, 2) their concentrations
-
-class Encoder(nn.Module):
-    "Inference model of the codes, and of the camera. Source: thesis, section 3.5.2.3, and the released program."
-    def __init__(self,
-        kind:str,      # 'small' or 'resnet34'
-        size:int,      # Pixels a side
-        nz:tuple,      # Numbers of the codes
-        turn:bool,     # With heads of the camera
-    ):
-        super().__init__()
-        if kind=='resnet34':
-            from torchvision.models import resnet34
-            self.body,n = resnet34(weights=None),1000
-        else:
-            widths,n = (3, 32, 64, 96, 128),128
-            self.body = nn.Sequential(*[o for a,b in zip(widths, widths[1:]) for o in (nn.Conv2d(a, b, 4, 2, 1), nn.SiLU())],
-                                      nn.AdaptiveAvgPool2d(max(1, min(2, size//16))), nn.Flatten(), nn.LazyLinear(n), nn.SiLU())
-            self.body(torch.zeros(1, 3, size, size))
-        for k,v in dict(mean=(.485, .456, .406), std=(.229, .224, .225)).items(): self.register_buffer(k, torch.tensor(v).view(3, 1, 1), persistent=False)
-        self.turn = nn.ModuleList(nn.Linear(n, k) for k in (2, 1, 2, 1)) if turn else None
-        self.shared = nn.Sequential(nn.Linear(n, 256), nn.ReLU()) if turn else nn.Identity()
-        self.heads = nn.ModuleList(nn.Linear(256 if turn else n, k) for k in (*nz, *nz))
-        for o in self.heads if turn else (): nn.init.zeros_(o.weight); nn.init.zeros_(o.bias)
-
-    def forward(self,
-        x:Tensor, # (B, 3, S, S) in [-1, 1]
-    )->Seen:
-        h = self.body((x/2+.5-self.mean)/self.std)
-        s,a,ls,la = (o(self.shared(h)) for o in self.heads)
-        if self.turn is None: return Seen((s, a), (ls, la))
-        m = [o(h) for o in self.turn]
-        return Seen((s, a), (ls, la), F.normalize(torch.stack(m[::2], 1), dim=2), F.softplus(torch.cat(m[1::2], 1))+1)
 
 # %% ../nbs/03_nerf_lebm.ipynb #632c2921
 class Nets(nn.Module, PyTorchModelHubMixin):

@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from ebmbook.core.scenes import Camera, camera_to_world, car_distances, draw_car_colours, draw_car_shapes, pairs, rays, render_cars
-from ebmbook.data import CAMERAS, DATASETS, draw_cars, load
+from ebmbook.core.scenes import Camera, camera_to_world, car_distances, draw_car_colours, draw_car_shapes, draw_cars, pairs, rays, render_cars
+from ebmbook.data import CAMERAS, DATASETS, load
 from ebmbook.nerf import Look, NeRF, Siren, composite, image, kl_uniform, pick_pixels, render, resample, stratified, von_mises
 
 angle = st.floats(-math.pi, math.pi)

@@ -32,10 +32,7 @@ def to_uint8(
     x:Tensor,            # (N, C, H, W) with C = 1 or 3: float in [-1, 1], or uint8, which passes unchanged
     what:str='samples',  # How the message calls them
 )->Tensor:               # (N, C, H, W) uint8 on the CPU
-    """Clamp, scale and round images to the 256 levels that all metrics measure.
-
-    Raises `ValueError` for another shape or type, and for NaN or infinite values.
-    """
+    "Clamp, scale and round images to the 256 levels that all metrics measure. Raises `ValueError` for another shape or type, and for NaN or infinite values."
     if not isinstance(x, Tensor) or x.ndim!=4 or x.shape[1] not in (1, 3) or not len(x):
         raise ValueError(f"{what}: expected images (N, 1 or 3, H, W), got {tuple(getattr(x, 'shape', ())) or type(x).__name__}")
     x = x.detach()
@@ -198,10 +195,7 @@ def load_extractor(
     name:str,                  # A name in `EXTRACTORS`
     folder:str|Path|None=None, # Where it lies; None is the package's own
 )->Classifier:                 # In evaluation mode, without parameter gradients; shared, so do not change it
-    """Load an extractor and verify that its weights are the recorded ones.
-
-    Raises `ValueError` for an unknown name and for weights whose SHA-256 is not the one in its JSON.
-    """
+    "Load an extractor and verify that its weights are the recorded ones. Raises `ValueError` for an unknown name and for weights whose SHA-256 is not the one in its JSON."
     info = extractor_info(name, folder)
     path = Path(folder or extractor_folder())/f'{name}.safetensors'
     data = path.read_bytes()
@@ -350,10 +344,7 @@ INCEPTION_FILE = 'weights-inception-2015-12-05-6726825d.pth' # As torch-fidelity
 def inception_weights(
     path:str|Path|None=None, # Your own copy; None looks in torch's download folder and fetches the file if it is not there
 )->Path:                     # The file
-    """Find the Inception weights.
-
-    Raises `FileNotFoundError` that says where they are expected and how to get them.
-    """
+    "Find the Inception weights. Raises `FileNotFoundError` that says where they are expected and how to get them."
     if path is not None:
         if not Path(path).is_file(): raise FileNotFoundError(f"there are no Inception weights at {path}")
         return Path(path)
@@ -454,10 +445,7 @@ def anchors(
     seed:int=0,       # Chooses the real ones and draws the noise
     **kwargs,         # The rest of `evaluate_images`
 )->dict:              # real and noise -> result
-    """Measure other real images and Gaussian noise against the reference: the two ends of the scale.
-
-    Raises `ValueError` if there are fewer than `n` real images.
-    """
+    "Measure other real images and Gaussian noise against the reference: the two ends of the scale. Raises `ValueError` if there are fewer than `n` real images."
     real = _images(real, 'real')
     if len(real)<n: raise ValueError(f"real: the anchor needs {n} images, got {len(real)}")
     g = torch.Generator().manual_seed(seed)
@@ -485,10 +473,7 @@ def attribute_accuracy(
     attributes:Tensor, # (N, A) or (A,) int64: 1 asked for, 0 asked to be absent, -1 not asked
     extractor:str|Classifier='shapes', # One with attributes
 )->dict:               # `each`: share of right answers per attribute, None where it was never asked; `all`: share of samples with every asked one right
-    """Share of samples that show the attributes they were asked to show.
-
-    Raises `ValueError` for an extractor without attributes, another shape, or other values.
-    """
+    "Share of samples that show the attributes they were asked to show. Raises `ValueError` for an extractor without attributes, another shape, or other values."
     if _net(extractor).info.get('head')!='attributes': raise ValueError(f"the extractor {extractor!r} knows classes, not attributes")
     seen,asked = classify(samples, extractor)>.5,torch.as_tensor(attributes).cpu()
     if asked.ndim==1: asked = asked.expand(len(seen), -1)
@@ -506,10 +491,7 @@ def class_spread(
     labels:Tensor,  # (N,) int64 class of each
     extractor:str|Classifier, # A name in `EXTRACTORS`, or a loaded one
 )->float:           # In units of the features; compare with the same of real images
-    """Standard deviation of a feature within one class, averaged over features and, weighted by size, over classes.
-
-    Raises `ValueError` for a class with a single sample.
-    """
+    "Standard deviation of a feature within one class, averaged over features and, weighted by size, over classes. Raises `ValueError` for a class with a single sample."
     f,y = features(samples, extractor),torch.as_tensor(labels).cpu()
     if y.shape!=(len(f),): raise ValueError(f"{len(f)} samples need labels ({len(f)},), got {tuple(y.shape)}")
     sizes = {c: (y==c).sum().item() for c in y.unique().tolist()}
@@ -550,10 +532,7 @@ def modes_kl(
     n:int|None=None,  # The count that the protocol fixes, 26,000 in the literature; another number is refused
     device:str='cpu', # Where the network runs
 )->dict:            # As `count_modes`, with `extractor` and its test `accuracy`
-    """Count the digit triples among stacked samples.
-
-    Raises `ValueError` for images of one channel, or a count other than `n`.
-    """
+    "Count the digit triples among stacked samples. Raises `ValueError` for images of one channel, or a count other than `n`."
     if n is not None and len(samples)!=n: raise ValueError(f"samples: the protocol asks for {n} images, got {len(samples)}")
     seen = classify(samples, extractor, device=device).argmax(-1)
     if seen.ndim!=2: raise ValueError(f"samples: expected three channels with a digit each, got {tuple(samples.shape)}")
@@ -643,10 +622,7 @@ def ssim(
 def iwae(
     log_w:Tensor, # (..., K) log p(x, z_k) - log q(z_k | x), nats
 )->Tensor:        # (...) float64, nats per example
-    """Importance-weighted bound on the log-likelihood of each example, summed in float64.
-
-    Computes label `eq-metrics-iwae`. Raises `ValueError` for NaN or no draws.
-    """
+    "Importance-weighted bound on the log-likelihood of each example, summed in float64. Computes label `eq-metrics-iwae`. Raises `ValueError` for NaN or no draws."
     if log_w.ndim<1 or not log_w.shape[-1]: raise ValueError(f"expected (..., K) with K >= 1, got {tuple(log_w.shape)}")
     if log_w.isnan().any(): raise ValueError("log_w holds NaN")
     return torch.logsumexp(log_w.double(), -1) - math.log(log_w.shape[-1])
