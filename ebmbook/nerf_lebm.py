@@ -11,6 +11,7 @@ __all__ = ['PRESETS', 'DEFAULT_ROW', 'STAGES', 'Switches', 'Config', 'camera_of'
 
 # %% ../nbs/03_nerf_lebm.ipynb #dc86401d
 import math
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
@@ -87,7 +88,7 @@ class Config(Switches):
 
 # %% ../nbs/03_nerf_lebm.ipynb #70695724
 _SMALL = dict(shape=(3, 32, 32), batch=16, ema=.99, nz=(16, 8), e_shape=(2, 64), e_colour=(2, 64), width=64, depth=3, freqs=(4, 1), scale=.8, mapping=0, rays=64, focus=6., n_depths=20, lr=3e-3, lr_enc=1e-3, lr_prior=1e-4,
-              lr_code=.05, decay=2e3, decay_prior=2e3, prior_steps=40, post_steps=10, post_step=.03, n_neg=64, log_every=20, save_every=250)
+              lr_code=.05, decay=2e3, decay_prior=2e3, prior_steps=40, post_steps=10, post_step=.01, n_neg=64, log_every=20, save_every=250)
 _VIEWS = dict(inference='persistent', views=2, rays=32)
 _CARLA = dict(data='carla', shape=(3, 64, 64), batch=8, ema=0., last='endless')
 _OPEN = dict(inference='amortised', pose='vmf', field='siren', encoder='resnet34', e_shape=(2, 128), e_colour=(2, 64), batch=16, rays=1024, anneal=(4., 100), prior_noise=0., lr=3e-5, lr_heads=5e-6, lr_prior=7e-6, temp=12., ema=0.)
@@ -592,9 +593,11 @@ def _measure_views(nets, cfg, g, n, given=(0, 5), of='other', **how): # `of`: ot
     draw = lambda i: draw_images(nets, tuple(o.repeat_interleave(len(i), 0) for o in z), pick(whole, 'c2w', i).flatten(0, 1), cfg)[0]
     if of=='mean': return dict(psnr=(_psnr(load(cfg.data.replace('masked', 'views')).tensor().mean(0).expand(len(at)*len(rest), -1, -1, -1), pick(whole, 'x', rest).flatten(0, 1)), len(at), ''))
     mask = pick(spoiled, 'mask', list(given)).bool() if cfg.masked and 'mask' in spoiled.extra else None
+    start = time.perf_counter()
     z = codes_of(nets, pick(spoiled, 'x', list(given)), pick(whole, 'c2w', list(given)), cfg, mask=mask, generator=g, **how)
+    took = time.perf_counter()-start
     see = rest if of=='other' else list(given)
-    return dict(psnr=(_psnr(draw(see), pick(whole, 'x', see).flatten(0, 1)), len(at), ''))
+    return dict(psnr=(_psnr(draw(see), pick(whole, 'x', see).flatten(0, 1)), len(at), ''), seconds=(took, len(at), '')) # seconds to find the codes of all
 
 # %% ../nbs/03_nerf_lebm.ipynb #42b414a1
 def _measure_swap(nets, cfg, g, n, truth='right', **how): # `truth`: right; wrong, where shape and paint have changed places; unpainted, the picture of the first
