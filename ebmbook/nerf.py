@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['pick_pixels', 'colours_at', 'stratified', 'resample', 'Rendered', 'composite', 'positional', 'MappingNet', 'NeRF',
            'FilmNet', 'Siren', 'Look', 'render', 'image', 'log_von_mises', 'kl_uniform', 'entropy_von_mises',
-           'angle_slope', 'von_mises', 'Seen', 'Encoder']
+           'angle_slope', 'von_mises', 'Seen', 'Encoder', 'half_turns', 'turn_error']
 
 # %% ../nbs/03a_nerf.ipynb #b6324f4c
 import math
@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from .core.scenes import Camera, rays
+from .core.scenes import Camera, camera_to_world, pairs, rays
 from .mcmc import Slice, uniform
 
 # %% ../nbs/03a_nerf.ipynb #73e49c2c
@@ -425,6 +425,7 @@ class Encoder(nn.Module):
             self.body = nn.Sequential(*[o for a,b in zip(widths, widths[1:]) for o in (nn.Conv2d(a, b, 4, 2, 1), nn.SiLU())],
                                       nn.AdaptiveAvgPool2d(max(1, min(2, size//16))), nn.Flatten(), nn.LazyLinear(n), nn.SiLU())
             self.body(torch.zeros(1, 3, size, size))
+            if turn: self.body.append(nn.BatchNorm1d(n, affine=False))
         for k,v in dict(mean=(.485, .456, .406), std=(.229, .224, .225)).items(): self.register_buffer(k, torch.tensor(v).view(3, 1, 1), persistent=False)
         self.turn = nn.ModuleList(nn.Linear(n, k) for k in (2, 1, 2, 1)) if turn else None
         self.shared = nn.Sequential(nn.Linear(n, 256), nn.ReLU()) if turn else nn.Identity()
@@ -439,3 +440,29 @@ class Encoder(nn.Module):
         if self.turn is None: return Seen((s, a), (ls, la))
         m = [o(h) for o in self.turn]
         return Seen((s, a), (ls, la), F.normalize(torch.stack(m[::2], 1), dim=2), F.softplus(torch.cat(m[1::2], 1))+1)
+
+# %% ../nbs/03a_nerf.ipynb #8dca62e7
+def half_turns(
+    turn:Tensor, # (..., 2, 2) two angles as (sine, cosine)
+    tilt:tuple,  # Lowest and highest elevation, degrees
+)->Tensor:       # Like turn, azimuth in (-90, 90] degrees and elevation
+    "Cameras that are known up to half a turn: half of the first angle is the azimuth, the sine of the second moves the elevation. Source: ours."
+    low,high = (math.radians(o) for o in tilt)
+    return pairs(torch.stack([torch.atan2(turn[...,0,0], turn[...,0,1])/2, (low+high)/2+(high-low)/2*turn[...,1,0]], -1))
+
+def turn_error(
+    found:Tensor, # (N, 2) azimuths and elevations, radians, in a world of their own
+    true:Tensor,  # (N, 2) true ones
+    camera:Camera=Camera(), # Any; only directions count
+    n:int=360,    # Azimuth offsets that are tried
+    half:bool=False, # Forgive each picture half a turn, too
+)->tuple:         # Degrees (N,), whether the world stands on its head, offset in radians
+    "Angles between rotations of cameras, after the change of azimuth and of up and down with the lowest mean. Source: ours."
+    want,best = camera_to_world(true, camera)[:,:,:3],None
+    for flip in (False, True):
+        for c in torch.arange(n)/n*2*math.pi:
+            pose = torch.stack([c-found[:,0], found[:,1]+math.pi], 1) if flip else torch.stack([c+found[:,0], found[:,1]], 1)
+            cos = torch.stack([((camera_to_world(pose+pose.new_tensor([o, 0.]), camera)[:,:,:3]*want).sum((1, 2))-1)/2 for o in ((0., math.pi) if half else (0.,))]).amax(0)
+            angles = cos.clamp(-1, 1).acos().rad2deg()
+            if best is None or angles.mean()<best[0].mean(): best = angles,flip,c.item()
+    return best

@@ -7,7 +7,7 @@ __all__ = ['PRESETS', 'DEFAULT_ROW', 'STAGES', 'Switches', 'Config', 'camera_of'
            'prior_energy', 'start_codes', 'Nets', 'build', 'Rays', 'look_at', 'misfit', 'walk', 'ramped', 'draw_prior',
            'draw_posterior', 'with_views', 'turned', 'amortised', 'adam_rows', 'new_table', 'descend', 'find_codes',
            'losses', 'optimisers', 'settle', 'predicted_angles', 'draw_cameras', 'draw_images', 'sample', 'codes_of',
-           'turn_error', 'evaluate']
+           'evaluate']
 
 # %% ../nbs/03_nerf_lebm.ipynb #dc86401d
 import math
@@ -28,7 +28,7 @@ from .core.scenes import Camera, camera_to_world, rays
 from .core.train import Group, Loop, Stage
 from .data import CAMERAS, check_shape, load
 from .mcmc import Rates, frozen, langevin, normal, uniform
-from .nerf import Encoder, Look, NeRF, Seen, Siren, colours_at, image, kl_uniform, pick_pixels, render, von_mises
+from .nerf import Encoder, Look, NeRF, Seen, Siren, colours_at, half_turns, image, kl_uniform, pick_pixels, render, turn_error, von_mises
 
 # %% ../nbs/03_nerf_lebm.ipynb #a6b109e4
 @dataclass(frozen=True, kw_only=True)
@@ -40,6 +40,7 @@ class Switches(Loop):
     reference:str = 'gaussian' # q_0: 'gaussian', 'uniform' in [-1, 1] with walls, 'free': chains start there, but nothing keeps them (the released program)
     field:str = 'nerf'         # 'nerf' (figure 3.1) or 'siren' (figure 3.2)
     encoder:str = 'small'      # 'small' or 'resnet34', where inference is 'amortised'
+    half:bool = False       # An unknown azimuth is sought up to half a turn, and the elevation within `tilt` (ours)
     alternate:bool = False     # Chains of the posterior change one code after the other, as printed; else both at once, as released
     masked:bool = True         # Spoiled pixels do not count, where the data say which they are
     last:str = 'far'           # What is behind the far plane: 'far', the background; 'endless', as released
@@ -67,6 +68,7 @@ class Config(Switches):
     n_fine:int = 0            # Further ones, where the first found something, for a second field
     sigma:float = .05         # Spread of a pixel, in units of the range of a colour
     temp:float = 1.           # Temperature of the likelihood; 1 is what the thesis writes
+    tilt:tuple = (10., 60.)   # Bounds of an unknown elevation, degrees, where `half`
     anneal:tuple = (1., 0)    # sigma starts so many times larger, and falls for so many iterations
     post_steps:int = 60       # K+, updates of a posterior chain
     post_step:float = .1      # s of its updates: drift s^2/2
@@ -80,7 +82,8 @@ class Config(Switches):
     lr:float = 1e-4           # Adam step size of the field
     lr_enc:float = 0.         # The same for the encoder; 0 is `lr`
     lr_code:float = 1e-2      # The same for persistent codes, and for codes that are sought in a picture
-    lr_heads:float = 0.       # The same for what an encoder says of the codes; 0 is `lr_enc`
+    lr_heads:float = 0.       # The same for what an encoder says of the codes, where cameras are unknown; 0 is `lr_enc`
+    warm:tuple = (0, 0)       # This one is zero before the first of these iterations, and rises for as many as the second says
     lr_prior:float = 2e-5     # The same for the energies
     decay:float = 5e5         # Iterations after which `lr` is a tenth
     decay_prior:float = 5e5   # The same for `lr_prior`
@@ -91,7 +94,7 @@ _SMALL = dict(shape=(3, 32, 32), batch=16, ema=.99, nz=(16, 8), e_shape=(2, 64),
               lr_code=.05, decay=2e3, decay_prior=2e3, prior_steps=40, post_steps=10, post_step=.01, n_neg=64, log_every=20, save_every=250)
 _VIEWS = dict(inference='persistent', views=2, rays=32)
 _CARLA = dict(data='carla', shape=(3, 64, 64), batch=8, ema=0., last='endless')
-_OPEN = dict(inference='amortised', pose='vmf', field='siren', encoder='resnet34', e_shape=(2, 128), e_colour=(2, 64), batch=16, rays=1024, anneal=(4., 100), prior_noise=0., lr=3e-5, lr_heads=5e-6, lr_prior=7e-6, temp=12., ema=0.)
+_OPEN = dict(inference='amortised', pose='vmf', field='siren', encoder='resnet34', e_shape=(2, 128), e_colour=(2, 64), batch=16, rays=1024, anneal=(4., 100), prior_noise=0., lr=3e-5, lr_heads=5e-6, warm=(100, 10_000), lr_prior=7e-6, temp=12., ema=0.)
 
 PRESETS = {
     # toy cars; all numbers ours
@@ -99,7 +102,7 @@ PRESETS = {
     'cars-mcmc':         Config(**_SMALL, data='cars', n_iters=3_000),
     'cars-twoshot':      Config(**_SMALL | _VIEWS, data='cars_views', n_iters=10_000),
     'cars-masked':       Config(**_SMALL | _VIEWS, data='cars_masked', n_iters=10_000),
-    'cars-unposed':      Config(**_SMALL | dict(anneal=(4., 100)), data='cars', n_iters=10_000, inference='amortised', pose='vmf'),
+    'cars-unposed':      Config(**_SMALL | dict(anneal=(4., 400), decay=4e3, decay_prior=4e3), data='cars', n_iters=8_000, inference='amortised', pose='vmf', half=True),
     'cars-claim':        Config(**_SMALL, data='cars', n_iters=1_600, inference='amortised'),
     'cars-views-claim':  Config(**_SMALL | _VIEWS, data='cars_views', n_iters=1_600),
     # tables 3.2 and 3.3, and the released program
@@ -139,8 +142,10 @@ def check_config(
     if not 0<cfg.rays<=cfg.shape[1]*cfg.shape[2]: raise ValueError(f"rays must be between 1 and the {cfg.shape[1]*cfg.shape[2]} pixels of an image, got {cfg.rays}")
     if cfg.field=='siren' and not cfg.mapping: raise ValueError("a siren needs the mapping nets: mapping must be above 0")
     if cfg.n_fine and cfg.field=='siren': raise ValueError("a siren has no second field: n_fine must be 0")
-    for k in ('nz', 'e_shape', 'e_colour', 'anneal', 'ramp'):
+    if cfg.half and cfg.pose!='vmf': raise ValueError("half a turn (half=True) is for unknown cameras: pose must be 'vmf'")
+    for k in ('nz', 'e_shape', 'e_colour', 'anneal', 'ramp', 'warm', 'tilt'):
         if len(getattr(cfg, k))!=2: raise ValueError(f"{k} has two numbers, got {getattr(cfg, k)}")
+    if not -90<=cfg.tilt[0]<cfg.tilt[1]<=90: raise ValueError(f"tilt must rise from -90 to 90 degrees at most, got {cfg.tilt}")
     if min(cfg.nz)<1 or cfg.ramp[0]>cfg.ramp[1]: raise ValueError(f"nz must be above 0 and ramp must rise, got {cfg.nz} and {cfg.ramp}")
     for k in ('sigma', 'temp', 'post_step', 'prior_step', 'focus', 'lr', 'lr_code', 'lr_prior', 'decay', 'decay_prior', 'width', 'depth', 'views', 'n_depths', 'n_neg', 'gen_steps'):
         if getattr(cfg, k)<=0: raise ValueError(f"{k} must be above 0, got {getattr(cfg, k)}")
@@ -334,12 +339,13 @@ def _objects(name): # the data, where each object starts, and how many pictures 
 # %% ../nbs/03_nerf_lebm.ipynb #bfff97b7
 def turned(
     seen:Seen,      # Of pictures
-    cfg,            # Uses data
+    cfg,            # Uses data, half, tilt
     generator=None, # Source of the draw; with `mode` none is needed
     mode:bool=False,# The most probable angles instead of a draw
 )->Tensor:          # (B, 3, 4)
     "Cameras that an encoder takes pictures for."
-    return camera_to_world(seen.turn if mode else von_mises(seen.turn, seen.kappa, generator), camera_of(cfg))
+    turn = seen.turn if mode else von_mises(seen.turn, seen.kappa, generator)
+    return camera_to_world(half_turns(turn, cfg.tilt) if cfg.half else turn, camera_of(cfg))
 
 def amortised(
     nets,           # With an encoder
@@ -462,7 +468,8 @@ def optimisers(
     for k,p in nets.named_parameters(): sets.setdefault(of(k), []).append(p)
     rates = dict(field=cfg.lr, encoder=lr_enc, heads=cfg.lr_heads or lr_enc)
     field = torch.optim.Adam([dict(params=sets[k], lr=v) for k,v in rates.items() if k in sets])
-    out = dict(field=Group(field, lambda step: .1**(step/cfg.decay)))
+    def warm(step): return min(max(step-cfg.warm[0], 0)/cfg.warm[1], 1) if cfg.warm[1] else 1.
+    out = dict(field=Group(field, lambda step: tuple(.1**(step/cfg.decay)*(warm(step) if k=='heads' else 1) for k in rates if k in sets)))
     return out | (dict(prior=Group(torch.optim.Adam(sets['prior'], cfg.lr_prior), lambda step: .1**(step/cfg.decay_prior))) if 'prior' in sets else {})
 
 @torch.no_grad()
@@ -486,7 +493,7 @@ def predicted_angles(
     "Where the encoder takes the cameras to be."
     own = next(nets.parameters())
     with frozen(nets.encoder): turn = torch.cat([nets.encoder(data.batch(range(i, min(i+250, n, len(data))))['x'].to(own)).turn for i in range(0, min(n, len(data)), 250)])
-    return torch.atan2(turn[...,0], turn[...,1])
+    return torch.atan2(*(half_turns(turn, nets.cfg.tilt) if nets.cfg.half else turn).unbind(-1))
 
 STAGES = (Stage('field', losses, optimisers, lambda cfg: cfg.n_iters, finish=settle),)
 
@@ -557,22 +564,6 @@ def codes_of(
     with frozen(nets.encoder): return tuple(o.unflatten(0, x.shape[:2]).mean(1) for o in nets.encoder(x.flatten(0, 1)).mean)
 
 # %% ../nbs/03_nerf_lebm.ipynb #50d67634
-def turn_error(
-    found:Tensor, # (N, 2) azimuths and elevations, radians, in a world of their own
-    true:Tensor,  # (N, 2) true ones
-    camera:Camera=Camera(), # Any; only directions count
-    n:int=360,    # Azimuth offsets that are tried
-)->tuple:         # Degrees (N,), whether the world stands on its head, offset in radians
-    "Angles between rotations of cameras, after the change of azimuth and of up and down with the lowest mean. Source: ours, after the symmetries of section 3.4.4."
-    want,best = camera_to_world(true, camera)[:,:,:3],None
-    for flip in (False, True):
-        for c in torch.arange(n)/n*2*math.pi:
-            pose = torch.stack([c-found[:,0], found[:,1]+math.pi], 1) if flip else torch.stack([c+found[:,0], found[:,1]], 1)
-            cos = ((camera_to_world(pose, camera)[:,:,:3]*want).sum((1, 2))-1)/2
-            angles = cos.clamp(-1, 1).acos().rad2deg()
-            if best is None or angles.mean()<best[0].mean(): best = angles,flip,c.item()
-    return best
-
 def _psnr(a, b): # mean over pictures
     from ebmbook.core.metrics import psnr
     return psnr(a.cpu(), b.cpu())
@@ -616,8 +607,8 @@ def _measure_pose(nets, cfg, g, n, shuffled=False): # `shuffled` gives the answe
     data = load(cfg.data, split='test')
     found,true = predicted_angles(nets, data, n or len(data)).cpu(),data.extra['pose'][:n or len(data)]
     if shuffled: found = found[torch.randperm(len(found), generator=torch.Generator().manual_seed(0))]
-    e,flip,_ = turn_error(found, true)
-    return {k: (v, len(true), '') for k,v in dict(degrees=e.mean().item(), degrees_median=e.median().item(), upside_down=float(flip)).items()}
+    e,half = turn_error(found, true),turn_error(found, true, half=True)[0] # also up to half a turn of each picture
+    return {k: (v, len(true), '') for k,v in dict(degrees=e[0].mean().item(), upside_down=float(e[1]), degrees_half=half.mean().item()).items()}
 
 _TASKS = dict(sample=_measure_images, views=_measure_views, swap=_measure_swap, pose=_measure_pose)
 

@@ -51,7 +51,7 @@ class Loop:
 class Group(NamedTuple):
     "One optimiser with its rules."
     optimiser:torch.optim.Optimizer        # Knows its parameters and base learning rates
-    schedule:Callable = lambda step: 1.    # Factor on the learning rate at this step, counted from 0
+    schedule:Callable = lambda step: 1.    # Factor on the learning rate at this step, counted from 0; or one for each of the optimiser's parameter groups, as a tuple
     clip:float|Callable|None = None        # Largest norm of the group's gradient, or clip(optimiser), a rule that changes the gradients in place
 
 class Stage(NamedTuple):
@@ -152,6 +152,10 @@ def _advance(gens, nets, accelerator): # the next (name, mean loss, mean logs) o
     mean = lambda values: sum(v.detach().float() if isinstance(v, Tensor) else v for v in values)/len(values)
     return outs[0][0], mean([o[1] for o in outs]), {k:mean([o[2][k] for o in outs]) for k in outs[0][2]}
 
+def _set_rates(group, step): # learning rates of this step
+    factors,sets = group.schedule(step),group.optimiser.param_groups
+    for g,f in zip(sets, factors if isinstance(factors, tuple) else (factors,)*len(sets), strict=True): g['lr'] = g['initial_lr']*f
+
 # %% ../../nbs/core/train.ipynb #c015
 def optimiser_step(
     stage:Stage,              # Gives the losses
@@ -173,7 +177,7 @@ def optimiser_step(
         rule = callable(group.clip)
         norm = nn.utils.clip_grad_norm_(_params(group), math.inf if rule else group.clip or math.inf)
         if rule: group.clip(group.optimiser)
-        for g in group.optimiser.param_groups: g['lr'] = g['initial_lr']*group.schedule(contexts[0].step)
+        _set_rates(group, contexts[0].step)
         group.optimiser.step()
         for other in groups.values(): other.optimiser.zero_grad(set_to_none=True)
         ok = ok & torch.isfinite(loss) & torch.isfinite(norm)
