@@ -18,12 +18,12 @@ from ebmbook.core.config import choose
 from ebmbook.core.cost import seconds_per_iteration
 from ebmbook.core.runs import load_checkpoint, open_run
 from ebmbook.core.scenes import camera_to_world, rays
-from ebmbook.core.train import Context, Diverged, read_log, train
+from ebmbook.core.train import Context, Diverged, read_log, share_rows, train
 from ebmbook.data import load
 from ebmbook.nerf_lebm import PRESETS
 
 TINY = replace(PRESETS['cars'], batch=4, n_iters=4, rays=12, n_depths=6, width=16, depth=2, mapping=0, prior_steps=2, post_steps=2, n_neg=5, save_every=2, log_every=1, focus=1.)
-KINDS = dict(amortised={}, mcmc=dict(inference='mcmc', gen_steps=2), persistent=dict(inference='persistent', data='cars_masked', views=2), vmf=dict(pose='vmf', field='siren', mapping=8, anneal=(3., 3)), plain=dict(prior='gaussian'), fine=dict(n_fine=3))
+KINDS = dict(amortised={}, mcmc=dict(inference='mcmc', gen_steps=2), persistent=dict(inference='persistent', data='cars_masked', views=2), vmf=dict(pose='vmf', field='siren', mapping=8, anneal=(3., 3)), half=dict(pose='vmf', half=True, warm=(1, 2)), plain=dict(prior='gaussian'), fine=dict(n_fine=3))
 
 def gen(seed=0): return torch.Generator().manual_seed(seed)
 def trained(cfg, folder, **how): return train(l, cfg, open_run('nerf_lebm', 'cars', cfg, out=folder, device='cpu'), progress=False, **how)
@@ -132,10 +132,28 @@ def test_an_iteration_of_the_encoder_written_out(): # Algorithm 2
     assert name=='field'
 
 def test_the_camera_of_a_picture_learns(): # the gradient of the likelihood reaches the heads of the camera
-    cfg = replace(TINY, **KINDS['vmf'])
+    for kind in ('vmf', 'half'):
+        cfg = replace(TINY, **KINDS[kind])
+        nets = built(cfg)
+        got = grads(nets, next(l.losses(nets, load('cars').batch(range(4)), cfg, context()))[1])
+        for k in range(4): assert got[f'encoder.turn.{k}.weight'].abs().sum()>0
+
+def test_half_a_turn_and_bounds_of_the_elevation_hold_everywhere(): # in the encoder's answer, in the camera that is drawn for it, in new cameras
+    cfg = replace(TINY, pose='vmf', half=True, tilt=(20., 30.))
     nets = built(cfg)
-    got = grads(nets, next(l.losses(nets, load('cars').batch(range(4)), cfg, context()))[1])
-    for k in range(4): assert got[f'encoder.turn.{k}.weight'].abs().sum()>0
+    found = l.predicted_angles(nets, load('cars'), 300).rad2deg()
+    assert found.shape==(300, 2) and found[:,0].abs().max()<=90 and 20<=found[:,1].min()<found[:,1].max()<=30
+    seen = nets.encoder(load('cars').batch(range(300))['x'])
+    for how in (dict(mode=True), dict(generator=gen())):
+        up = l.turned(seen, cfg, **how)[:,2,2].asin().rad2deg()
+        assert 19.99<=up.min()<up.max()<=30.01
+    l.settle(nets, cfg, n=300)
+    up = l.draw_cameras(nets, 200, cfg, gen())[:,2,2].asin().rad2deg()
+    assert 18<=up.min()<up.max()<=32 # a cell of the histogram has 1.8 degrees
+
+def test_codes_wait_until_cameras_had_their_time(tmp_path): # heads of the codes start at zero, and stay there before `warm` begins
+    heads = [trained(replace(TINY, **KINDS['half'] | dict(warm=o, ema=0.)), tmp_path/str(i)).encoder.heads[0].weight.abs().sum() for i,o in enumerate(((9, 1), (0, 0)))]
+    assert heads[0]==0<heads[1]
 
 def test_an_unknown_camera_is_found_up_to_what_cannot_be_known(): # in a world turned around and on its head, 40 of 50 cameras exact, ten wrong by a quarter turn
     true = torch.stack([6.28*torch.rand(50, generator=gen())-3.14, .2+.7*torch.rand(50, generator=gen(1))], 1)
@@ -159,6 +177,23 @@ def same(a, b): # two checkpoints, to the last bit
     if isinstance(a, torch.Tensor): return torch.equal(a, b)
     if isinstance(a, dict): return a.keys()==b.keys() and all(same(a[k], b[k]) for k in a if k not in ('seconds', 'python'))
     return all(map(same, a, b)) and len(a)==len(b) if isinstance(a, (list, tuple)) else a==b
+
+def _process(rank, folder): # one of two that change different rows of a table
+    import torch.distributed as dist
+    dist.init_process_group('gloo', init_method=f'file://{folder}/meet', rank=rank, world_size=2)
+    table = l.new_table((torch.full((4, 1), float(rank)), torch.full((4, 1), float(rank))))
+    share_rows(table) # the first one's
+    rows = torch.tensor([[0], [1, 3]][rank])
+    l.adam_rows(table, rows, torch.ones(len(rows), 2), .1*(rank+1))
+    share_rows(table, rows)
+    torch.save(table, f'{folder}/{rank}')
+    dist.destroy_process_group()
+
+def test_rows_that_one_process_changes_change_in_all(tmp_path):
+    import torch.multiprocessing as mp
+    mp.start_processes(_process, (str(tmp_path),), nprocs=2, start_method='spawn')
+    a,b = (torch.load(tmp_path/str(o)) for o in (0, 1))
+    assert same(a, b) and torch.allclose(a['z'][:,0], torch.tensor([-.1, -.2, 0., -.2])) and a['t'].tolist()==[1, 1, 0, 1]
 
 class Enough(Exception): pass
 
