@@ -95,7 +95,7 @@ class Config(Chains):
     n_eval:int = 10_000       # Pictures behind an FID, where Inception measures it
 
 # %% ../nbs/03_nerf_lebm.ipynb #70695724
-_SMALL = dict(shape=(3, 32, 32), batch=16, ema=.99, nz=(16, 8), e_shape=(2, 64), e_colour=(2, 64), width=64, depth=3, freqs=(4, 1), scale=.8, mapping=0, rays=64, focus=6., n_depths=20, lr=3e-3, lr_enc=1e-3, lr_prior=1e-4,
+_SMALL = dict(shape=(3, 32, 32), batch=16, ema=.99, nz=(16, 8), e_shape=(2, 64), e_colour=(2, 64), width=64, depth=3, freqs=(4, 1), scale=.8, mapping=0, rays=64, focus=6., n_depths=20, lr=3e-3, lr_enc=1e-3, lr_prior=5e-4,
               lr_code=.05, decay=2e3, decay_prior=2e3, prior_steps=40, post_steps=10, post_step=.01, n_neg=64, log_every=20, save_every=250)
 _VIEWS = dict(inference='persistent', views=2, rays=32)
 _CARLA = dict(data='carla', shape=(3, 64, 64), batch=8, ema=0., last='endless')
@@ -103,7 +103,7 @@ _OPEN = dict(inference='amortised', pose='vmf', field='siren', encoder='resnet34
 
 PRESETS = {
     # toy cars; all numbers ours
-    'cars':              Config(**_SMALL | dict(width=96, n_depths=24, ema=.999, decay=5e3, decay_prior=5e3), data='cars', n_iters=6_000, inference='amortised'),
+    'cars':              Config(**_SMALL | dict(width=96, n_depths=24, ema=.999, lr_prior=1e-4, decay=5e3, decay_prior=5e3), data='cars', n_iters=6_000, inference='amortised'),
     'cars-mcmc':         Config(**_SMALL, data='cars', n_iters=3_000),
     'cars-twoshot':      Config(**_SMALL | _VIEWS, data='cars_views', n_iters=10_000),
     'cars-masked':       Config(**_SMALL | _VIEWS, data='cars_masked', n_iters=10_000),
