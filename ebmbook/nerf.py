@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['pick_pixels', 'colours_at', 'stratified', 'resample', 'Rendered', 'composite', 'positional', 'MappingNet', 'NeRF',
            'FilmNet', 'Siren', 'Look', 'render', 'image', 'log_von_mises', 'kl_uniform', 'entropy_von_mises',
-           'angle_slope', 'von_mises', 'Seen', 'Encoder', 'half_turns', 'turn_error']
+           'angle_slope', 'von_mises', 'Seen', 'Encoder', 'camera_angles', 'turn_error']
 
 # %% ../nbs/03a_nerf.ipynb #b6324f4c
 import math
@@ -441,28 +441,32 @@ class Encoder(nn.Module):
         m = [o(h) for o in self.turn]
         return Seen((s, a), (ls, la), F.normalize(torch.stack(m[::2], 1), dim=2), F.softplus(torch.cat(m[1::2], 1))+1)
 
-# %% ../nbs/03a_nerf.ipynb #8dca62e7
-def half_turns(
-    turn:Tensor, # (..., 2, 2) two angles as (sine, cosine)
-    tilt:tuple,  # Lowest and highest elevation, degrees
-)->Tensor:       # Like turn, azimuth in (-90, 90] degrees and elevation
-    "Cameras that are known up to half a turn: half of the first angle is the azimuth, the sine of the second moves the elevation. Source: ours."
-    low,high = (math.radians(o) for o in tilt)
-    return pairs(torch.stack([torch.atan2(turn[...,0,0], turn[...,0,1])/2, (low+high)/2+(high-low)/2*turn[...,1,0]], -1))
+# %% ../nbs/03a_nerf.ipynb #5b52bfec
+def camera_angles(
+    turn:Tensor,     # (..., 2, 2) two angles as (sine, cosine)
+    half:bool=False, # The first is twice the azimuth, which so is known up to half a turn
+    tilt:tuple=(),   # Lowest and highest elevation, degrees; () takes the second angle for the elevation
+)->Tensor:           # Like turn: azimuth and elevation
+    "What the angles of an encoder stand for. Source: ours."
+    azimuth,elevation = turn.unbind(-2)
+    if half: azimuth = pairs(torch.atan2(*azimuth.unbind(-1))/2)
+    if tilt:
+        low,high = (math.radians(o) for o in tilt)
+        elevation = pairs((low+high)/2+(high-low)/2*elevation[...,0])
+    return torch.stack([azimuth, elevation], -2)
 
 def turn_error(
     found:Tensor, # (N, 2) azimuths and elevations, radians, in a world of their own
     true:Tensor,  # (N, 2) true ones
-    camera:Camera=Camera(), # Any; only directions count
     n:int=360,    # Azimuth offsets that are tried
     half:bool=False, # Forgive each picture half a turn, too
 )->tuple:         # Degrees (N,), whether the world stands on its head, offset in radians
     "Angles between rotations of cameras, after the change of azimuth and of up and down with the lowest mean. Source: ours."
-    want,best = camera_to_world(true, camera)[:,:,:3],None
+    want,best = camera_to_world(true)[:,:,:3],None
     for flip in (False, True):
         for c in torch.arange(n)/n*2*math.pi:
             pose = torch.stack([c-found[:,0], found[:,1]+math.pi], 1) if flip else torch.stack([c+found[:,0], found[:,1]], 1)
-            cos = torch.stack([((camera_to_world(pose+pose.new_tensor([o, 0.]), camera)[:,:,:3]*want).sum((1, 2))-1)/2 for o in ((0., math.pi) if half else (0.,))]).amax(0)
+            cos = torch.stack([((camera_to_world(pose+pose.new_tensor([o, 0.]))[:,:,:3]*want).sum((1, 2))-1)/2 for o in ((0., math.pi) if half else (0.,))]).amax(0)
             angles = cos.clamp(-1, 1).acos().rad2deg()
             if best is None or angles.mean()<best[0].mean(): best = angles,flip,c.item()
     return best

@@ -28,7 +28,7 @@ from .core.scenes import Camera, camera_to_world, rays
 from .core.train import Group, Loop, Stage, share_rows
 from .data import CAMERAS, check_shape, load
 from .mcmc import Rates, frozen, langevin, normal, reflect, uniform
-from .nerf import Encoder, Look, NeRF, Seen, Siren, colours_at, half_turns, image, kl_uniform, pick_pixels, render, turn_error, von_mises
+from .nerf import Encoder, Look, NeRF, Seen, Siren, camera_angles, colours_at, image, kl_uniform, pick_pixels, render, turn_error, von_mises
 
 # %% ../nbs/03_nerf_lebm.ipynb #a6b109e4
 @dataclass(frozen=True, kw_only=True)
@@ -40,7 +40,7 @@ class Switches(Loop):
     reference:str = 'gaussian' # q_0: 'gaussian', 'uniform' in [-1, 1] with walls, 'free': chains start there, but nothing keeps them (the released program)
     field:str = 'nerf'         # 'nerf' (figure 3.1) or 'siren' (figure 3.2)
     encoder:str = 'small'      # 'small' or 'resnet34', where inference is 'amortised'
-    half:bool = False          # An unknown azimuth is sought up to half a turn, and the elevation within `tilt` (ours)
+    half:bool = False          # An unknown azimuth is sought up to half a turn (ours)
     alternate:bool = False     # Chains of the posterior change one code after the other, as printed; else both at once, as released
     masked:bool = True         # Spoiled pixels do not count, where the data say which they are
     last:str = 'far'           # What is behind the far plane: 'far', the background; 'endless', as released
@@ -82,7 +82,7 @@ class Config(Chains):
     n_fine:int = 0            # Further ones, where the first found something, for a second field
     sigma:float = .05         # Spread of a pixel, in units of the range of a colour
     temp:float = 1.           # Temperature of the likelihood; 1 is what the thesis writes
-    tilt:tuple = (10., 60.)   # Bounds of an unknown elevation, degrees, where `half`
+    tilt:tuple = ()           # Bounds of an unknown elevation, degrees (ours); () are none
     anneal:tuple = (1., 0)    # sigma starts so many times larger, and falls for so many iterations
     lr:float = 1e-4           # Adam step size of the field
     lr_enc:float = 0.         # The same for the encoder; 0 is `lr`
@@ -107,7 +107,7 @@ PRESETS = {
     'cars-mcmc':         Config(**_SMALL, data='cars', n_iters=3_000),
     'cars-twoshot':      Config(**_SMALL | _VIEWS, data='cars_views', n_iters=10_000),
     'cars-masked':       Config(**_SMALL | _VIEWS, data='cars_masked', n_iters=10_000),
-    'cars-unposed':      Config(**_SMALL | dict(anneal=(4., 400), decay=4e3, decay_prior=4e3), data='cars', n_iters=8_000, inference='amortised', pose='vmf', half=True),
+    'cars-unposed':      Config(**_SMALL | dict(anneal=(4., 400), decay=4e3, decay_prior=4e3), data='cars', n_iters=8_000, inference='amortised', pose='vmf', half=True, tilt=(10., 60.)),
     'cars-claim':        Config(**_SMALL, data='cars', n_iters=1_600, inference='amortised'),
     'cars-views-claim':  Config(**_SMALL | _VIEWS, data='cars_views', n_iters=1_600),
     # tables 3.2 and 3.3, and the released program
@@ -144,10 +144,11 @@ def check_config(
     if not 0<cfg.rays<=cfg.shape[1]*cfg.shape[2]: raise ValueError(f"rays must be between 1 and the {cfg.shape[1]*cfg.shape[2]} pixels of an image, got {cfg.rays}")
     if cfg.field=='siren' and not cfg.mapping: raise ValueError("a siren needs the mapping nets: mapping must be above 0")
     if cfg.n_fine and cfg.field=='siren': raise ValueError("a siren has no second field: n_fine must be 0")
-    if cfg.half and cfg.pose!='vmf': raise ValueError("half a turn (half=True) is for unknown cameras: pose must be 'vmf'")
-    for k in ('nz', 'e_shape', 'e_colour', 'anneal', 'ramp', 'warm', 'tilt'):
+    if (cfg.half or cfg.tilt) and cfg.pose!='vmf': raise ValueError("half and tilt are for unknown cameras: pose must be 'vmf'")
+    for k in ('nz', 'e_shape', 'e_colour', 'anneal', 'ramp', 'warm', 'freqs'):
         if len(getattr(cfg, k))!=2: raise ValueError(f"{k} has two numbers, got {getattr(cfg, k)}")
-    if not -90<=cfg.tilt[0]<cfg.tilt[1]<=90: raise ValueError(f"tilt must rise from -90 to 90 degrees at most, got {cfg.tilt}")
+    if cfg.tilt and (len(cfg.tilt)!=2 or not -90<=cfg.tilt[0]<cfg.tilt[1]<=90): raise ValueError(f"tilt is empty, or two degrees that rise from -90 to 90 at most, got {cfg.tilt}")
+    if cfg.anneal[0]<=0: raise ValueError(f"anneal must begin with a factor above 0, got {cfg.anneal}")
     if min(cfg.nz)<1 or cfg.ramp[0]>cfg.ramp[1]: raise ValueError(f"nz must be above 0 and ramp must rise, got {cfg.nz} and {cfg.ramp}")
     for k in ('sigma', 'temp', 'post_step', 'prior_step', 'focus', 'lr', 'lr_code', 'lr_prior', 'decay', 'decay_prior', 'width', 'depth', 'views', 'n_depths', 'n_neg', 'gen_steps'):
         if getattr(cfg, k)<=0: raise ValueError(f"{k} must be above 0, got {getattr(cfg, k)}")
@@ -341,7 +342,7 @@ def turned(
 )->Tensor:          # (B, 3, 4)
     "Cameras that an encoder takes pictures for."
     turn = seen.turn if mode else von_mises(seen.turn, seen.kappa, generator)
-    return camera_to_world(half_turns(turn, cfg.tilt) if cfg.half else turn, camera_of(cfg))
+    return camera_to_world(camera_angles(turn, cfg.half, cfg.tilt), camera_of(cfg))
 
 def amortised(
     nets,           # With an encoder
@@ -355,10 +356,10 @@ def amortised(
     z = tuple((m+(v/2).exp()*normal(m, generator)).unflatten(0, two).mean(1) for m,v in zip(seen.mean, seen.log_var))
     cost = sum((m.square()+v.exp()-1-v).sum(1)/2 for m,v in zip(seen.mean, seen.log_var))
     c2w = b.get('c2w')
-    if cfg.pose=='vmf':
-        c2w = turned(seen, cfg, generator).unflatten(0, two)
-        cost = cost+kl_uniform(seen.kappa).sum(1)
     cost = cost.unflatten(0, two).mean(1)
+    if cfg.pose=='vmf': # every view has a camera of its own
+        c2w = turned(seen, cfg, generator).unflatten(0, two)
+        cost = cost+kl_uniform(seen.kappa).sum(1).unflatten(0, two).sum(1)
     if cfg.prior=='ebm': cost = cost+nets.e_shape(z[0])+nets.e_colour(z[1])
     return z,c2w,cost
 
@@ -492,7 +493,7 @@ def predicted_angles(
     "Where the encoder takes the cameras to be."
     own = next(nets.parameters())
     with frozen(nets.encoder): turn = torch.cat([nets.encoder(data.batch(range(i, min(i+250, n, len(data))))['x'].to(own)).turn for i in range(0, min(n, len(data)), 250)])
-    return torch.atan2(*(half_turns(turn, nets.cfg.tilt) if nets.cfg.half else turn).unbind(-1))
+    return torch.atan2(*camera_angles(turn, nets.cfg.half, nets.cfg.tilt).unbind(-1))
 
 STAGES = (Stage('field', losses, optimisers, lambda cfg: cfg.n_iters, finish=settle, least=lambda cfg: 2 if cfg.inference=='amortised' else 1),) # an encoder may compare pictures of a batch
 

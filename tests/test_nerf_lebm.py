@@ -4,7 +4,6 @@ Numbers of checks refer to section 7 of the chapter's fact sheet. 1 to 3, 7 and 
 Here are 11 through the loop of the book, and what a training leaves behind.
 """
 import copy
-import math
 import pickle
 from dataclasses import replace
 
@@ -23,7 +22,7 @@ from ebmbook.data import load
 from ebmbook.nerf_lebm import PRESETS
 
 TINY = replace(PRESETS['cars'], batch=4, n_iters=4, rays=12, n_depths=6, width=16, depth=2, mapping=0, prior_steps=2, post_steps=2, n_neg=5, save_every=2, log_every=1, focus=1.)
-KINDS = dict(amortised={}, mcmc=dict(inference='mcmc', gen_steps=2), persistent=dict(inference='persistent', data='cars_masked', views=2), vmf=dict(pose='vmf', field='siren', mapping=8, anneal=(3., 3)), half=dict(pose='vmf', half=True, warm=(1, 2)), plain=dict(prior='gaussian'), fine=dict(n_fine=3))
+KINDS = dict(amortised={}, mcmc=dict(inference='mcmc', gen_steps=2), persistent=dict(inference='persistent', data='cars_masked', views=2), vmf=dict(pose='vmf', field='siren', mapping=8, anneal=(3., 3)), half=dict(pose='vmf', half=True, tilt=(10., 60.), warm=(1, 2)), plain=dict(prior='gaussian'), fine=dict(n_fine=3))
 
 def gen(seed=0): return torch.Generator().manual_seed(seed)
 def trained(cfg, folder, **how): return train(l, cfg, open_run('nerf_lebm', 'cars', cfg, out=folder, device='cpu'), progress=False, **how)
@@ -154,13 +153,6 @@ def test_half_a_turn_and_bounds_of_the_elevation_hold_everywhere(): # in the enc
 def test_codes_wait_until_cameras_had_their_time(tmp_path): # heads of the codes start at zero, and stay there before `warm` begins
     heads = [trained(replace(TINY, **KINDS['half'] | dict(warm=o, ema=0.)), tmp_path/str(i)).encoder.heads[0].weight.abs().sum() for i,o in enumerate(((9, 1), (0, 0)))]
     assert heads[0]==0<heads[1]
-
-def test_an_unknown_camera_is_found_up_to_what_cannot_be_known(): # in a world turned around and on its head, 40 of 50 cameras exact, ten wrong by a quarter turn
-    true = torch.stack([6.28*torch.rand(50, generator=gen())-3.14, .2+.7*torch.rand(50, generator=gen(1))], 1)
-    wrong = torch.arange(50)%5==0
-    found = torch.stack([2.-true[:,0]-math.pi/2*wrong, true[:,1]-math.pi], 1)
-    error,flip,_ = l.turn_error(found, true)
-    assert flip and error[~wrong].max()<.6 and (error[wrong]-90).abs().max()<.6 # half a step of the offsets
 
 def test_depth_of_a_new_object_does_not_know_its_paint(): # check 3, through the chapter
     cfg = replace(TINY, inference='mcmc')
