@@ -5,9 +5,8 @@
 # %% auto #0
 __all__ = ['PRESETS', 'DEFAULT_ROW', 'STAGES', 'Switches', 'Chains', 'Config', 'camera_of', 'check_config', 'LatentEnergy',
            'prior_energy', 'start_codes', 'Nets', 'build', 'Rays', 'look_at', 'misfit', 'walk', 'ramped', 'draw_prior',
-           'draw_posterior', 'with_views', 'turned', 'amortised', 'adam_rows', 'new_table', 'descend', 'find_codes',
-           'losses', 'optimisers', 'settle', 'predicted_angles', 'draw_cameras', 'draw_images', 'sample', 'codes_of',
-           'evaluate']
+           'draw_posterior', 'with_views', 'turned', 'amortised', 'descend', 'find_codes', 'losses', 'optimisers',
+           'settle', 'predicted_angles', 'draw_cameras', 'draw_images', 'sample', 'codes_of', 'evaluate']
 
 # %% ../nbs/03_nerf_lebm.ipynb #dc86401d
 import math
@@ -25,7 +24,8 @@ from .core.baselines import contrast
 from .core.config import check_words
 from .core.nets import mlp
 from .core.scenes import Camera, camera_to_world, rays
-from .core.train import Group, Loop, Stage, share_rows
+from .core.cost import waiter
+from .core.train import Group, Loop, Stage, adam_rows, gather_rows, new_table
 from .data import CAMERAS, check_shape, load
 from .mcmc import Rates, frozen, langevin, normal, reflect, uniform
 from .nerf import Encoder, Look, NeRF, Seen, Siren, camera_angles, colours_at, image, kl_uniform, pick_pixels, render, turn_error, von_mises
@@ -55,7 +55,7 @@ class Chains(Switches):
     prior_steps:int = 60      # K-, updates of a prior chain
     prior_step:float = .5     # s of its updates
     prior_noise:float = 1.    # Weight of its noise
-    n_neg:int = 50            # Prior chains in one iteration
+    n_neg:int = 50            # Prior chains in one iteration, all processes together
     gen_steps:int = 1         # Steps of the field in one iteration
     ramp:tuple = (0, 0)       # Chains have no updates before the first iteration, all of them from the second on; the energies learn from the first on
 
@@ -86,8 +86,9 @@ class Config(Chains):
     anneal:tuple = (1., 0)    # sigma starts so many times larger, and falls for so many iterations
     lr:float = 1e-4           # Adam step size of the field
     lr_enc:float = 0.         # The same for the encoder; 0 is `lr`
-    lr_code:float = 1e-2      # The same for persistent codes, and for codes that are sought in a picture
-    lr_heads:float = 0.       # The same for what an encoder says of the codes, where cameras are unknown; 0 is `lr_enc`
+    lr_code:float = 1e-2      # The same for persistent codes
+    lr_find:float = .05       # The same for codes that are sought in pictures (ours)
+    lr_heads:float = 0.       # The same for what an encoder says of the codes; 0 is `lr_enc`
     warm:tuple = (0, 0)       # This one is zero before the first of these iterations, and rises for as many as the second says
     lr_prior:float = 2e-5     # The same for the energies
     decay:float = 5e5         # Iterations after which `lr` is a tenth
@@ -99,7 +100,7 @@ _SMALL = dict(shape=(3, 32, 32), batch=16, ema=.99, nz=(16, 8), e_shape=(2, 64),
               lr_code=.05, decay=2e3, decay_prior=2e3, prior_steps=40, post_steps=10, post_step=.01, n_neg=64, log_every=20, save_every=250)
 _VIEWS = dict(inference='persistent', views=2, rays=32, lr_prior=5e-4) # for chains faster than for an encoder, as in the thesis
 _CARLA = dict(data='carla', shape=(3, 64, 64), batch=8, ema=0., last='endless')
-_OPEN = dict(inference='amortised', pose='vmf', field='siren', encoder='resnet34', e_shape=(2, 128), e_colour=(2, 64), batch=16, rays=1024, anneal=(4., 100), prior_noise=0., lr=3e-5, lr_heads=5e-6, warm=(100, 10_000), lr_prior=7e-6, temp=12., ema=0.)
+_OPEN = dict(inference='amortised', pose='vmf', field='siren', encoder='resnet34', e_shape=(2, 128), e_colour=(2, 64), batch=16, rays=1024, anneal=(4., 100), prior_noise=0., lr=3e-5, lr_heads=5e-6, warm=(100, 10_000), lr_prior=7e-6, temp=12., ema=0., last='endless')
 
 PRESETS = {
     # toy cars; all numbers ours
@@ -113,7 +114,7 @@ PRESETS = {
     # tables 3.2 and 3.3, and the released program
     'carla-mcmc':        Config(**_CARLA, n_iters=500_000, reference='free', e_shape=(4, 256), e_colour=(4, 256), gen_steps=3, ramp=(2_000, 5_000), prior_noise=.02, temp=30.72),
     'carla-amortised':   Config(**_CARLA, n_iters=500_000, inference='amortised', encoder='resnet34', n_fine=64, lr_prior=7e-6, decay_prior=3e4/math.log10(2), temp=15.36),
-    'carla-unposed':     Config(**_OPEN, data='carla', shape=(3, 64, 64), n_iters=500_000, last='endless'),
+    'carla-unposed':     Config(**_OPEN, data='carla', shape=(3, 64, 64), n_iters=500_000),
     'srn_cars':          Config(data='srn_cars', shape=(3, 128, 128), n_iters=500_000, batch=12, ema=0., inference='persistent', views=2, e_shape=(4, 256), e_colour=(4, 256), prior_steps=40, prior_noise=0., lr_code=1e-4, temp=30.72), # length and temperature ours
     'celeba64-unposed':  Config(**_OPEN, data='celeba64', shape=(3, 64, 64), n_iters=500_000), # the thesis has no numbers for faces; those of the row before
 }
@@ -140,7 +141,9 @@ def check_config(
     if cfg.pose=='vmf' and cfg.inference!='amortised': raise ValueError("an unknown camera (pose='vmf') needs inference='amortised': chains would have to find it anew each time")
     if cfg.pose=='known' and cfg.data not in CAMERAS: raise ValueError(f"the cameras of {cfg.data!r} are not known: pose must be 'vmf'")
     if cfg.views>1 and cfg.data not in CAMERAS: raise ValueError(f"views must be 1: which pictures of {cfg.data!r} show one object is not known")
+    if cfg.views>1 and cfg.data in ('cars', 'cars64', 'carla'): raise ValueError(f"views must be 1: {cfg.data!r} has one picture of each object")
     if cfg.inference=='amortised' and cfg.reference!='gaussian': raise ValueError("an encoder with normal codes (inference='amortised') needs reference='gaussian'")
+    if cfg.prior=='gaussian' and cfg.reference=='free': raise ValueError("without energies reference='free' leaves no prior at all: take reference='gaussian' or 'uniform'")
     if not 0<cfg.rays<=cfg.shape[1]*cfg.shape[2]: raise ValueError(f"rays must be between 1 and the {cfg.shape[1]*cfg.shape[2]} pixels of an image, got {cfg.rays}")
     if cfg.field=='siren' and not cfg.mapping: raise ValueError("a siren needs the mapping nets: mapping must be above 0")
     if cfg.n_fine and cfg.field=='siren': raise ValueError("a siren has no second field: n_fine must be 0")
@@ -150,7 +153,7 @@ def check_config(
     if cfg.tilt and (len(cfg.tilt)!=2 or not -90<=cfg.tilt[0]<cfg.tilt[1]<=90): raise ValueError(f"tilt is empty, or two degrees that rise from -90 to 90 at most, got {cfg.tilt}")
     if cfg.anneal[0]<=0: raise ValueError(f"anneal must begin with a factor above 0, got {cfg.anneal}")
     if min(cfg.nz)<1 or cfg.ramp[0]>cfg.ramp[1]: raise ValueError(f"nz must be above 0 and ramp must rise, got {cfg.nz} and {cfg.ramp}")
-    for k in ('sigma', 'temp', 'post_step', 'prior_step', 'focus', 'lr', 'lr_code', 'lr_prior', 'decay', 'decay_prior', 'width', 'depth', 'views', 'n_depths', 'n_neg', 'gen_steps'):
+    for k in ('sigma', 'temp', 'post_step', 'prior_step', 'focus', 'lr', 'lr_code', 'lr_find', 'lr_prior', 'decay', 'decay_prior', 'width', 'depth', 'views', 'n_depths', 'n_neg', 'gen_steps'):
         if getattr(cfg, k)<=0: raise ValueError(f"{k} must be above 0, got {getattr(cfg, k)}")
     for k in ('post_steps', 'post_noise', 'prior_steps', 'prior_noise', 'lr_enc', 'lr_heads', 'mapping', 'plain', 'n_fine'):
         if getattr(cfg, k)<0: raise ValueError(f"{k} must not be negative, got {getattr(cfg, k)}")
@@ -364,58 +367,40 @@ def amortised(
     return z,c2w,cost
 
 # %% ../nbs/03_nerf_lebm.ipynb #6ec2783b
-def adam_rows(
-    table:dict,  # z, m, v (N, d) and t (N,), changed in place
-    rows:Tensor, # (B,) int64, each once
-    grad:Tensor, # (B, d) of an energy
-    lr:float,    # Step size
-    betas:tuple=(.9, .999), # As in Adam
-):
-    "One step of Adam for some rows of a table, with averages of their own."
-    t = table['t'][rows] = table['t'][rows]+1
-    for k,b,o in (('m', betas[0], grad), ('v', betas[1], grad.square())): table[k][rows] = b*table[k][rows]+(1-b)*o
-    m,v = (table[k][rows]/(1-b**t[:,None]) for k,b in zip('mv', betas))
-    table['z'][rows] = table['z'][rows]-lr*m/(v.sqrt()+1e-8)
-
-def new_table(
-    z:tuple, # Codes (N, a) and (N, b)
-)->dict:     # For `adam_rows`
-    "Codes with the averages of Adam, all zero."
-    z = torch.cat(z, 1)
-    return dict(z=z, m=torch.zeros_like(z), v=torch.zeros_like(z), t=z.new_zeros(len(z)))
-
-# %% ../nbs/03_nerf_lebm.ipynb #cec46c64
 def descend(
     table:dict,   # Codes, changed in place
     rows:Tensor,  # (B,) rows of what is seen; one may come twice
     nll:Callable, # (shape, colour) -> (B,), from `misfit`
     prior:Callable, # (shape, colour) -> (N,), from `prior_energy`
-    cfg,          # Uses nz, lr_code
+    cfg,          # Uses nz
+    lr:float,     # Step size of Adam
 )->Tensor:        # (B,) nats of misfit before the step
     "One step of each object that is seen, down the energy of label `eq-nerf-lebm-posterior`."
     own,back = rows.unique(return_inverse=True)
     z = table['z'][own].requires_grad_()
     with torch.enable_grad():
         error = nll(*z[back].split(list(cfg.nz), 1))
-        grad, = torch.autograd.grad(error.sum()+prior(*z.split(list(cfg.nz), 1)).sum(), z)
-    adam_rows(table, own, grad, cfg.lr_code)
+        own,grad = gather_rows(own, torch.autograd.grad(error.sum(), z)[0])
+        z = table['z'][own].requires_grad_() # its prior counts once, however many processes see an object
+        more, = torch.autograd.grad((prior(*z.split(list(cfg.nz), 1))+0*z.sum(1)).sum(), z)
+    adam_rows(table, own, grad+more, lr)
     return error.detach()
 
 def find_codes(
     nets,           # With a field
     x:Tensor,       # (B, V, 3, S, S) views of objects, in [-1, 1]
     c2w:Tensor,     # (B, V, 3, 4) their cameras
-    cfg,            # Uses rays, lr_code
+    cfg,            # Uses rays, lr_find
     *,
     mask:Tensor|None=None, # (B, V, 1, S, S) True where a pixel is good
     n_steps:int=600,       # Steps of Adam
     generator=None,        # Source of every draw
 )->tuple:                  # Codes (B, nz[0]) and (B, nz[1])
     "The codes of unseen objects, from a fresh start. Source: thesis, section 3.5.6."
-    table,rows = new_table(start_codes(len(x), cfg, x, generator)),torch.arange(len(x), device=x.device)
+    table,rows = new_table(torch.cat(start_codes(len(x), cfg, x, generator), 1)),torch.arange(len(x), device=x.device)
     prior = prior_energy(nets, cfg)
     with frozen(nets):
-        for _ in range(n_steps): descend(table, rows, misfit(nets, look_at(x, c2w, cfg, mask=mask, generator=generator), cfg, generator=generator), prior, cfg)
+        for _ in range(n_steps): descend(table, rows, misfit(nets, look_at(x, c2w, cfg, mask=mask, generator=generator), cfg, generator=generator), prior, cfg, cfg.lr_find)
     return table['z'].split(list(cfg.nz), 1)
 
 # %% ../nbs/03_nerf_lebm.ipynb #13fc1945
@@ -433,7 +418,8 @@ def losses(
     nets.train()
     g,b = ctx.generator,with_views(batch, cfg, ctx.generator)
     mask,widen = b.get('mask') if cfg.masked else None,_widen(cfg, ctx.step)
-    def said(error): return dict(mse=error.detach().mean()*2*(cfg.sigma*widen)**2*cfg.temp/(b['x'][0].numel()))
+    fields = 2 if cfg.n_fine else 1
+    def said(error): return dict(mse=error.detach().mean()*2*(cfg.sigma*widen)**2*cfg.temp/(b['x'][0].numel()*fields))
     if cfg.inference=='amortised':
         z,c2w,cost = amortised(nets, b, cfg, g)
         error = misfit(nets, look_at(b['x'], c2w, cfg, mask=mask, generator=g), cfg, widen=widen, generator=g)(*z)
@@ -445,16 +431,13 @@ def losses(
             error = nll(*z)
             yield 'field', error.mean(), said(error)
     if cfg.prior!='ebm' or ctx.step<cfg.ramp[0]: return
-    z,dreamt = [o.detach() for o in z],draw_prior(nets, cfg.n_neg, cfg, n_steps=ramped(cfg, cfg.prior_steps, ctx.step), generator=g)
+    z,dreamt = [o.detach() for o in z],draw_prior(nets, cfg.n_neg//getattr(g, 'parts', 1), cfg, n_steps=ramped(cfg, cfg.prior_steps, ctx.step), generator=g)
     parts = [contrast(e, seen, made) for e,seen,made in zip((nets.e_shape, nets.e_colour), z, dreamt)]
     yield 'prior', sum(o for o,_ in parts), dict(gap=sum(o['gap'] for _,o in parts), spread=torch.cat(dreamt, 1).std(), spread_seen=torch.cat(z, 1).std())
 
 def _go_on(nets, rows, nll, cfg, ctx): # one step of the codes of these objects, which live in the training's state
-    if 'z' not in ctx.state:
-        ctx.state |= new_table(start_codes(len(_objects(cfg.data)[2]), cfg, next(nets.parameters())))
-        share_rows(ctx.state)
-    with frozen(nets): descend(ctx.state, rows, nll, prior_energy(nets, cfg), cfg)
-    share_rows(ctx.state, rows)
+    if 'z' not in ctx.state: ctx.state |= new_table(torch.cat(start_codes(len(_objects(cfg.data)[2]), cfg, next(nets.parameters())), 1)) # from the global seed, which all processes share
+    with frozen(nets): descend(ctx.state, rows, nll, prior_energy(nets, cfg), cfg, cfg.lr_code)
     return ctx.state['z'][rows].split(list(cfg.nz), 1)
 
 # %% ../nbs/03_nerf_lebm.ipynb #7b9db191
@@ -468,8 +451,9 @@ def optimisers(
     for k,p in nets.named_parameters(): sets.setdefault(of(k), []).append(p)
     rates = dict(field=cfg.lr, encoder=lr_enc, heads=cfg.lr_heads or lr_enc)
     field = torch.optim.Adam([dict(params=sets[k], lr=v) for k,v in rates.items() if k in sets])
-    def warm(step): return min(max(step-cfg.warm[0], 0)/cfg.warm[1], 1) if cfg.warm[1] else 1.
-    out = dict(field=Group(field, lambda step: tuple(.1**(step/cfg.decay)*(warm(step) if k=='heads' else 1) for k in rates if k in sets)))
+    def fall(step): return .1**(step/cfg.decay)
+    def heads(step): return min(max(step-cfg.warm[0], 0)/cfg.warm[1], 1) if cfg.warm[1] else fall(step) # as released, rates that were warmed up do not fall
+    out = dict(field=Group(field, lambda step: tuple(heads(step) if k=='heads' else fall(step) for k in rates if k in sets)))
     return out | (dict(prior=Group(torch.optim.Adam(sets['prior'], cfg.lr_prior), lambda step: .1**(step/cfg.decay_prior))) if 'prior' in sets else {})
 
 @torch.no_grad()
@@ -509,6 +493,7 @@ def draw_cameras(
     if cfg.pose=='known':
         c2w = _objects(cfg.data)[0].extra['c2w']                                 # kept, since loading may decode every picture
         return c2w[(uniform(n, like, generator)*len(c2w)).long().cpu()].to(like)
+    if not nets.angles.any(): raise ValueError("these networks do not know yet which cameras to draw: train them to the end, or call settle")
     u = uniform(4*n, like, generator).view(4, n)
     cell = torch.stack([torch.searchsorted(o.cumsum(0)/o.sum(), v).clamp(max=199) for o,v in zip(nets.angles, u[:2])], 1)
     return camera_to_world((cell+u[2:].T)/200*2*math.pi-math.pi, camera_of(cfg))
@@ -561,6 +546,7 @@ def codes_of(
     if by=='encoder' and not hasattr(nets, 'encoder'): raise ValueError(f"inference={cfg.inference!r} has no encoder")
     if by=='steps' and c2w is None: raise ValueError("steps down a likelihood need the cameras")
     if by=='steps': return find_codes(nets, x, c2w, cfg, mask=mask, generator=generator, **how)
+    if how: raise ValueError(f"an encoder takes no {', '.join(how)}; by='steps' does")
     with frozen(nets.encoder): return tuple(o.unflatten(0, x.shape[:2]).mean(1) for o in nets.encoder(x.flatten(0, 1)).mean)
 
 # %% ../nbs/03_nerf_lebm.ipynb #50d67634
@@ -575,27 +561,35 @@ def _measure_images(nets, cfg, g, n, **how):
     out = evaluate_images(sample(nets, n, cfg, generator=g, **how).cpu(), load(cfg.data, split='train' if name=='inception' else 'test'), name, ('fid', 'prc'))
     return {k: (out[k], n, out['extractor']) for k in ('fid', 'precision', 'recall')}
 
-def _measure_views(nets, cfg, g, n, given=(0, 5), of='other', **how): # `of`: other views, the given ones, or the mean picture in the place of other views
+def _measure_views(nets, cfg, g, n, given=(), of='other', **how): # `of`: other views, the given ones, or the mean picture in the place of other views
+    given = given or ((64, 104) if cfg.data=='srn_cars' else (0, 5)) # the former is the usual choice for these cars
     spoiled,whole = load(cfg.data, split='test'),load(cfg.data.replace('masked', 'views'), split='test')
     v = int(torch.bincount(whole.extra['object']).min())
-    at = torch.arange(n or 32)[:,None]*v+torch.arange(v)
+    at = torch.arange(n or (len(whole)//v if cfg.data=='srn_cars' else 32))[:,None]*v+torch.arange(v)
     own,rest = next(nets.parameters()),[i for i in range(v) if i not in given]
-    pick = lambda d, k, i: d.batch(at[:,i].flatten())[k].to(own).unflatten(0, (len(at), len(i)))
-    draw = lambda i: draw_images(nets, tuple(o.repeat_interleave(len(i), 0) for o in z), pick(whole, 'c2w', i).flatten(0, 1), cfg)[0]
-    if of=='mean': return dict(psnr=(_psnr(load(cfg.data.replace('masked', 'views')).tensor().mean(0).expand(len(at)*len(rest), -1, -1, -1), pick(whole, 'x', rest).flatten(0, 1)), len(at), ''))
-    mask = pick(spoiled, 'mask', list(given)).bool() if cfg.masked and 'mask' in spoiled.extra else None
-    start = time.perf_counter()
-    z = codes_of(nets, pick(spoiled, 'x', list(given)), pick(whole, 'c2w', list(given)), cfg, mask=mask, generator=g, **how)
-    took = time.perf_counter()-start
-    see = rest if of=='other' else list(given)
-    return dict(psnr=(_psnr(draw(see), pick(whole, 'x', see).flatten(0, 1)), len(at), ''), seconds=(took, len(at), '')) # seconds to find the codes of all
+    mean = load(cfg.data.replace('masked', 'views')).tensor(5_000).mean(0) if of=='mean' else None
+    took,found,see,wait = 0.,[],list(given) if of=='given' else rest,waiter(str(own.device))
+    for some in at.split(32 if cfg.shape[1]<=32 else 8): # objects at once, which bounds the memory
+        pick = lambda d, k, i: d.batch(some[:,i].flatten())[k].to(own).unflatten(0, (len(some), len(i)))
+        if of=='mean':
+            found += [_psnr(mean.expand(len(o), -1, -1, -1), o) for o in pick(whole, 'x', rest)]
+            continue
+        mask = pick(spoiled, 'mask', list(given)).bool() if cfg.masked and 'mask' in spoiled.extra else None
+        x,c2w = pick(spoiled, 'x', list(given)),pick(whole, 'c2w', list(given))
+        wait(); start = time.perf_counter()
+        z = codes_of(nets, x, c2w, cfg, mask=mask, generator=g, **how)
+        wait(); took += time.perf_counter()-start
+        for k in range(len(some)): found.append(_psnr(draw_images(nets, tuple(o[k:k+1].expand(len(see), -1) for o in z), pick(whole, 'c2w', see)[k], cfg)[0], pick(whole, 'x', see)[k]))
+    return dict(psnr=(sum(found)/len(found), len(at), '')) | ({} if of=='mean' else dict(seconds=(took, len(at), ''))) # seconds to find the codes of all
 
 # %% ../nbs/03_nerf_lebm.ipynb #42b414a1
 def _measure_swap(nets, cfg, g, n, truth='right', **how): # `truth`: right; wrong, where shape and paint have changed places; unpainted, the picture of the first
     from ebmbook.core.scenes import render_cars
-    b = load(cfg.data, split='test').batch(range(2*(n or 32)))
-    own = next(nets.parameters())
-    z = codes_of(nets, b['x'][:,None].to(own), None if cfg.pose=='vmf' else b['c2w'][:,None].to(own), cfg, generator=g, **how)
+    data,own = load(cfg.data, split='test'),next(nets.parameters())
+    many = torch.bincount(data.extra['object'])
+    b = data.batch((many.cumsum(0)-many)[:2*(n or 32)])                          # the first picture of each car
+    x,c2w,mask = (b[k][:,None].to(own) if k in b else None for k in ('x', 'c2w', 'mask'))
+    z = codes_of(nets, x, c2w, cfg, mask=mask.bool() if cfg.masked and mask is not None else None, generator=g, **how)
     one,two = slice(0, None, 2),slice(1, None, 2)
     made = draw_images(nets, (z[0][one], z[1][two]), b['c2w'][one].to(own), cfg)[0].cpu()
     true = lambda shape, colour: render_cars(b['shape'][shape], b['colour'][colour], b['pose'][one], cfg.shape[1]).image

@@ -53,7 +53,8 @@ def seconds_per_iteration(
     acc,groups = _accelerator(cfg, device),stage.optimisers(nets, cfg)
     for group in groups.values():
         for g in group.optimiser.param_groups: g.setdefault('initial_lr', g['lr'])
-    ctx = Context(0, 0., torch.Generator(device).manual_seed(0))
+    last = max(stage.n_iters(cfg)-1, 0) # warm-ups are over then, and chains have their full length
+    ctx = Context(last, last/max(stage.n_iters(cfg), 1), torch.Generator(device).manual_seed(0))
     full = stage.batch(cfg)
     bare,most = replace(cfg, vae='') if getattr(cfg, 'vae', '') else cfg,min(most or full, full)
     wait = waiter(device)
