@@ -22,6 +22,7 @@ from ebmbook.core.runs import load_checkpoint, open_run
 from ebmbook.core.scenes import camera_to_world, rays
 from ebmbook.core.train import Context, Diverged, gather_rows, read_log, train
 from ebmbook.data import load
+from ebmbook.mcmc import Slice
 from ebmbook.nerf_lebm import PRESETS
 
 TINY = replace(PRESETS['cars'], batch=4, n_iters=4, rays=12, n_depths=6, width=16, depth=2, mapping=0, prior_steps=2, post_steps=2, n_neg=5, save_every=2, log_every=1, focus=1.)
@@ -132,6 +133,32 @@ def test_an_iteration_of_the_encoder_written_out(): # Algorithm 2
     elbo = value-kl+f(nets.e_shape, z[0])+f(nets.e_colour, z[1])
     agree({k: v for k,v in ours.items() if not k.startswith('e_')}, {k: v for k,v in grads(nets, -elbo.mean()).items() if not k.startswith('e_')})
     assert name=='field'
+
+@pytest.mark.parametrize('change', [dict(inference='mcmc', post_steps=0), dict()], ids=str)
+def test_sigma_is_wide_at_first(change): # four times at the start, so the misfit counts a sixteenth; the squared error that is told stays what it is
+    cfg = replace(TINY, **change, anneal=(4., 10))
+    nets,said = built(cfg),{}
+    for step in (0, 5, 10):
+        _,loss,logs = next(l.losses(nets, load('cars').batch(range(4)), cfg, context(step, 3)))
+        said[step] = (loss-logs.get('cost', 0)).item(),logs['mse'].item()
+    assert [said[10][0]/said[k][0] for k in (0, 5)]==pytest.approx([16, 6.25], rel=1e-3)
+    assert said[0][1]==pytest.approx(said[10][1], rel=1e-3)
+
+def test_a_loss_does_not_see_spoiled_pixels(): # unless it is told to
+    batch = load('cars_masked').batch(range(4))
+    other = batch | dict(x=torch.where(batch['mask'].bool(), batch['x'], -batch['x']))
+    for masked in (True, False):
+        cfg = replace(TINY, data='cars_masked', inference='mcmc', rays=200, masked=masked)
+        nets = built(cfg)
+        one,two = (next(l.losses(nets, b, cfg, context(seed=3)))[1].item() for b in (batch, other))
+        assert (one==two)==masked
+
+def test_prior_chains_are_divided_over_parts(monkeypatch):
+    cfg,asked = replace(TINY, n_neg=6),[]
+    monkeypatch.setattr(l, 'draw_prior', lambda nets, n, *args, **kw: asked.append(n) or l.start_codes(n, cfg, next(nets.parameters())))
+    for g in (gen(), Slice(gen(), 1, 2)):
+        for _ in l.losses(built(cfg), load('cars').batch(range(4)), cfg, Context(0, 0., g)): pass
+    assert asked==[6, 3]
 
 def test_the_camera_of_a_picture_learns(): # the gradient of the likelihood reaches the heads of the camera
     for kind in ('vmf', 'half'):
