@@ -144,6 +144,27 @@ def test_sigma_is_wide_at_first(change): # four times at the start, so the misfi
     assert [said[10][0]/said[k][0] for k in (0, 5)]==pytest.approx([16, 6.25], rel=1e-3)
     assert said[0][1]==pytest.approx(said[10][1], rel=1e-3)
 
+@pytest.mark.parametrize('n_fine', [0, 3])
+def test_the_squared_error_that_is_told_is_of_one_field(n_fine):
+    cfg = replace(TINY, inference='mcmc', n_fine=n_fine)
+    _,loss,logs = next(l.losses(built(cfg), load('cars').batch(range(4)), cfg, context()))
+    assert logs['mse'].item()==pytest.approx(loss.item()*2*cfg.sigma**2*cfg.temp/3072/(2 if n_fine else 1), rel=1e-5)
+
+def test_rates_fall_by_ten_and_waiting_ones_do_not():
+    for warm,heads in (((0, 0), .1), ((10, 20), 1.)):
+        cfg = replace(TINY, **KINDS['vmf'] | dict(warm=warm), decay=1000.)
+        assert l.optimisers(built(cfg), cfg)['field'].schedule(1000)==pytest.approx((.1, .1, heads))
+
+@pytest.mark.parametrize('task', ['views', 'swap'])
+def test_codes_are_sought_in_good_pixels(task, monkeypatch):
+    nets,asked = built(replace(TINY, **KINDS['persistent'])),[]
+    ours = l.codes_of
+    monkeypatch.setattr(l, 'codes_of', lambda *args, mask=None, **kw: asked.append(mask) or ours(*args, mask=mask, **kw))
+    for masked in (True, False): l.evaluate(nets, replace(nets.cfg, masked=masked), n=2, task=task, n_steps=1)
+    good = load('cars_masked', split='test')
+    rows = [0, 5, 10, 15] if task=='views' else [0, 10, 20, 30]
+    assert torch.equal(asked[0].flatten(0, 1), good.batch(rows)['mask'].bool()) and asked[1] is None
+
 def test_a_loss_does_not_see_spoiled_pixels(): # unless it is told to
     batch = load('cars_masked').batch(range(4))
     other = batch | dict(x=torch.where(batch['mask'].bool(), batch['x'], -batch['x']))
