@@ -20,7 +20,7 @@ from ebmbook.core.config import choose
 from ebmbook.core.cost import seconds_per_iteration
 from ebmbook.core.runs import load_checkpoint, open_run
 from ebmbook.core.scenes import camera_to_world, rays
-from ebmbook.core.train import Context, Diverged, gather_rows, read_log, train
+from ebmbook.core.train import Context, Diverged, gather_rows, new_table, read_log, train
 from ebmbook.data import load
 from ebmbook.mcmc import Slice
 from ebmbook.nerf_lebm import PRESETS
@@ -173,6 +173,16 @@ def test_a_loss_does_not_see_spoiled_pixels(): # unless it is told to
         nets = built(cfg)
         one,two = (next(l.losses(nets, b, cfg, context(seed=3)))[1].item() for b in (batch, other))
         assert (one==two)==masked
+
+def test_codes_that_persist_and_codes_that_are_sought_have_their_own_rates(): # Adam's first step has the length of its rate
+    cfg = replace(TINY, **KINDS['persistent'], lr_code=.01, lr_find=.3)
+    nets,c = built(cfg),context()
+    c.state |= new_table(torch.zeros(256, 24))
+    batch = load('cars_masked').batch(range(0, 40, 10))
+    next(l.losses(nets, batch, cfg, c))
+    assert torch.allclose(c.state['z'][:4].abs(), torch.full((4, 24), .01), rtol=1e-2)
+    found = torch.cat(l.find_codes(nets, batch['x'][:,None], batch['c2w'][:,None], cfg, n_steps=1, generator=gen()), 1)
+    assert torch.allclose((found-torch.cat(l.start_codes(4, cfg, found, gen()), 1)).abs(), torch.full((4, 24), .3), rtol=1e-2)
 
 def test_prior_chains_are_divided_over_parts(monkeypatch):
     cfg,asked = replace(TINY, n_neg=6),[]
