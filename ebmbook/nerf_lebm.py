@@ -374,13 +374,15 @@ def descend(
     prior:Callable, # (shape, colour) -> (N,), from `prior_energy`
     cfg,          # Uses nz
     lr:float,     # Step size of Adam
+    shared:bool=False, # All processes take this step of one table; else each has its own
 )->Tensor:        # (B,) nats of misfit before the step
     "One step of each object that is seen, down the energy of label `eq-nerf-lebm-posterior`."
     own,back = rows.unique(return_inverse=True)
     z = table['z'][own].requires_grad_()
     with torch.enable_grad():
         error = nll(*z[back].split(list(cfg.nz), 1))
-        own,grad = gather_rows(own, torch.autograd.grad(error.sum(), z)[0])
+        grad, = torch.autograd.grad(error.sum(), z)
+        if shared: own,grad = gather_rows(own, grad)
         z = table['z'][own].requires_grad_() # its prior counts once, however many processes see an object
         more, = torch.autograd.grad((prior(*z.split(list(cfg.nz), 1))+0*z.sum(1)).sum(), z)
     adam_rows(table, own, grad+more, lr)
@@ -431,13 +433,13 @@ def losses(
             error = nll(*z)
             yield 'field', error.mean(), said(error)
     if cfg.prior!='ebm' or ctx.step<cfg.ramp[0]: return
-    z,dreamt = [o.detach() for o in z],draw_prior(nets, cfg.n_neg//getattr(g, 'parts', 1), cfg, n_steps=ramped(cfg, cfg.prior_steps, ctx.step), generator=g)
+    z,dreamt = [o.detach() for o in z],draw_prior(nets, max(1, cfg.n_neg//getattr(g, 'parts', 1)), cfg, n_steps=ramped(cfg, cfg.prior_steps, ctx.step), generator=g)
     parts = [contrast(e, seen, made) for e,seen,made in zip((nets.e_shape, nets.e_colour), z, dreamt)]
     yield 'prior', sum(o for o,_ in parts), dict(gap=sum(o['gap'] for _,o in parts), spread=torch.cat(dreamt, 1).std(), spread_seen=torch.cat(z, 1).std())
 
 def _go_on(nets, rows, nll, cfg, ctx): # one step of the codes of these objects, which live in the training's state
     if 'z' not in ctx.state: ctx.state |= new_table(torch.cat(start_codes(len(_objects(cfg.data)[2]), cfg, next(nets.parameters())), 1)) # from the global seed, which all processes share
-    with frozen(nets): descend(ctx.state, rows, nll, prior_energy(nets, cfg), cfg, cfg.lr_code)
+    with frozen(nets): descend(ctx.state, rows, nll, prior_energy(nets, cfg), cfg, cfg.lr_code, shared=True)
     return ctx.state['z'][rows].split(list(cfg.nz), 1)
 
 # %% ../nbs/03_nerf_lebm.ipynb #7b9db191
