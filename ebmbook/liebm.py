@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['PRESETS', 'DEFAULT_ROW', 'STAGES', 'Switches', 'Config', 'encoder_config', 'check_config', 'inward', 'outward',
            'log_z', 'log_partition', 'log_posterior', 'Energy', 'Nets', 'build', 'view', 'disturb', 'refine',
-           'energy_loss', 'apart', 'bound', 'generator_loss', 'losses', 'along', 'encoder_losses', 'inference_losses',
-           'optimisers', 'encoder_optimisers', 'inference_optimisers', 'settle', 'sample', 'energy', 'score',
-           'class_codes', 'conditional', 'restore', 'evaluate']
+           'energy_loss', 'apart', 'bound', 'generator_loss', 'losses', 'encoder_losses', 'posterior_losses',
+           'inference_losses', 'optimisers', 'encoder_optimisers', 'posterior_optimisers', 'inference_optimisers',
+           'settle', 'sample', 'energy', 'score', 'class_codes', 'conditional', 'restore', 'evaluate']
 
 # %% ../nbs/08_liebm.ipynb #c005
 import math
@@ -58,6 +58,8 @@ class Config(Switches):
     enc:str                   # Encoder: name in `selfsup.PRESETS`
     n_enc:int = -1            # Its optimiser steps before the energy's, where it is 'frozen'; -1 is that row's number, 0 leaves random weights
     enc_weights:str = ''      # Folder with weights of such an encoder, as `ebmbook train selfsup` leaves it; it is then not trained here
+    n_post:int = 0            # Optimiser steps of the posterior alone, between the encoder's and the energy's; ours
+    lr_post:float = 0.        # Adam step size in them; 0 is the energy's
     n_infer:int = 0           # Optimiser steps of an inference model that is trained afterwards (appendix A.6); 'erm' has one anyway
     gamma:float = .01         # Concentration of the posterior in training
     gamma_ood:float = .1      # Weight of the cosine in the joint score
@@ -137,11 +139,12 @@ def check_config(
     if cfg.encoder=='joint' and selfsup.PRESETS[cfg.enc].method!='simclr': raise ValueError(f"an encoder that learns along (encoder='joint') is a SimCLR, but enc {cfg.enc!r} is not")
     if cfg.enc_weights and (cfg.encoder!='frozen' or cfg.n_enc>=0): raise ValueError("enc_weights takes the place of the encoder's training: it needs encoder='frozen' and n_enc=-1")
     if not 0<=cfg.p_aug<=1: raise ValueError(f"p_aug is a probability, got {cfg.p_aug}")
-    if cfg.n_steps<0 or cfg.n_infer<0: raise ValueError(f"n_steps and n_infer must not be negative, got {cfg.n_steps} and {cfg.n_infer}")
+    if cfg.n_post and (cfg.encoder!='frozen' or not cfg.gamma): raise ValueError(f"a posterior that is trained beforehand (n_post={cfg.n_post}) needs encoder='frozen' and a gamma above 0")
+    if min(cfg.n_steps, cfg.n_post, cfg.n_infer)<0: raise ValueError(f"n_steps, n_post and n_infer must not be negative, got {cfg.n_steps}, {cfg.n_post} and {cfg.n_infer}")
     if cfg.n_enc<-1: raise ValueError(f"n_enc is a number of steps, or -1 for the encoder's own, got {cfg.n_enc}")
     for k in ('step', 'tau2', 'lr', 'lr_gen', 'lr_inf'):
         if getattr(cfg, k)<=0: raise ValueError(f"{k} must be above 0, got {getattr(cfg, k)}")
-    for k in ('gamma', 'gamma_ood', 'noise', 'clip', 'rho', 'reg', 'w_match', 'w_data'):
+    for k in ('lr_post', 'gamma', 'gamma_ood', 'noise', 'clip', 'rho', 'reg', 'w_match', 'w_data'):
         if getattr(cfg, k)<0: raise ValueError(f"{k} must not be negative, got {getattr(cfg, k)}")
     return cfg
 
@@ -383,24 +386,18 @@ def losses(
     fake = refine(nets, disturb(made, cfg, g), cfg, generator=g)
     loss,logs = energy_loss(nets.energy, u, z, fake, cfg)
     yield 'energy', loss, logs | dict(spread=fake.std())
-    if cfg.encoder=='joint': yield 'encoder', along(nets.h, x, outward(fake, cfg), encoder_config(cfg), g), {}
-
-def along(
-    h,              # The encoder with its settings
-    x:Tensor,       # (B, C, H, W) data in [-1, 1]
-    fake:Tensor,    # (B, C, H, W) ends of chains in [-1, 1]
-    enc,            # Settings of the encoder
-    generator=None, # Source of the views
-)->Tensor:          # ()
-    "SimCLR with ends of chains among the others. Source: CLEL, as LIEBM's ablation without pretraining."
-    h.train()
-    a,b,c = selfsup.codes(h, [augment(o, enc, generator) for o in (x, x, fake.clamp(-1, 1))])
-    return selfsup.nt_xent(a, b, enc.temp, others=c)
+    if cfg.encoder=='joint': yield 'encoder', selfsup.along(nets.h, x, outward(fake, cfg), encoder_config(cfg), g), {}
 
 def encoder_losses(nets, batch, cfg, ctx): # stage one: the encoder alone
     yield from selfsup.losses(nets.h, batch, encoder_config(cfg), ctx)
 
-def inference_losses(nets, batch, cfg, ctx): # stage three, where the row has one: the inference model alone
+def posterior_losses(nets, batch, cfg, ctx): # stage two, where the row has one: the posterior alone, without a chain
+    nets.train()
+    u = inward(random_flip(batch['x'], uniform(len(batch['x']), batch['x'], ctx.generator)) if cfg.mirror else batch['x'], cfg)
+    z,r = place(nets.h, outward(view(u, cfg, ctx.generator), cfg)),nets.energy.parts(u)[1]
+    yield 'posterior', -log_posterior(nets.energy.kind, r, z, cfg.gamma).mean(), dict(match=F.cosine_similarity(r[:,:z.shape[1]], z).detach().mean())
+
+def inference_losses(nets, batch, cfg, ctx): # the last stage, where the row has one: the inference model alone
     nets.eval()
     nets.q.train()
     u = inward(batch['x'], cfg)
@@ -420,6 +417,8 @@ def optimisers(
     return out
 
 def encoder_optimisers(nets, cfg): return selfsup.optimisers(nets.h, encoder_config(cfg)) if hasattr(nets, 'h') else {}
+
+def posterior_optimisers(nets, cfg): return dict(posterior=Group(torch.optim.Adam([*nets.energy.f.parameters(), *nets.energy.g.parameters()], cfg.lr_post or cfg.lr, betas=(0., cfg.beta2)))) if cfg.n_post else {}
 
 def inference_optimisers(nets, cfg): return dict(inference=Group(torch.optim.Adam(nets.q.parameters(), cfg.lr_inf, betas=(0., .9)))) if cfg.n_infer else {}
 
@@ -443,8 +442,9 @@ def settle(
     collect_norms(nets.h, look)
 
 STAGES = (Stage('encoder', encoder_losses, encoder_optimisers, lambda cfg: encoder_config(cfg).n_iters if cfg.encoder=='frozen' else 0, lambda cfg: encoder_config(cfg).batch, ema=lambda cfg: encoder_config(cfg).ema, least=lambda cfg: selfsup.least(encoder_config(cfg))),
-          Stage('joint', losses, optimisers, lambda cfg: cfg.n_iters, finish=settle),
-          Stage('inference', inference_losses, inference_optimisers, lambda cfg: cfg.n_infer if cfg.method!='erm' else 0))
+          Stage('posterior', posterior_losses, posterior_optimisers, lambda cfg: cfg.n_post, draws=3),
+          Stage('joint', losses, optimisers, lambda cfg: cfg.n_iters, finish=settle, draws=1),
+          Stage('inference', inference_losses, inference_optimisers, lambda cfg: cfg.n_infer if cfg.method!='erm' else 0, draws=2))
 
 # %% ../nbs/08_liebm.ipynb #c047
 @torch.no_grad()

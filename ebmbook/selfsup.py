@@ -6,7 +6,7 @@
 __all__ = ['PRESETS', 'DEFAULT_ROW', 'STAGES', 'Views', 'boxes', 'crop', 'grey', 'turn_hue', 'jitter', 'augment', 'dequantise',
            'backbone', 'head', 'Encoder', 'nt_xent', 'norm_mse', 'byol_loss', 'momentum', 'follow', 'whiten',
            'wmse_loss', 'Config', 'check_config', 'Nets', 'build', 'least', 'codes', 'rate', 'losses', 'optimisers',
-           'latent', 'place', 'read_features', 'nearest_labels', 'linear_probe', 'evaluate']
+           'along', 'latent', 'place', 'read_features', 'nearest_labels', 'linear_probe', 'evaluate']
 
 # %% ../nbs/08a_selfsup.ipynb #c003
 import copy
@@ -416,6 +416,19 @@ def optimisers(
     return dict(encoder=Group(adam, lambda step: rate(step, cfg)))
 
 STAGES = (Stage('encoder', losses, optimisers, lambda cfg: cfg.n_iters, least=least),)
+
+# %% ../nbs/08a_selfsup.ipynb #e7d31091
+def along(
+    nets:Nets,      # A SimCLR
+    x:Tensor,       # (B, C, H, W) data in [-1, 1]
+    fake:Tensor,    # (B, C, H, W) ends of chains in [-1, 1]
+    cfg,            # Resolved settings
+    generator=None, # Source of the views
+)->Tensor:          # (), with graph
+    "SimCLR with ends of chains among the others. Source: CLEL, as LIEBM's ablation without pretraining."
+    nets.train()
+    a,b,c = codes(nets, [augment(o, cfg, generator) for o in (x, x, fake.clamp(-1, 1))])
+    return nt_xent(a, b, cfg.temp, others=c)
 
 # %% ../nbs/08a_selfsup.ipynb #c051
 def latent(

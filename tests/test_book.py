@@ -201,6 +201,13 @@ class Browser:
             elif kind=='Network.requestWillBeSent' and not p['request']['url'].startswith(('file:', 'data:', 'blob:')): bad.append(f"request to {p['request']['url']}")
         return bad
 
+TOO_WIDE = """[...document.querySelectorAll('div.math')].filter(d => {
+    const box = d.querySelector('mjx-container'), sign = box?.querySelector('mjx-math'), number = d.querySelector('.eqno')
+    if (!sign) return false
+    const free = number ? number.getBoundingClientRect().left : d.getBoundingClientRect().right
+    return Math.max(box.scrollWidth-box.clientWidth, sign.getBoundingClientRect().right-free)>1
+}).map(d => d.id || d.textContent.slice(0, 40))"""
+
 @pytest.fixture(scope='module')
 def browser():
     with Browser() as it: yield it
@@ -214,11 +221,13 @@ def shot(browser, name):
 @needs_chromium
 def test_browser_sees_faults(browser, tmp_path):
     "A page with a missing script, an outside request and an error of its own must be complained about."
-    (tmp_path/'a.html').write_text('<script src="gone.js"></script><img src="http://example.org/x.png"><script>console.error("no")</script><p style="width:900px">x')
+    (tmp_path/'a.html').write_text('<script src="gone.js"></script><img src="http://example.org/x.png"><script>console.error("no")</script><p style="width:900px">x<div class="math" id="e" style="width:99px"><mjx-container><mjx-math style="display:inline-block;width:90px">x</mjx-math></mjx-container><b class="eqno" style="position:absolute;left:60px">1</b></div>'
+                                  '<div class="math" id="f" style="width:99px"><mjx-container><mjx-math>x</mjx-math></mjx-container></div>')
     browser.visit((tmp_path/'a.html').as_uri(), 390)
     said = ' '.join(browser.complaints())
     assert 'request failed' in said and 'example.org' in said and 'no' in said
     assert browser.value('document.documentElement.scrollWidth')>390
+    assert browser.value(TOO_WIDE)==['e']
     browser.close()
 
 @needs_book
@@ -235,5 +244,6 @@ def test_in_browser(browser, page):
         if formulas: assert browser.value("document.querySelectorAll('mjx-container').length")>=formulas
         assert not browser.value("document.querySelectorAll('mjx-merror, mjx-container [data-mjx-error]').length"), "a formula has an error"
         assert browser.value('document.documentElement.scrollWidth')<=width, "the page scrolls sideways"
+        if width==1280: assert not (wide := browser.value(TOO_WIDE)), f"equations that are cut or run into their number: {wide}"
         shot(browser, f'{name}-{width}')
         browser.close()

@@ -74,9 +74,10 @@ def test_rows_of_the_paper(row): # check 14
 
 def test_lengths_of_the_stages():
     lengths = lambda **o: [s.n_iters(replace(TINY, n_iters=6, **o)) for s in l.STAGES]
-    assert lengths()==[4, 6, 4] and lengths(method='erm')==[4, 6, 0] and lengths(n_infer=0)==[4, 6, 0]
-    for o in ('joint', 'none'): assert lengths(encoder=o, n_infer=0)==[0, 6, 0]
-    assert [s.batch(TINY) for s in l.STAGES]==[256, 8, 8] and [s.ema(TINY) for s in l.STAGES]==[0., .99, .99]
+    assert lengths()==[4, 0, 6, 4] and lengths(method='erm')==[4, 0, 6, 0] and lengths(n_infer=0, n_post=5)==[4, 5, 6, 0]
+    for o in ('joint', 'none'): assert lengths(encoder=o, n_infer=0)==[0, 0, 6, 0]
+    assert [s.batch(TINY) for s in l.STAGES]==[256, 8, 8, 8] and [s.ema(TINY) for s in l.STAGES]==[0., .99, .99, .99]
+    assert len({i if s.draws is None else s.draws for i,s in enumerate(l.STAGES)})==len(l.STAGES) # no two stages share their draws
     assert lengths(n_enc=-1)[0]==l.selfsup.PRESETS['digits'].n_iters
 
 def test_rates_of_the_paper():
@@ -316,8 +317,8 @@ def stopped(cfg, folder, n): # a training that ends by accident after n steps
         if not left[0]: raise Enough
     with pytest.raises(Enough): trained(cfg, folder, on_step=stop)
 
-@pytest.mark.parametrize('change,stops', [({}, {3: (0, 2), 5: (0, 4), 7: (1, 2), 9: (1, 4), 11: (2, 2)}), (dict(method='erm', n_enc=0), {3: (1, 2)}), (dict(method='ejm', n_enc=0, n_infer=0), {3: (1, 2)}),
-    (dict(encoder='joint', n_enc=0, n_infer=0), {3: (1, 2)}), (dict(encoder='none', n_infer=0), {3: (1, 2)})], ids=str)
+@pytest.mark.parametrize('change,stops', [({}, {3: (0, 2), 5: (0, 4), 7: (2, 2), 9: (2, 4), 11: (3, 2)}), (dict(method='erm', n_enc=0), {3: (2, 2)}), (dict(method='ejm', n_enc=0, n_infer=0), {3: (2, 2)}),
+    (dict(encoder='joint', n_enc=0, n_infer=0), {3: (2, 2)}), (dict(encoder='none', n_infer=0), {3: (2, 2)}), (dict(n_enc=0, n_post=4, n_infer=0), {3: (1, 2), 5: (1, 4), 7: (2, 2)})], ids=str)
 def test_training_continues_to_the_last_bit(change, stops, tmp_path): # check 17: in every stage and between two
     cfg = replace(TINY, **change)
     a = trained(cfg, tmp_path/'a')
@@ -329,6 +330,18 @@ def test_training_continues_to_the_last_bit(change, stops, tmp_path): # check 17
         assert (left['stage'], left['step'])==(stage, step) and (left['ema'] is None)==(stage==0) # no average of the encoder
         b = trained(cfg, tmp_path/str(n))
         assert same(a.state_dict(), b.state_dict()) and same(*(load_checkpoint(tmp_path/o) for o in ('a', str(n))))
+
+def test_a_posterior_that_learns_alone(tmp_path): # features and head move, nothing else does; mirrored where the row mirrors
+    cfg,seen = replace(TINY, n_enc=0, n_post=4, n_infer=0),{}
+    def look(step, nets): seen[len(seen)] = copy.deepcopy(nets.state_dict())
+    trained(cfg, tmp_path, on_step=look)
+    moved = {k.split('.')[1] if k.startswith('energy') else k.split('.')[0] for k,o in seen[3].items() if not k.endswith(('_u', '_v')) and not torch.equal(o, seen[0][k])}
+    assert moved=={'f', 'g'} and sorted(seen)==[*range(8)]
+    steps,match = read_log(SimpleNamespace(folder=tmp_path), 'match')
+    assert steps==[*range(1, 9)] and all(-1<=o<=1 for o in match)
+    nets,batch = built(replace(SHORT, mirror=True)),dict(x=load('digits').tensor(64))
+    first = lambda cfg: next(l.posterior_losses(nets, batch, replace(cfg, view='dequantise'), ctx()))[1].item()
+    assert first(SHORT)!=first(replace(SHORT, mirror=True))
 
 def test_what_a_training_leaves(tmp_path): # averaged weights, settled norms, averages of the batch norms from samples alone, an encoder as it was, and a file that holds it all
     cfg = replace(TINY, n_infer=0, ema=.5)
@@ -356,7 +369,7 @@ def steps(cfg, nets, n=1, groups=None, seed=0): # through the loop's own step
     c,acc = ctx(seed),_accelerator(cfg, 'cpu')
     groups = groups or l.optimisers(nets, cfg)
     for g in (g for o in groups.values() for g in o.optimiser.param_groups): g.setdefault('initial_lr', g['lr'])
-    return [optimiser_step(l.STAGES[1], nets, [dict(x=load('digits').tensor(cfg.batch))], cfg, [c], groups, acc) for _ in range(n)]
+    return [optimiser_step(l.STAGES[2], nets, [dict(x=load('digits').tensor(cfg.batch))], cfg, [c], groups, acc) for _ in range(n)]
 
 @pytest.mark.parametrize('change', [{}, dict(method='ejm'), dict(method='erm'), dict(encoder='joint')], ids=str)
 def test_a_step_moves_its_own_group(change): # check 9

@@ -63,6 +63,7 @@ class Stage(NamedTuple):
     batch:Callable = lambda cfg: cfg.batch # batch(cfg) -> examples in one optimiser step
     finish:Callable|None = None # finish(nets, cfg, generator) at the end of the stage, with averaged weights in place
     ema:Callable = lambda cfg: cfg.ema # ema(cfg) -> decay of the moving average of the weights in this stage
+    draws:int|None = None # Number that its draws are seeded with; None is its place, so a stage that is put in later leaves those of the others as they were
     least:Callable = lambda cfg: 1 # least(cfg) -> smallest batch that the losses take, above 1 where they compare images of a batch
 
 @dataclass
@@ -283,7 +284,7 @@ class _Job:
             for g in group.optimiser.param_groups: g.setdefault('initial_lr', g['lr'])
         decay = stage.ema(cfg)
         self.ema = averaged(nets, decay) if decay else None
-        self.generator,self.state = torch.Generator(accelerator.device).manual_seed(run.seed+1_000_003*(index+1)),{}
+        self.generator,self.state = torch.Generator(accelerator.device).manual_seed(run.seed+1_000_003*(1+(index if stage.draws is None else stage.draws))),{}
     def contexts(self): # one for each part of this process's share; all generators in one state
         world,rank,m = self.accelerator.num_processes,self.accelerator.process_index,self.cfg.micro
         copies = [self.generator] + [torch.Generator(self.generator.device).set_state(self.generator.get_state()) for _ in range(m-1)]
