@@ -306,6 +306,9 @@ def refine(
         return langevin(E, u, _rates(cfg), cfg.n_steps if n_steps is None else n_steps, constrain=lambda o: _kept(o, cfg), on_grad=limit if cfg.clip else None, generator=generator, on_step=on_step)
 
 # %% ../nbs/08_liebm.ipynb #c034
+def _posterior_part(net, r, z, cfg): # the posterior's part of that loss, and what to log
+    return -log_posterior(net.kind, r, z, cfg.gamma).mean(), dict(match=F.cosine_similarity(r[:,:z.shape[1]], z).detach().mean())
+
 def energy_loss(
     net:Energy,      # The energy
     u:Tensor,        # (B, C, H, W) data
@@ -323,7 +326,8 @@ def energy_loss(
     if cfg.reg: loss = loss+cfg.reg*sum(o.square().mean() for o in said['e'].split([len(u), len(fake)]))
     if z is None: return loss,logs
     r = said['r'][:len(u)]
-    return loss-log_posterior(net.kind, r, z, cfg.gamma).mean(), logs | dict(match=F.cosine_similarity(r[:,:z.shape[1]], z).detach().mean())
+    part,match = _posterior_part(net, r, z, cfg)
+    return loss+part, logs | match
 
 # %% ../nbs/08_liebm.ipynb #c039
 def apart(
@@ -368,6 +372,12 @@ def generator_loss(
     return cfg.w_match*loss+cfg.w_data*other, logs | more
 
 # %% ../nbs/08_liebm.ipynb #c042
+def _encoded(nets, batch, cfg, g): # images, mirrored where the row mirrors; the same in its range; the places of their views
+    x = random_flip(batch['x'], uniform(len(batch['x']), batch['x'], g)) if cfg.mirror else batch['x']
+    u = inward(x, cfg)
+    nets.train()
+    return x,u,place(nets.h, outward(view(u, cfg, g), cfg)) if cfg.encoder!='none' else None
+
 def losses(
     nets,        # The networks
     batch:dict,  # x (B, C, H, W)
@@ -375,11 +385,7 @@ def losses(
     ctx,         # Generator
 ):               # Yields ('generator', loss, logs), ('energy', ...), and ('encoder', ...) where it learns along
     "One iteration. Source: LIEBM, Algorithm 1."
-    x,g = batch['x'],ctx.generator
-    if cfg.mirror: x = random_flip(x, uniform(len(x), x, g))
-    u = inward(x, cfg)
-    nets.train()
-    z = place(nets.h, outward(view(u, cfg, g), cfg)) if cfg.encoder!='none' else None
+    x,u,z = _encoded(nets, batch, cfg, g := ctx.generator)
     m = nets.draw(len(x), g)
     yield 'generator', *generator_loss(nets, u, z, nets.generator(m), cfg, g)
     with torch.no_grad(): made = nets.generator(m)
@@ -388,14 +394,11 @@ def losses(
     yield 'energy', loss, logs | dict(spread=fake.std())
     if cfg.encoder=='joint': yield 'encoder', selfsup.along(nets.h, x, outward(fake, cfg), encoder_config(cfg), g), {}
 
-def encoder_losses(nets, batch, cfg, ctx): # stage one: the encoder alone
-    yield from selfsup.losses(nets.h, batch, encoder_config(cfg), ctx)
+def encoder_losses(nets, batch, cfg, ctx): yield from selfsup.losses(nets.h, batch, encoder_config(cfg), ctx) # stage one: the encoder alone
 
 def posterior_losses(nets, batch, cfg, ctx): # stage two, where the row has one: the posterior alone, without a chain
-    nets.train()
-    u = inward(random_flip(batch['x'], uniform(len(batch['x']), batch['x'], ctx.generator)) if cfg.mirror else batch['x'], cfg)
-    z,r = place(nets.h, outward(view(u, cfg, ctx.generator), cfg)),nets.energy.parts(u)[1]
-    yield 'posterior', -log_posterior(nets.energy.kind, r, z, cfg.gamma).mean(), dict(match=F.cosine_similarity(r[:,:z.shape[1]], z).detach().mean())
+    _,u,z = _encoded(nets, batch, cfg, ctx.generator)
+    yield 'posterior', *_posterior_part(nets.energy, nets.energy.parts(u)[1], z, cfg)
 
 def inference_losses(nets, batch, cfg, ctx): # the last stage, where the row has one: the inference model alone
     nets.eval()
@@ -417,9 +420,7 @@ def optimisers(
     return out
 
 def encoder_optimisers(nets, cfg): return selfsup.optimisers(nets.h, encoder_config(cfg)) if hasattr(nets, 'h') else {}
-
 def posterior_optimisers(nets, cfg): return dict(posterior=Group(torch.optim.Adam([*nets.energy.f.parameters(), *nets.energy.g.parameters()], cfg.lr_post or cfg.lr, betas=(0., cfg.beta2)))) if cfg.n_post else {}
-
 def inference_optimisers(nets, cfg): return dict(inference=Group(torch.optim.Adam(nets.q.parameters(), cfg.lr_inf, betas=(0., .9)))) if cfg.n_infer else {}
 
 def settle(
