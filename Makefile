@@ -7,7 +7,7 @@
 #   make book      build the book into _build/html, warnings are errors
 #   make claims    run what is missing for the papers' claims and print the verdicts
 #   make bench     time the sampler against its floor and its rivals
-#   make gpu       train the long rows of GPU_ROWS, on a machine with a GPU
+#   make gpu       train the long rows of GPU_ROWS, on a machine with a GPU; GPU_ARGS are passed on to `ebmbook train`
 # PYTHON=... chooses the interpreter; VENV=... uses an environment of your own, into which nothing is installed.
 
 PYTHON ?= python3
@@ -90,7 +90,7 @@ bench: $(AUTHOR)
 
 gpu: $(RUNTIME)
 	@for row in $(GPU_ROWS); do \
-	  echo "== $$row"; $(BIN)/ebmbook train "$${row%%:*}" -p preset "$${row##*:}"; done
+	  echo "== $$row"; $(BIN)/ebmbook train "$${row%%:*}" -p preset "$${row##*:}" $(GPU_ARGS); done
 
 claims: $(RUNTIME)
 	$(BIN)/ebmbook claims --run

@@ -568,9 +568,9 @@ def restore(
         return tuple(outward(o, cfg).clamp(-1, 1) for o in (nets.generator(first), base, base+Y))
 
 # %% ../nbs/08_liebm.ipynb #c058
-def _measure_images(nets, cfg, g, n, **how):
+def _measure_images(nets, cfg, g, n, extractor='', **how): # `extractor` looks in place of the one for these data
     from ebmbook.core.metrics import evaluate_images, extractor_for
-    name = extractor_for(cfg.data)
+    name = extractor or extractor_for(cfg.data)
     n = n or (cfg.n_eval if name=='inception' else 1_000)
     out = evaluate_images(sample(nets, n, cfg, generator=g, **how).cpu(), load(cfg.data, split='train' if name=='inception' else 'test'), name, ('fid', 'is', 'prc'))
     return {k: (out[v], n, out['extractor']) for k,v in dict(fid='fid', inception_score='is', precision='precision', recall='recall').items()}
@@ -620,7 +620,7 @@ def evaluate(
     seed:int=0,         # Seed of all draws
     n:int|None=None,    # Samples or images; None is the protocol's number
     task:str='sample',  # 'sample'; 'ood': AUROC against foreign images; 'encoder': labels read from the encoder; 'features': from the energy; 'rebuild': error of the autoencoder; 'restore': PSNR of the stages
-    **how,              # Passed on: n_steps; alone, gamma; n_epochs; op, stage, sigma, eta, ...
+    **how,              # Passed on: n_steps, extractor; alone, gamma; n_epochs; op, stage, sigma, eta, ...
 )->dict:                # metric -> (value, number of samples, extractor with fingerprint)
     """Numbers of a trained row.
 

@@ -60,6 +60,15 @@ for args in (['train', 'cdrl', '-p', 'preset', 'checkerboard', '-p', 'over', {TI
     assert [o for o in res.stdout.splitlines() if o.startswith('exit')]==['exit 0', 'exit 0', 'exit 2'], res.stdout+res.stderr
     assert (tmp_path/'x.npy').is_file() and 'needs papermill' in res.stderr
 
+def test_weights_kept_over_a_training(tmp_path):
+    "Each folder that stays is one of weights for the other commands."
+    res = invoke('train', 'cdrl', '-p', 'preset', 'checkerboard', '-p', 'over', TINY, '--out', tmp_path, '--device', 'cpu', '--keep-every', 1)
+    assert res.exit_code==0 and sorted(o.name for o in tmp_path.glob('weights*'))==['weights', 'weights-000000001', 'weights-000000002'], res.output
+    draw = lambda name: invoke('sample', 'cdrl', '--weights', tmp_path/name, '-n', 2, '--out', tmp_path/f'{name}.npy', '--device', 'cpu').exit_code
+    assert [draw(o) for o in ('weights', 'weights-000000001', 'weights-000000002')]==[0, 0, 0]
+    first,last,end = ((tmp_path/f'{o}.npy').read_bytes() for o in ('weights-000000001', 'weights-000000002', 'weights'))
+    assert first!=last and last==end
+
 def test_missing_data_as_a_process(tmp_path):
     res = process('train', 'cdrl', '-p', 'dataset', 'imagenet32', '--out', tmp_path/'run', EBMBOOK_DATA=str(tmp_path))
     assert res.returncode==2 and 'Traceback' not in res.stderr and not (tmp_path/'run').exists()

@@ -331,6 +331,17 @@ def test_training_continues_to_the_last_bit(change, stops, tmp_path): # check 17
         b = trained(cfg, tmp_path/str(n))
         assert same(a.state_dict(), b.state_dict()) and same(*(load_checkpoint(tmp_path/o) for o in ('a', str(n))))
 
+def test_weights_kept_over_a_training(tmp_path): # finished as at the end of a stage, also by a run that went on; the training does not notice
+    cfg = replace(TINY, n_infer=0)
+    end = trained(cfg, tmp_path/'plain').state_dict()
+    assert same(trained(cfg, tmp_path/'keeps', keep_every=2).state_dict(), end) and same(*(load_checkpoint(tmp_path/o) for o in ('plain', 'keeps')))
+    stopped(cfg, tmp_path/'goes on', 5)
+    trained(cfg, tmp_path/'goes on', keep_every=2)
+    read = lambda run, step: l.Nets.from_pretrained(tmp_path/run/f'weights-{step:09d}').state_dict()
+    assert [o.name for o in sorted((tmp_path/'keeps').glob('weights-*'))]==[f'weights-{o:09d}' for o in (2, 4, 6, 8)]
+    settled = lambda nets: {k: o for k,o in nets.items() if not k.endswith(('_u', '_v'))} # the stage after the last one, of no steps, goes on with the power iterations
+    assert same(settled(read('keeps', 8)), settled(end)) and same(read('goes on', 6), read('keeps', 6)) and not same(read('keeps', 6), end)
+
 def test_a_posterior_that_learns_alone(tmp_path): # features and head move, nothing else does; mirrored where the row mirrors
     cfg,seen = replace(TINY, n_enc=0, n_post=4, n_infer=0),{}
     def look(step, nets): seen[len(seen)] = copy.deepcopy(nets.state_dict())

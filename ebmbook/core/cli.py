@@ -286,6 +286,7 @@ def train(
     system:System, p:Pairs=None, seed:Seed=0, device:Device='',
     out:Annotated[str, typer.Option(metavar='DIR', help="folder of the run; empty: runs/SYSTEM/ROW-SEED")]='',
     tensorboard:Annotated[bool, typer.Option('--tensorboard', help="write event files for TensorBoard too")]=False,
+    keep_every:Annotated[int, typer.Option(min=0, help="iterations between weights that stay in DIR/weights-STEP, to be measured; 0: none")]=0,
 ):
     """Train a row, without a notebook.
 
@@ -303,7 +304,7 @@ def train(
     run = open_run(system, row, cfg, module.PRESETS[row], seed=said['seed'], out=said['out'], device=check_device(device))
     first = os.environ.get('RANK', '0')=='0' # of several processes one speaks
     if first: typer.echo(f"{system} {row}, seed {run.seed}, on {run.device}: {run.folder}", err=True)
-    try: fit(module, cfg, run, tensorboard=tensorboard)
+    try: fit(module, cfg, run, tensorboard=tensorboard, keep_every=keep_every)
     finally:
         if dist.is_available() and dist.is_initialized(): dist.destroy_process_group()
     if not first: return

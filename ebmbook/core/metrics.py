@@ -83,8 +83,9 @@ EXTRACTORS = { # data, first width, passes over the data, whether to jitter the 
     'shapes':   dict(data='shapes',   width=12, epochs=10,  jitter=False),
     'mnist':    dict(data='mnist',    width=16, epochs=3,   jitter=True),
     'cars':     dict(data='cars',     width=12, epochs=30,  jitter=False),
+    'cifar10':  dict(data='cifar10',  width=20, epochs=15,  jitter=False),
 }
-_FOR = {'stacked_digits': 'digits', 'stacked_mnist': 'mnist', 'cars_views': 'cars', 'cars_masked': 'cars', **{k: k for k in EXTRACTORS}}
+_FOR = {'stacked_digits': 'digits', 'stacked_mnist': 'mnist', 'cars_views': 'cars', 'cars_masked': 'cars', **{k: k for k in EXTRACTORS if k!='cifar10'}}
 
 def extractor_for(
     data:str, # Name of a data set
@@ -148,6 +149,7 @@ def train_extractor(
     folder:str|Path|None=None, # Where to write; None replaces the package's own, and with it the meaning of all later numbers
     *,
     epochs:int|None=None,  # Passes over the data; None is the recipe's
+    data:str='',           # Another copy of the recipe's data set, e.g. folder:PATH
     root:str|Path|None=None, # Data folder, as in `ebmbook.data.load`
 )->dict:                   # What the JSON holds: fingerprint, architecture, accuracy, data, seed
     """Train a small classifier on the train split, score it on the test split, and write weights and JSON.
@@ -156,7 +158,7 @@ def train_extractor(
     """
     from safetensors.torch import save
     if name not in EXTRACTORS: raise ValueError(f"unknown extractor {name!r}; known: {', '.join(EXTRACTORS)}")
-    recipe = EXTRACTORS[name] | ({} if epochs is None else dict(epochs=epochs))
+    recipe = EXTRACTORS[name] | ({} if epochs is None else dict(epochs=epochs)) | (dict(data=data) if data else {})
     train,test = (load(recipe['data'], root, o) for o in ('train', 'test'))
     x,y,folder = train.tensor(),train.y,Path(folder or extractor_folder())
     with torch.random.fork_rng(devices=[]):
@@ -164,12 +166,12 @@ def train_extractor(
         net = Classifier(*x.shape[1:3], y.shape[1] if y.ndim==2 else int(y.max())+1, recipe['width'])
         _fit(net, x, y, recipe['epochs'], recipe['jitter'], torch.Generator().manual_seed(seed))
     right = _score(net, test.tensor(), test.y)
-    data = save({k: v.contiguous() for k,v in net.state_dict().items()})
-    info = dict(name=name, sha256=hashlib.sha256(data).hexdigest(), architecture=net.spec, head='attributes' if y.ndim==2 else 'classes',
+    weights = save({k: v.contiguous() for k,v in net.state_dict().items()})
+    info = dict(name=name, sha256=hashlib.sha256(weights).hexdigest(), architecture=net.spec, head='attributes' if y.ndim==2 else 'classes',
                 accuracy=sum(right)/len(right), accuracies=right, n_test=len(test), data=recipe['data'], n_train=len(train), seed=seed,
                 epochs=recipe['epochs'], threads=torch.get_num_threads(), torch=torch.__version__)
     folder.mkdir(parents=True, exist_ok=True)
-    (folder/f'{name}.safetensors').write_bytes(data)
+    (folder/f'{name}.safetensors').write_bytes(weights)
     (folder/f'{name}.json').write_text(json.dumps(info, indent=1)+'\n')
     return info
 

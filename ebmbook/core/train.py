@@ -7,6 +7,7 @@ __all__ = ['Loop', 'Group', 'Stage', 'Context', 'Diverged', 'Steps', 'averaged',
            'adam_rows', 'gather_rows', 'Log', 'read_log', 'train', 'seconds_trained']
 
 # %% ../../nbs/core/train.ipynb #c002
+import copy
 import json
 import math
 import os
@@ -304,6 +305,15 @@ class _Job:
         set_random_states(saved['random'])
     def save(self):
         if self.accelerator.is_main_process: save_checkpoint(self.run.folder, self.done+self.step, self.checkpoint())
+    def settle(self, nets): # what the stage leaves
+        if self.ema is not None: use_average(nets, self.ema)
+        if self.stage.finish is not None: self.stage.finish(nets, self.cfg, torch.Generator(self.accelerator.device).manual_seed(self.run.seed))
+        return nets
+    def keep(self): # what it would leave if it ended here, to be measured; the training draws on as if nobody had looked
+        if not self.accelerator.is_main_process: return
+        states = random_states()
+        self.settle(copy.deepcopy(self.nets)).eval().save_pretrained(self.run.folder/f'weights-{self.done+self.step:09d}')
+        set_random_states(states)
 
 # %% ../../nbs/core/train.ipynb #c023
 def _same(batch): return batch
@@ -333,6 +343,7 @@ def _fit(
     log:Log,                  # Receives a line every `log_every` steps
     *,
     progress:bool=True,       # Show a bar
+    keep_every:int=0,         # As in `train`
     on_step:Callable|None=None, # Called as on_step(step, nets) after each step, e.g. by a test
 ):
     """Run one stage from where it stands to its end.
@@ -362,6 +373,7 @@ def _fit(
                 _watch(_everywhere(ok, acc), said, cfg, job.stage, job.step, job.run)
                 log(job.done+job.step, dict(stage=job.stage.name, step=job.step, seconds=round(job.seconds, 2), **said))
                 bar.set_postfix({k.split('/')[-1]:f'{v:.3g}' for k,v in said.items() if k.startswith('loss') or k=='gap'}, refresh=False)
+            if keep_every and (job.done+job.step)%keep_every==0: job.keep()
             if last or job.step%cfg.save_every==0: job.save()
             if stop: raise KeyboardInterrupt(f"stopped by a signal at step {job.step}; run the same command again to continue")
 
@@ -383,6 +395,7 @@ def train(
     *,
     progress:bool=True,        # Show a bar
     tensorboard:bool=False,    # Write event files too
+    keep_every:int=0,          # Optimiser steps, over all stages, between weights that stay in `weights-STEP` for measuring; 0 keeps the last alone
     on_step:Callable|None=None,# Called as on_step(step, nets) after each step
 )->nn.Module:                  # Trained networks in evaluation mode, with averaged weights
     """Train a system through all its stages, continuing from the newest readable checkpoint.
@@ -405,9 +418,8 @@ def train(
         job.seconds = seconds
         if saved is not None and saved['stage']>index: done += job.n_iters; continue
         if saved is not None and saved['stage']==index: job.restore(saved)
-        if job.step<job.n_iters: _fit(job, examples, log, progress=progress, on_step=on_step)
-        if job.ema is not None: use_average(nets, job.ema)
-        if stage.finish is not None: stage.finish(nets, cfg, torch.Generator(acc.device).manual_seed(run.seed))
+        if job.step<job.n_iters: _fit(job, examples, log, progress=progress, keep_every=keep_every, on_step=on_step)
+        job.settle(nets)
         done,seconds,saved = done+job.n_iters,job.seconds,None
     if acc.is_main_process: nets.save_pretrained(run.folder/'weights')
     acc.wait_for_everyone()
