@@ -579,14 +579,12 @@ def _measure_points(nets, cfg, g, **how):
     contrast = ll(flat[in_square(flat)]).median()-ll(flat[~in_square(flat)]).median()
     return dict(inside=(in_square(x).float().mean().item(), 10_000, ''), loglik=(ll(test).mean().item(), 10_000, ''), contrast=(contrast.item(), len(flat), ''))
 
-def _measure_images(nets, cfg, g, n, w, **how):
-    from ebmbook.core.metrics import class_accuracy, class_spread, evaluate_images, extractor_for
-    name = extractor_for(cfg.data)
-    n = n or (cfg.n_eval if name=='inception' else 1_000)
+def _measure_images(nets, cfg, g, n, w, extractor='', **how):
+    from ebmbook.core.metrics import class_accuracy, class_spread, evaluate_images, protocol
+    name,n,reference = protocol(cfg, n, extractor)
     labels = torch.arange(n)%cfg.n_classes+1 if cfg.n_classes else None
     x = sample(nets, n, cfg, labels=labels, w=w, generator=g, **how).cpu()
-    # papers compare with training images; small data sets with the held-out ones, which no network has seen
-    out = evaluate_images(x, load(cfg.data, split='train' if name=='inception' else 'test'), name, ('fid', 'prc'))
+    out = evaluate_images(x, reference, name, ('fid', 'prc'))
     values = {k:(out[k], n, out['extractor']) for k in ('fid', 'precision', 'recall')}
     if labels is None or name=='inception': return values
     return values | {k:(f(x, labels-1, name), n, out['extractor']) for k,f in (('accuracy', class_accuracy), ('spread', class_spread))}
@@ -619,7 +617,7 @@ def evaluate(
     task:str='sample',  # 'sample', 'compose' or 'inpaint'
     w:float=0.,         # Guidance strength
     concepts:str='both',# For 'compose': ask for 'both' attributes, or the 'first' or 'second' alone
-    **how,              # Passed on to `sample`: n_steps, propose, tweedie
+    **how,              # Passed on: extractor, and to `sample` n_steps, propose, tweedie
 )->dict:                # metric -> (value, number of samples, extractor with fingerprint)
     """Numbers of a trained row.
 

@@ -501,17 +501,14 @@ def _measure_points(nets, cfg, g, n, **how):
     return {k: (v, n, '') for k,v in out.items()}
 
 # %% ../nbs/04_coopflow.ipynb #c057
-def _reference(cfg, split): # up to 50,000 images, the released program's number, chosen at random
-    examples = load(cfg.data, split=split)
+def _few(examples): # up to 50,000 images, the released program's number, chosen at random
     if len(examples)<=50_000: return examples
     return examples.x[torch.randperm(len(examples), generator=torch.Generator().manual_seed(0))[:50_000]]
 
-def _measure_images(nets, cfg, g, n, **how):
-    from ebmbook.core.metrics import evaluate_images, extractor_for
-    name = extractor_for(cfg.data)
-    n = n or (cfg.n_eval if name=='inception' else 1_000)
-    # the paper compares with training images; small data sets with the held-out ones, which no network has seen
-    out = evaluate_images(sample(nets, n, cfg, generator=g, **how).cpu(), _reference(cfg, 'train' if name=='inception' else 'test'), name, ('fid', 'prc'))
+def _measure_images(nets, cfg, g, n, extractor='', **how):
+    from ebmbook.core.metrics import evaluate_images, protocol
+    name,n,reference = protocol(cfg, n, extractor)
+    out = evaluate_images(sample(nets, n, cfg, generator=g, **how).cpu(), _few(reference), name, ('fid', 'prc'))
     return {k: (out[k], n, out['extractor']) for k in ('fid', 'precision', 'recall')}
 
 def _measure_bits(nets, cfg, g, n): # the flow's own score: bound on bits per dimension of held-out images
@@ -526,7 +523,7 @@ def evaluate(
     seed:int=0,         # Seed of all draws
     n:int|None=None,    # Samples; None is the protocol's number
     task:str='sample',  # 'sample', 'reconstruct' (error per pixel) or 'bits' (of the flow)
-    **how,              # Passed on to `sample` (n_steps, delta) or to `reconstruct` (n_iters, lr)
+    **how,              # Passed on: extractor, and to `sample` (n_steps, delta) or to `reconstruct` (n_iters, lr)
 )->dict:                # metric -> (value, number of samples, extractor with fingerprint)
     """Numbers of a trained row.
 

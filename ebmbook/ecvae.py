@@ -459,11 +459,10 @@ def _measure_points(nets, cfg, g, n, **how):
     out = dict(near=near.float().mean().item(), modes=float(len(found.unique())))
     return {k: (v, n, '') for k,v in out.items()}
 
-def _measure_images(nets, cfg, g, n, **how):
-    from ebmbook.core.metrics import evaluate_images, extractor_for
-    name = extractor_for(cfg.data)
-    n = n or (cfg.n_eval if name=='inception' else 1_000)
-    out = evaluate_images(sample(nets, n, cfg, generator=g, **how).cpu(), load(cfg.data, split='train' if name=='inception' else 'test'), name, ('fid', 'prc'))
+def _measure_images(nets, cfg, g, n, extractor='', **how):
+    from ebmbook.core.metrics import evaluate_images, protocol
+    name,n,reference = protocol(cfg, n, extractor)
+    out = evaluate_images(sample(nets, n, cfg, generator=g, **how).cpu(), reference, name, ('fid', 'prc'))
     return {k: (out[k], n, out['extractor']) for k in ('fid', 'precision', 'recall')}
 
 def _measure_posterior(nets, cfg, g, n, refined=False): # bound and error at draws of the encoder, or at the ends of the latent chain, whose bound has no known density
@@ -480,9 +479,11 @@ def _measure_posterior(nets, cfg, g, n, refined=False): # bound and error at dra
 
 # %% ../nbs/07_ecvae.ipynb #c051
 def _measure_restoration(nets, cfg, g, n, op='sr4', inverse=False, **how): # `inverse`: the pseudo-inverse alone, for comparison
-    from ebmbook.core.metrics import evaluate_images, extractor_for, psnr
+    from ebmbook.core.metrics import evaluate_images, extractor_for, protocol, psnr
     from ebmbook.core.restoration import consistency, operator
-    n = n or 100
+    n,name = n or 100,extractor_for(cfg.data)
+    enough = n>=(4_096 if name=='inception' else 300) # for the other half of the paper's table
+    if enough: protocol(cfg, n) # fails before anything is restored
     own = next(nets.parameters())
     x,damage = load(cfg.data, split='test').tensor(n).to(own),operator(op, tuple(cfg.shape))
     y = damage.A(x)
@@ -490,9 +491,8 @@ def _measure_restoration(nets, cfg, g, n, op='sr4', inverse=False, **how): # `in
     levels = ((made.clamp(-1, 1)+1)*127.5).round()/127.5-1 # as a file with 8 bits would have it
     out = dict(psnr=psnr(made.clamp(-1, 1).cpu(), x.cpu()), consistency=consistency(damage, made, y)[1], consistency_sum=consistency(damage, made, y)[0], consistency_8bit=consistency(damage, levels, y)[1])
     said = {k: (v, n, '') for k,v in out.items()}
-    if n<300: return said # too few for the other half of the paper's table
-    test = load(cfg.data, split='test')
-    real = evaluate_images(made.clamp(-1, 1).cpu(), test, extractor_for(cfg.data), ('fid',))
+    if not enough: return said
+    real = evaluate_images(made.clamp(-1, 1).cpu(), load(cfg.data, split='test'), name, ('fid',))
     return said | dict(fid=(real['fid'], n, real['extractor']))
 
 _TASKS = dict(posterior=_measure_posterior, restore=_measure_restoration)
@@ -504,7 +504,7 @@ def evaluate(
     seed:int=0,         # Seed of all draws
     n:int|None=None,    # Samples; None is the protocol's number
     task:str='sample',  # 'sample'; 'posterior': bound and error of the encoder on test images; 'restore': PSNR and consistency
-    **how,              # Passed on: n_steps, temp; refined; op, inverse, weight, sigma, eta, n_steps, tries
+    **how,              # Passed on: n_steps, temp, extractor; refined; op, inverse, weight, sigma, eta, n_steps, tries
 )->dict:                # metric -> (value, number of samples, extractor with fingerprint)
     """Numbers of a trained row.
 

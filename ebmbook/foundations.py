@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from .core.config import check_words
 from .core.train import Group, Loop, Stage
-from .data import check_shape, load
+from .data import check_shape
 from .mcmc import Rates, frozen, grid_log_z, in_chunks, langevin, normal, recall, ula, variance_after
 
 # %% ../nbs/02_foundations.ipynb #c011
@@ -576,8 +576,9 @@ def evaluate(
     n_steps:int|None=None,# As in `sample`
 )->dict:                  # metric -> (value, number of samples, extractor with fingerprint)
     "FID, precision and recall against held-out images, which no network has seen."
-    from ebmbook.core.metrics import evaluate_images, extractor_for
+    from ebmbook.core.metrics import evaluate_images, protocol
+    name,n,reference = protocol(cfg, n)
     g = torch.Generator(next(nets.parameters()).device).manual_seed(seed+10_000)
     x = sample(nets, n, cfg, prior=prior, n_steps=n_steps, generator=g).cpu()
-    out = evaluate_images(x, load(cfg.data, split='test'), extractor_for(cfg.data), ('fid', 'prc'))
+    out = evaluate_images(x, reference, name, ('fid', 'prc'))
     return {k:(out[k], n, out['extractor']) for k in ('fid', 'precision', 'recall')}

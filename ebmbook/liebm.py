@@ -405,7 +405,8 @@ def inference_losses(nets, batch, cfg, ctx): # the last stage, where the row has
     nets.q.train()
     u = inward(batch['x'], cfg)
     z = place(nets.h, outward(view(u, cfg, ctx.generator), cfg))
-    with frozen(nets.generator): yield 'inference', *bound(nets, u, z, cfg, pixels=False, generator=ctx.generator)
+    with frozen(nets.generator): out = bound(nets, u, z, cfg, pixels=False, generator=ctx.generator)
+    yield 'inference', *out
 
 # %% ../nbs/08_liebm.ipynb #c044
 def optimisers(
@@ -568,11 +569,10 @@ def restore(
         return tuple(outward(o, cfg).clamp(-1, 1) for o in (nets.generator(first), base, base+Y))
 
 # %% ../nbs/08_liebm.ipynb #c058
-def _measure_images(nets, cfg, g, n, extractor='', **how): # `extractor` looks in place of the one for these data
-    from ebmbook.core.metrics import evaluate_images, extractor_for
-    name = extractor or extractor_for(cfg.data)
-    n = n or (cfg.n_eval if name=='inception' else 1_000)
-    out = evaluate_images(sample(nets, n, cfg, generator=g, **how).cpu(), load(cfg.data, split='train' if name=='inception' else 'test'), name, ('fid', 'is', 'prc'))
+def _measure_images(nets, cfg, g, n, extractor='', **how):
+    from ebmbook.core.metrics import evaluate_images, protocol
+    name,n,reference = protocol(cfg, n, extractor)
+    out = evaluate_images(sample(nets, n, cfg, generator=g, **how).cpu(), reference, name, ('fid', 'is', 'prc'))
     return {k: (out[v], n, out['extractor']) for k,v in dict(fid='fid', inception_score='is', precision='precision', recall='recall').items()}
 
 def _measure_ood(nets, cfg, g, n, **how): # `alone` leaves the cosine out; gamma

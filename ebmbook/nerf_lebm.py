@@ -556,11 +556,10 @@ def _psnr(a, b): # mean over pictures
     from ebmbook.core.metrics import psnr
     return psnr(a.cpu(), b.cpu())
 
-def _measure_images(nets, cfg, g, n, **how):
-    from ebmbook.core.metrics import evaluate_images, extractor_for
-    name = extractor_for(cfg.data)
-    n = n or (cfg.n_eval if name=='inception' else 1_000)
-    out = evaluate_images(sample(nets, n, cfg, generator=g, **how).cpu(), load(cfg.data, split='train' if name=='inception' else 'test'), name, ('fid', 'prc'))
+def _measure_images(nets, cfg, g, n, extractor='', **how):
+    from ebmbook.core.metrics import evaluate_images, protocol
+    name,n,reference = protocol(cfg, n, extractor)
+    out = evaluate_images(sample(nets, n, cfg, generator=g, **how).cpu(), reference, name, ('fid', 'prc'))
     return {k: (out[k], n, out['extractor']) for k in ('fid', 'precision', 'recall')}
 
 def _measure_views(nets, cfg, g, n, given=(), of='other', **how): # `of`: other views, the given ones, or the mean picture in the place of other views
@@ -615,7 +614,7 @@ def evaluate(
     seed:int=0,         # Seed of all draws
     n:int|None=None,    # Samples, or objects; None is the protocol's number
     task:str='sample',  # 'sample'; 'views': other views of unseen objects; 'swap': paint of one on the shape of another; 'pose': found cameras
-    **how,              # Passed on: prior, n_steps; given, of, by
+    **how,              # Passed on: prior, n_steps, extractor; given, of, by
 )->dict:                # metric -> (value, number of samples, extractor with fingerprint)
     "Numbers of a trained row. Raises `ValueError` for an unknown task, or one that the row or its data cannot do."
     if task not in _TASKS: raise ValueError(f"task must be one of {', '.join(_TASKS)}, got {task!r}")

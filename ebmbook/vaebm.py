@@ -369,11 +369,12 @@ def losses(
         if cfg.spectral: logs['spectral'] = spectral_sum(nets.energy, ctx.state, key='energy')
         if cfg.penalty: logs['slope'] = slope_penalty(nets.energy, x)+slope_penalty(nets.energy, fake)
         loss = loss+cfg.spectral*logs.get('spectral', 0)+cfg.penalty*logs.get('slope', 0)
-        yield 'energy', loss, {k: v.detach() for k,v in logs.items()} | dict(spread=fake.std())
+    yield 'energy', loss, {k: v.detach() for k,v in logs.items()} | dict(spread=fake.std()) # outside of the block, which the next part of the batch must not find open
     if cfg.method=='wgan' or cfg.decoder: # what the critic has seen are means, what the energy of VAEBM has seen has its noise
         eps = fresh_noise(nets.vae, len(x), ctx.generator)
         made = nets.vae.decode(eps[1:])[0] if cfg.method=='wgan' or cfg.negative=='mean' else render(nets.vae, eps)
-        with frozen(nets.energy): yield 'decoder', nets.energy(made).mean(), {}
+        with frozen(nets.energy): liked = nets.energy(made).mean()
+        yield 'decoder', liked, {}
 
 def _first_look(x, cfg): # 160 training images for the start of the energy's gains; the batch alone if the data set is not there
     try: x = load(cfg.data).tensor(160).to(x)
@@ -505,15 +506,15 @@ def _measure_points(nets, cfg, g, n, **how):
     out['near'] = (log_density(cfg.data, made)>log_density(cfg.data, x).quantile(.01)).float().mean().item()
     return {k: (v, n, '') for k,v in out.items()}
 
-def _measure_images(nets, cfg, g, n, **how):
-    from ebmbook.core.metrics import evaluate_images, extractor_for, modes_kl
-    name,stacked = extractor_for(cfg.data),cfg.data.startswith('stacked')
-    n = n or (cfg.n_eval if name=='inception' else 1_000 if not stacked else 26_000 if name=='mnist' else 10_000) # 1,000 samples cannot find 1,000 modes
+def _measure_images(nets, cfg, g, n, extractor='', **how):
+    from ebmbook.core.metrics import evaluate_images, extractor_for, modes_kl, protocol
+    stacked = {'stacked_mnist': 26_000, 'stacked_digits': 10_000}.get(cfg.data) # 1,000 samples cannot find 1,000 modes
+    name,n,reference = protocol(cfg, n or stacked, extractor)
     made = sample(nets, n, cfg, generator=g, **how).cpu()
-    out = evaluate_images(made, load(cfg.data, split='train' if name=='inception' else 'test'), name, ('fid', 'prc'))
+    out = evaluate_images(made, reference, name, ('fid', 'prc'))
     said = {k: (out[k], n, out['extractor']) for k in ('fid', 'precision', 'recall')}
     if not stacked: return said
-    modes = modes_kl(made, name)
+    modes = modes_kl(made, extractor_for(cfg.data)) # reads digits, whatever looks otherwise
     return said | {k: (modes[k], n, modes['extractor']) for k in ('modes', 'kl')}
 
 # %% ../nbs/06_vaebm.ipynb #c050
@@ -530,7 +531,7 @@ def evaluate(
     n:int|None=None,    # Samples; None is the protocol's number
     task:str='sample',  # 'sample', or 'ood': how well the score tells test images from foreign ones
     alone:bool=False,   # Measure the autoencoder without its energy
-    **how,              # Passed on to `sample` (n_steps, temp), or k to `log_score`
+    **how,              # Passed on: extractor, and to `sample` (n_steps, temp), or k to `log_score`
 )->dict:                # metric -> (value, number of samples, extractor with fingerprint)
     """Numbers of a trained row.
 

@@ -421,10 +421,11 @@ def test_every_choice_trains(): # and those that contradict each other are refus
         assert {'gap', 'level', 'moved', 'spread'}<=set(logs) and ('match' in logs)==(encoder!='none') and ('kl' in logs)==(method=='erm')
     assert refused=={(m, 'none', p) for m in ('em', 'ejm', 'erm') for p in ('cosine', 'gaussian', 'cebm') if m=='ejm' or p!='cosine'}
 
-@pytest.mark.parametrize('change', [dict(precision='bf16'), dict(mirror=True), dict(literal=True, step=.01), dict(clip=.5), dict(reg=.1), dict(norm=False), dict(n_steps=0), dict(micro=2), dict(method='erm', encoder='none')], ids=str)
+@pytest.mark.parametrize('change', [dict(precision='bf16'), dict(mirror=True), dict(literal=True, step=.01), dict(clip=.5), dict(reg=.1), dict(norm=False), dict(n_steps=0), dict(micro=2), dict(micro=2, n_infer=4), dict(method='erm', encoder='none')], ids=str)
 def test_switches_train(change, tmp_path): # an encoder that is trained here wants whole batches; one that is there already lets the batch come in parts
     cfg = replace(SHORT, **change)
     nets = trained(cfg, tmp_path)
+    assert all(o.requires_grad for o in nets.generator.parameters())          # nothing stays frozen, in however many parts a batch came
     gap,moved = (read_log(run_of(cfg, tmp_path), k)[1] for k in ('gap', 'moved'))
     assert len(gap)==4 and all(map(math.isfinite, gap)) and (moved[-1]==0)==(cfg.n_steps==0)
     assert any(hasattr(o, 'parametrizations') for o in nets.energy.modules())==cfg.norm

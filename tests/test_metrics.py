@@ -1,9 +1,11 @@
 "The checks of every metric on cases with known answers, and of everything that must be refused."
+import importlib
 import json
 import math
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -211,6 +213,33 @@ def test_damaged_and_exchanged_files_are_refused(copy):
     file.write_bytes(good)
     with pytest.raises(ValueError, match='JSON says 00000000'): m.load_extractor('digits', copy)
 
+
+ROWS = dict(foundations='digits', cdrl='digits-cond', coopflow='digits-pre', ecvae='digits', vaebm='stacked_digits', nerf_lebm='cars', liebm='digits')
+
+@pytest.mark.parametrize('system', ROWS)
+def test_what_cannot_be_measured_is_refused_before_anything_is_drawn(system, monkeypatch):
+    module = importlib.import_module(f'ebmbook.{system}')
+    cfg,net,asked = module.PRESETS[ROWS[system]],torch.nn.Linear(1, 1),[]
+    def draw_nothing(nets, n, *_, **__): asked.append(n); raise KeyboardInterrupt
+    monkeypatch.setattr(module, 'sample', draw_nothing)
+    with pytest.raises(ValueError, match='100 are too few for FID'): module.evaluate(net, cfg, n=100)
+    monkeypatch.setattr(m, '_fidelity', lambda: exec("raise ImportError('this needs torch-fidelity')"))
+    with pytest.raises(ImportError, match='torch-fidelity'): module.evaluate(net, cfg)
+    monkeypatch.setattr(m, '_fidelity', lambda: None)
+    if system!='foundations': # the chapter of the basics has its own extractors alone
+        with pytest.raises(ValueError, match="unknown extractor 'cats'"): module.evaluate(net, cfg, extractor='cats')
+        with pytest.raises(ValueError, match='looks at images'): module.evaluate(net, cfg, extractor='mnist')
+    assert not asked
+    with pytest.raises(KeyboardInterrupt): module.evaluate(net, cfg)
+    assert asked==[10_000 if system=='vaebm' else 1_000]
+
+def test_the_extractor_that_is_asked_for_looks(monkeypatch): # with the count and the images of its protocol
+    from ebmbook import liebm
+    cfg,seen = replace(liebm.PRESETS['cifar10'], data='textures'),[]
+    monkeypatch.setattr(liebm, 'sample', lambda nets, n, cfg, **_: torch.zeros(n, 3, 32, 32))
+    monkeypatch.setattr(m, 'evaluate_images', lambda x, to, name, wanted: seen.append((name, len(x), len(to))) or dict.fromkeys((*wanted, 'precision', 'recall', 'extractor')))
+    liebm.evaluate(torch.nn.Linear(1, 1), cfg, extractor='cifar10')
+    assert seen==[('cifar10', 1_000, 300)]
 
 def test_a_fresh_extractor_replaces_the_cached_one_in_its_folder(tmp_path):
     first = m.train_extractor('digits', 1, tmp_path, epochs=1)

@@ -119,6 +119,16 @@ def long_functions(root):
                 bad.append(f'{p.relative_to(root)}: {o.name} has {n} lines, more than {FUNCTION_LINES}')
     return bad
 
+def open_blocks(root):
+    "Losses that wait inside a `with`: a batch that comes in parts has several such generators, and each would find the block of another open."
+    bad = []
+    for m,p in modules(root):
+        for f in ast.walk(ast.parse(p.read_text(encoding='utf-8'))):
+            if not isinstance(f, ast.FunctionDef) or not f.name.endswith('losses'): continue
+            waits = {y.lineno for w in ast.walk(f) if isinstance(w, ast.With) for y in ast.walk(w) if isinstance(y, (ast.Yield, ast.YieldFrom))}
+            bad += [f'{m}: {f.name} yields inside a with, line {o}' for o in sorted(waits)]
+    return bad
+
 
 # --- the notebooks
 
@@ -260,7 +270,7 @@ def citations(root):
 
 # --- the rules hold here
 
-RULES = [floors, orphans, long_functions, names, parameters, spelling, sizes, imports, errors, untested, places, secrets, weights, contents, citations]
+RULES = [floors, orphans, long_functions, open_blocks, names, parameters, spelling, sizes, imports, errors, untested, places, secrets, weights, contents, citations]
 
 @pytest.mark.parametrize('rule', RULES, ids=lambda o: o.__name__)
 def test_rule(rule):
@@ -322,6 +332,11 @@ def test_long_functions(tmp_path):
     module(tmp_path, 'cdrl', 'def f():\n' + '    x = 1\n'*FUNCTION_LINES)
     assert len(long_functions(tmp_path))==1
     assert not long_functions(module(tmp_path, 'cdrl', 'def f():\n' + '    x = 1\n'*(FUNCTION_LINES-1)))
+
+def test_open_blocks(tmp_path):
+    module(tmp_path, 'vaebm', 'def losses(nets):\n    with frozen(nets): yield nets\n')
+    assert open_blocks(tmp_path)==['vaebm: losses yields inside a with, line 3']
+    assert not open_blocks(module(tmp_path, 'vaebm', 'def losses(nets):\n    with frozen(nets): out = nets\n    yield out\n'))
 
 @pytest.mark.parametrize('file,cells', [
     ('05_cdrl.ipynb', ['x = 1']),

@@ -93,7 +93,8 @@ def test_training_continues_to_the_last_bit(change, tmp_path):
     b = trained(cfg, tmp_path/'b')
     assert all(torch.equal(x, y) for x,y in zip(a.state_dict().values(), b.state_dict().values(), strict=True))
 
-@pytest.mark.parametrize('change', [dict(method='vae'), dict(method='ebm', buffer=16), dict(method='ebm-vae'), dict(method='wgan'), dict(decoder=True), dict(space='xz'), dict(potential='official')])
+@pytest.mark.parametrize('change', [dict(method='vae'), dict(method='ebm', buffer=16), dict(method='ebm-vae'), dict(method='wgan'), dict(decoder=True), dict(space='xz'), dict(potential='official'),
+    dict(micro=2), dict(micro=2, method='wgan'), dict(micro=2, decoder=True)])
 def test_rivals_train_and_are_measured(change, tmp_path): # and a decoder changes after its own stage where it is to be trained on the energy, and only there
     cfg,old = replace(TINY, lr_decoder=1e-2, **change),{}
     def look(step, nets):
@@ -101,6 +102,7 @@ def test_rivals_train_and_are_measured(change, tmp_path): # and a decoder change
         look.n += 1
     look.n = 0
     nets = trained(cfg, tmp_path, on_step=look)
+    assert all(o.requires_grad for o in nets.parameters())                    # nothing stays frozen, in however many parts a batch came
     assert np.isfinite(v.evaluate(nets, cfg, n=200)['fid'][0])
     changed = {k.split('.')[0] for k,o in nets.vae.named_parameters() if old and not torch.equal(o, old[k])}
     assert changed==({'decoder'} if change.get('decoder') or change.get('method')=='wgan' else set())

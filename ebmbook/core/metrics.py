@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['EXTRACTORS', 'MIN_COUNT', 'INCEPTION_FILE', 'DATA_RANGE', 'to_uint8', 'Classifier', 'extractor_for',
            'extractor_folder', 'train_extractor', 'extractor_info', 'load_extractor', 'features', 'classify',
-           'fid_from_features', 'evaluate_features', 'inception_weights', 'extractor_id', 'evaluate_images', 'describe',
-           'anchors', 'class_accuracy', 'attribute_accuracy', 'class_spread', 'diversity', 'count_modes', 'modes_kl',
-           'auroc', 'auroc_error', 'auroc_foreign', 'psnr', 'ssim', 'iwae']
+           'fid_from_features', 'evaluate_features', 'inception_weights', 'extractor_id', 'evaluate_images', 'protocol',
+           'describe', 'anchors', 'class_accuracy', 'attribute_accuracy', 'class_spread', 'count_modes', 'modes_kl',
+           'auroc', 'auroc_foreign', 'psnr', 'ssim', 'iwae']
 
 # %% ../../nbs/core/metrics.ipynb #c002
 import copy
@@ -388,6 +388,11 @@ def _joint(logits, attributes): # log-probabilities over all combinations: sever
     for o in parts[1:]: out = (out[:, :, None]+o[:, None]).flatten(1)
     return out
 
+def _dim(x, extractor): # how many features it has of such images
+    if extractor=='inception': return 2048
+    net = _net(extractor)
+    return net.spec['dim']*(_fits(x, net).shape[1]//net.spec['in_ch'])
+
 def _content(x, ident): # a cache key that no other images and no other weights share
     return hashlib.sha256(f'{ident}{tuple(x.shape)}'.encode()+x.contiguous().numpy().tobytes()).hexdigest()[:24]
 
@@ -417,16 +422,30 @@ def evaluate_images(
     _fidelity()
     if extractor=='inception':
         a,b = (o.expand(-1, 3, -1, -1) for o in (a, b))
-        _enough(len(a), len(b), 2048, metrics) # before anything is fetched
+        _enough(len(a), len(b), _dim(a, extractor), metrics) # before anything is fetched
         more = dict(feature_extractor_weights_path=str(inception_weights(weights)), cuda=torch.cuda.is_available() if cuda is None else cuda)
-        name,dim,ident = 'inception-v3-compat',2048,extractor_id('inception', weights)
+        name,dim,ident = 'inception-v3-compat',_dim(a, extractor),extractor_id('inception', weights)
     else:
-        net = _net(extractor)
-        dim = net.spec['dim']*(_fits(a, net).shape[1]//net.spec['in_ch'])
+        net,dim = _net(extractor),_dim(a, extractor)
         both,ident,more = net.info['head']=='attributes',extractor_id(net),dict(cuda=bool(cuda))
         name = _register(ident, lambda x,net: (lambda f,o: (f, _joint(o, both)))(*_look(x, net)), net)
     more |= dict(cache=False) if cache is None else dict(cache_root=str(cache), input2_cache_name=_content(b, ident))
     return _measure(a, b, name, dim, metrics, ident, batch_size=batch, **more)
+
+# %% ../../nbs/core/metrics.ipynb #0abf569d
+def protocol(
+    cfg,              # Uses data, shape, and n_eval if `n` is None
+    n:int|None=None,  # Samples; None is the paper's number with Inception, else 1,000
+    extractor:str='', # A name in place of the one for these data
+)->tuple:             # Name of the extractor, number of samples, reference: a data set
+    "How samples of a row are compared with images. Raises what `evaluate_images` would raise after they are drawn."
+    name = extractor or extractor_for(cfg.data)
+    n = n or (cfg.n_eval if name=='inception' else 1_000)
+    _fidelity()
+    reference = load(cfg.data, split='train' if name=='inception' else 'test')
+    _enough(n, len(reference), _dim(torch.empty(1, *cfg.shape), name), ('fid',))
+    if name=='inception': inception_weights()
+    return name,n,reference
 
 # %% ../../nbs/core/metrics.ipynb #c041
 def describe(
@@ -500,16 +519,6 @@ def class_spread(
     if few := [c for c,k in sizes.items() if k<2]: raise ValueError(f"classes {few} have one sample; a spread needs two")
     return sum(k*f[y==c].std(0).mean().item() for c,k in sizes.items())/len(f)
 
-def diversity(
-    samples:Tensor,   # Generated (N, C, H, W) float in [-1, 1] or uint8
-    labels:Tensor,    # (N,) int64 class of each
-    reference:Tensor, # Real (M, C, H, W), or a data set
-    extractor:str|Classifier, # A name in `EXTRACTORS`, or a loaded one
-    **kwargs,         # The rest of `evaluate_images`, for example `n`
-)->dict:              # precision, recall, f_score, spread, and the counts
-    "How much of the real variety the samples cover, and how much they vary within a class."
-    return evaluate_images(samples, reference, extractor, ('prc',), **kwargs) | dict(spread=class_spread(samples, labels, extractor))
-
 # %% ../../nbs/core/metrics.ipynb #c050
 def count_modes(
     kinds:Tensor,     # (N,) int64 codes 0..n_modes-1, or (N, 3) digits
@@ -556,14 +565,6 @@ def auroc(
         if np.isnan(o).any(): raise ValueError(f"{what}: holds NaN")
     ranks = np.unique(np.concatenate(both), return_inverse=True)[1]
     return float(roc_auc_score(np.repeat([1, 0], [len(o) for o in both]), ranks))
-
-def auroc_error(
-    area:float, # From `auroc`
-    n_in:int,   # Number of ordinary images
-    n_out:int,  # Number of foreign ones
-)->float:       # Standard error, a rule of thumb
-    "How far an AUROC may lie from its value for endless data."
-    return math.sqrt(area*(1-area)/min(n_in, n_out))
 
 @torch.no_grad()
 def auroc_foreign(

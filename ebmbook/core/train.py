@@ -309,11 +309,12 @@ class _Job:
         if self.ema is not None: use_average(nets, self.ema)
         if self.stage.finish is not None: self.stage.finish(nets, self.cfg, torch.Generator(self.accelerator.device).manual_seed(self.run.seed))
         return nets
-    def keep(self): # what it would leave if it ended here, to be measured; the training draws on as if nobody had looked
-        if not self.accelerator.is_main_process: return
-        states = random_states()
+    def keep(self): # what it would leave if it ended here, to be measured; the training draws on as if nobody had looked. Returns the seconds that it took
+        if not self.accelerator.is_main_process: return 0.
+        before,states = time.monotonic(),random_states()
         self.settle(copy.deepcopy(self.nets)).eval().save_pretrained(self.run.folder/f'weights-{self.done+self.step:09d}')
         set_random_states(states)
+        return time.monotonic()-before
 
 # %% ../../nbs/core/train.ipynb #c023
 def _same(batch): return batch
@@ -373,7 +374,7 @@ def _fit(
                 _watch(_everywhere(ok, acc), said, cfg, job.stage, job.step, job.run)
                 log(job.done+job.step, dict(stage=job.stage.name, step=job.step, seconds=round(job.seconds, 2), **said))
                 bar.set_postfix({k.split('/')[-1]:f'{v:.3g}' for k,v in said.items() if k.startswith('loss') or k=='gap'}, refresh=False)
-            if keep_every and (job.done+job.step)%keep_every==0: job.keep()
+            if keep_every and (job.done+job.step)%keep_every==0: start += job.keep() # no time of the training
             if last or job.step%cfg.save_every==0: job.save()
             if stop: raise KeyboardInterrupt(f"stopped by a signal at step {job.step}; run the same command again to continue")
 
