@@ -1,0 +1,356 @@
+"""Does this working tree still compute what another commit computed, bit for bit?
+
+    python tests/same.py BASE              every embedded preset, every shipped folder, every task
+    python tests/same.py BASE --quick      one preset of each system, in at most three minutes
+    python tests/same.py BASE --docs       docments and docstrings of every public name
+    python tests/same.py BASE --only cdrl  one system
+
+BASE is checked out into a temporary worktree. The same recipe then runs on this machine under
+both trees, each in a process of its own, and prints what differs. Exit status 1 if anything does.
+Names that changed on purpose stand in `tests/same.yaml`.
+"""
+import argparse
+import contextlib
+import hashlib
+import importlib
+import inspect
+import json
+import os
+import pkgutil
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+ROOT = Path(__file__).resolve().parents[1]
+SYSTEMS = [
+    'foundations', 'nerf_lebm', 'coopflow', 'cdrl', 'vaebm', 'ecvae', 'selfsup', 'liebm',
+]
+# the quick form trains these, three iterations a stage
+QUICK = dict(
+    foundations='digits', nerf_lebm='cars-claim', coopflow='digits-claim', cdrl='digits-cond',
+    vaebm='digits-claim', ecvae='digits-claim', selfsup='digits', liebm='digits-claim',
+)
+FULL_STEPS, QUICK_STEPS, ARM_STEPS = 20, 3, 2
+SAMPLES, MEASURED = 16, 40
+# settings that say how long a chain of a measurement is; shorter ones judge equality as well
+SHORT = dict(n_steps=8, n=MEASURED)
+
+
+# --- the recipe: runs under either tree, so it finds things by name wherever they live
+
+
+def first(*places):
+    "The first of several `module:name` that exists."
+    for place in places:
+        module, _, name = place.partition(':')
+        with contextlib.suppress(ImportError, AttributeError):
+            return getattr(importlib.import_module(module), name)
+    raise ImportError(f"none of {', '.join(places)}")
+
+
+def system_module(name):
+    for place in (f'ebmbook.{name}', f'ebmbook.liebm.{name}'):
+        with contextlib.suppress(ModuleNotFoundError):
+            return importlib.import_module(place)
+    raise ImportError(f"no system {name!r}")
+
+
+def digest(tensors):
+    "SHA-256 of a state dictionary or of a single tensor, names included."
+    found = hashlib.sha256()
+    named = tensors.items() if isinstance(tensors, dict) else [('', tensors)]
+    for name, tensor in sorted(named):
+        array = tensor.detach().cpu().contiguous().numpy()
+        found.update(f'{name} {array.dtype} {array.shape}'.encode() + array.tobytes())
+    return found.hexdigest()[:16]
+
+
+def exact(value):
+    "A number in a form that loses no bit."
+    return float(value).hex()
+
+
+def embedded(module):
+    "Presets whose data ship with the package."
+    sets = first('ebmbook.data:DATASETS')
+    return [k for k, v in module.PRESETS.items() if sets[v.data].source=='embedded']
+
+
+def takes_cfg(function):
+    return 'cfg' in inspect.signature(function).parameters
+
+
+def trained(module, name, preset, cfg, steps, folder):
+    "Networks after a few iterations of each stage, and what their training logged."
+    open_run = first('ebmbook.learn.runs:open_run', 'ebmbook.core.runs:open_run')
+    train = first('ebmbook.learn.loop:train', 'ebmbook.core.train:train')
+
+    def short(stage):
+        return stage._replace(n_iters=lambda c: min(steps, stage.n_iters(c)))
+
+    system = SimpleNamespace(build=module.build, STAGES=[short(o) for o in module.STAGES])
+    run = open_run(name, preset, cfg, out=folder, device='cpu')
+    nets = train(system, cfg, run, progress=False)
+    lines = [json.loads(o) for o in (run.folder/'log.jsonl').read_text().splitlines()]
+    for line in lines:
+        line.pop('seconds')
+    return nets, hashlib.sha256(json.dumps(lines, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def drawn(module, nets):
+    "Hash of a few samples."
+    import torch
+    if not hasattr(module, 'sample'):
+        return 'draws nothing'
+    settings = (nets.cfg,) if takes_cfg(module.sample) else ()
+    generator = torch.Generator().manual_seed(1)
+    return digest(module.sample(nets, SAMPLES, *settings, generator=generator))
+
+
+def measured(module, nets, at):
+    "One measurement in a comparable form, or the error that it ends in."
+    options = {k: min(v, SHORT[k]) if k in SHORT else v for k, v in at.items()}
+    if 'n' in inspect.signature(module.evaluate).parameters:
+        options.setdefault('n', MEASURED)
+    settings = (nets.cfg,) if takes_cfg(module.evaluate) else ()
+    try:
+        got = module.evaluate(nets, *settings, seed=3, **options)
+    except (ValueError, RuntimeError) as error:
+        return type(error).__name__
+    return {k: [exact(v[0]), v[1], v[2]] for k, v in got.items()}
+
+
+def arms(system, path):
+    "Distinct trainings of a system's claims, each with the distinct ways in which it is measured."
+    import yaml
+    found = {}
+    for claim in yaml.safe_load(path.read_text(encoding='utf-8')):
+        if claim['system']!=system:
+            continue
+        for arm in claim['arms'].values():
+            preset = arm.get('preset', arm.get('row'))
+            key = json.dumps([preset, arm.get('over') or {}], sort_keys=True)
+            ways = found.setdefault(key, {})
+            # one measurement for each set of options; their values do not make another path
+            at = arm.get('at') or {}
+            ways.setdefault((at.get('task', ''), *sorted(at)), at)
+    return {k: list(v.values()) for k, v in found.items()}
+
+
+def load_shipped(module, folder):
+    load = first('ebmbook.shell.cli:load_nets', 'ebmbook.core.cli:load_nets')
+    return load(module, str(folder), device='cpu')
+
+
+def recipe(system, quick, claims, report):
+    "Everything that is compared for one system; `report(key, value)` takes each result."
+    choose = first('ebmbook.learn.settings:choose', 'ebmbook.core.config:choose')
+    module = system_module(system)
+    defaults = getattr(module, 'DEFAULT_PRESET', None) or module.DEFAULT_ROW
+    presets = [QUICK[system]] if quick else embedded(module)
+    steps = QUICK_STEPS if quick else FULL_STEPS
+    for preset in presets:
+        with tempfile.TemporaryDirectory() as folder:
+            nets, log = trained(module, system, preset, module.PRESETS[preset], steps, folder)
+        report(f'{system} {preset} weights', digest(nets.state_dict()))
+        report(f'{system} {preset} log', log)
+        report(f'{system} {preset} samples', drawn(module, nets))
+    for key, ways in ({} if quick else arms(system, claims)).items():
+        preset, over = json.loads(key)
+        data = module.PRESETS[preset].data
+        _, cfg = choose(module.PRESETS, defaults, data, preset, over)
+        with tempfile.TemporaryDirectory() as folder:
+            nets, log = trained(module, system, preset, cfg, ARM_STEPS, folder)
+        report(f'{system} {key} weights', digest(nets.state_dict()))
+        report(f'{system} {key} log', log)
+        for at in ways:
+            report(f'{system} {key} at {json.dumps(at)}', measured(module, nets, at))
+    folders = sorted((Path.cwd()/'results'/'weights').glob(f'{system}-*'))
+    for folder in folders[:1] if quick else folders:
+        nets = load_shipped(module, folder)
+        report(f'{folder.name} samples', drawn(module, nets))
+        report(f'{folder.name} measured', measured(module, nets, {}))
+
+
+# --- public names and their documentation
+
+
+def documented(value):
+    "Docstring and docments of a public object, in a comparable form."
+    from fastcore.docments import docments
+    try:
+        params = {k: v.docment for k, v in docments(value, full=True, eval_str=False).items()}
+    except (TypeError, ValueError, OSError, IndexError, SyntaxError):
+        params = {}
+    own = vars(value).get('__doc__') if isinstance(value, type) else value.__doc__
+    return dict(doc=' '.join((own or '').split()), params={k: ' '.join((v or '').split()) for k, v in params.items()})
+
+
+def documentation():
+    "Public functions and classes of every module: name -> documentation, methods included."
+    import ebmbook
+    found = {}
+    for info in pkgutil.walk_packages(ebmbook.__path__, 'ebmbook.'):
+        if info.name.endswith('_modidx') or info.ispkg:
+            continue
+        module = importlib.import_module(info.name)
+        for name in getattr(module, '__all__', ()):
+            value = getattr(module, name)
+            if getattr(value, '__module__', None)!=info.name or not callable(value):
+                continue
+            key = name
+            while key in found:  # two systems may use one name
+                key += "'"
+            found[key] = documented(value) | dict(module=info.name)
+            if isinstance(value, type):
+                for part, method in vars(value).items():
+                    if inspect.isfunction(method) and method.__module__==info.name and not part.startswith('__'):
+                        found[f'{key}.{part}'] = documented(method) | dict(module=info.name)
+    return found
+
+
+def pair_up(old, new, renamed):
+    "Pairs of documentation of the same thing; what has no partner is returned by name."
+    pairs, left, free = [], [], dict(new)
+    for key, value in old.items():
+        plain = key.rstrip("'")
+        want = renamed.get(plain, plain)
+        mates = [k for k in free if k.rstrip("'")==want]
+        if not mates:
+            left.append(key)
+            continue
+        room = value['module'].split('.')[1].split('_')[0]
+        mates.sort(key=lambda k: (room not in free[k]['module'], free[k]['doc']!=value['doc']))
+        pairs.append((key, mates[0], value, free.pop(mates[0])))
+    return pairs, left
+
+
+def compare_docs(old, new, renamed):
+    "Sentences: what was lost, what moved to a neighbour, what was changed."
+    pairs, left = pair_up(old, new, renamed)
+    bad, changed = [f'{o}: gone' for o in left], []
+    for key, mate, before, after in pairs:
+        if before['doc'] and not after['doc']:
+            bad.append(f'{key}: docstring lost')
+        elif before['doc']!=after['doc']:
+            changed.append(f'{mate} docstring: {after["doc"]}')
+        texts = {v: k for k, v in before['params'].items() if v}
+        for name, text in before['params'].items():
+            now = after['params'].get(renamed.get(f'{key}({name})', name))
+            if text and now is None:
+                changed.append(f'{mate}({name}): parameter gone')
+            elif text and not now:
+                bad.append(f'{mate}({name}): docment lost: {text}')
+            elif now!=text:
+                owner = texts.get(now)
+                moved = owner is not None and owner!=name and now
+                (bad if moved else changed).append(f'{mate}({name}): {now}' + (f' (was of {owner})' if moved else ''))
+    return bad, changed
+
+
+# --- two trees, side by side
+
+
+@contextlib.contextmanager
+def worktree(base):
+    "A checkout of a commit that disappears afterwards."
+    with tempfile.TemporaryDirectory(prefix='ebmbook-same-') as folder:
+        tree = Path(folder)/'tree'
+        subprocess.run(['git', '-C', ROOT, 'worktree', 'add', '--quiet', '--detach', tree, base], check=True)
+        try:
+            yield tree
+        finally:
+            subprocess.run(['git', '-C', ROOT, 'worktree', 'remove', '--force', tree], check=True)
+
+
+def start(tree, out, arguments):
+    "Run this file as a worker whose package is that of `tree`."
+    env = os.environ | dict(
+        PYTHONPATH=str(tree), OMP_NUM_THREADS='1', MKL_NUM_THREADS='1', OPENBLAS_NUM_THREADS='1',
+        EBMBOOK_DEVICE='cpu', EBMBOOK_DATA=str(out.parent/'no-data'), IN_TEST='1',
+        HF_HUB_OFFLINE='1', PYTHONHASHSEED='0', PYTHONWARNINGS='ignore', MPLBACKEND='agg',
+    )
+    command = [sys.executable, str(Path(__file__).resolve()), '--worker', str(out), *arguments]
+    return subprocess.Popen(command, cwd=tree, env=env)
+
+
+def work(out, base, chosen, quick, docs):
+    "The worker: results go into a JSON file."
+    import ebmbook
+    here = Path(ebmbook.__file__).resolve().parents[1]
+    if here!=Path.cwd().resolve():
+        raise SystemExit(f"the package of {here} was imported instead of the one in {Path.cwd()}")
+    results, began = {}, time.monotonic()
+
+    def report(key, value):
+        results[key] = value
+        out.write_text(json.dumps(results))
+        print(f'{time.monotonic()-began:6.0f} s  {key}', file=sys.stderr, flush=True)
+
+    if docs:
+        out.write_text(json.dumps(documentation()))
+        return
+    for system in chosen:
+        recipe(system, quick, Path(base), report)
+
+
+def both(arguments, base):
+    "Results under the base and under this tree."
+    with worktree(base) as tree, tempfile.TemporaryDirectory() as folder:
+        files = [Path(folder)/'base.json', Path(folder)/'here.json']
+        said = [*arguments, str(tree/'results'/'claims.yaml')]
+        jobs = [start(t, f, said) for t, f in zip((tree, ROOT), files)]
+        if any([job.wait() for job in jobs]):
+            raise SystemExit("the recipe failed, see above")
+        return [json.loads(f.read_text()) for f in files]
+
+
+def show_results(old, new):
+    "Print what differs; the exit status."
+    keys = list(dict.fromkeys([*old, *new]))
+    differ = [k for k in keys if old.get(k)!=new.get(k)]
+    for key in differ:
+        print(f'DIFFERS {key}\n   base {old.get(key)}\n   here {new.get(key)}')
+    print(f'{len(keys)-len(differ)} of {len(keys)} results are equal bit for bit')
+    return int(bool(differ))
+
+
+def show_docs(old, new):
+    import yaml
+    path = ROOT/'tests'/'same.yaml'
+    intended = yaml.safe_load(path.read_text(encoding='utf-8')) if path.is_file() else {}
+    bad, changed = compare_docs(old, new, intended.get('renamed') or {})
+    gone = intended.get('gone') or {}
+    for line in changed:
+        print(f'changed {line}')
+    bad = [o for o in bad if o.removesuffix(': gone') not in gone]
+    for line in bad:
+        print(f'LOST {line}')
+    print(f'{len(old)} public names before, {len(new)} now; {len(changed)} texts changed, '
+          f'{len(gone)} names gone on purpose, {len(bad)} texts or names lost or moved')
+    return int(bool(bad))
+
+
+def main():
+    cli = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    cli.add_argument('base', help="commit to compare with")
+    cli.add_argument('--quick', action='store_true', help="a small part, at most three minutes")
+    cli.add_argument('--docs', action='store_true', help="compare documentation instead")
+    cli.add_argument('--only', nargs='*', choices=SYSTEMS, help="these systems alone")
+    cli.add_argument('--worker', metavar='FILE', help=argparse.SUPPRESS)
+    arg = cli.parse_args()
+    chosen = arg.only or SYSTEMS
+    if arg.worker:
+        work(Path(arg.worker), arg.base, chosen, arg.quick, arg.docs)
+        return 0
+    flags = ['--quick']*arg.quick + ['--docs']*arg.docs + ['--only', *chosen, '--']
+    old, new = both(flags, arg.base)
+    return show_docs(old, new) if arg.docs else show_results(old, new)
+
+
+if __name__=='__main__':
+    sys.exit(main())
