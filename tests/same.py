@@ -9,6 +9,7 @@ BASE is checked out into a temporary worktree. The same recipe then runs on this
 both trees, each in a process of its own, and prints what differs. Exit status 1 if anything does.
 Names that changed on purpose stand in `tests/same.yaml`.
 """
+
 import argparse
 import contextlib
 import hashlib
@@ -27,17 +28,30 @@ from types import SimpleNamespace
 
 ROOT = Path(__file__).resolve().parents[1]
 SYSTEMS = [
-    'foundations', 'nerf_lebm', 'coopflow', 'cdrl', 'vaebm', 'ecvae', 'selfsup', 'liebm',
+    'foundations',
+    'nerf_lebm',
+    'coopflow',
+    'cdrl',
+    'vaebm',
+    'ecvae',
+    'selfsup',
+    'liebm',
 ]
 # the quick form trains these, three iterations a stage
 QUICK = dict(
-    foundations='digits', nerf_lebm='cars-claim', coopflow='digits-claim', cdrl='digits-cond',
-    vaebm='digits-claim', ecvae='digits-claim', selfsup='digits', liebm='digits-claim',
+    foundations='digits',
+    nerf_lebm='cars-claim',
+    coopflow='digits-claim',
+    cdrl='digits-cond',
+    vaebm='digits-claim',
+    ecvae='digits-claim',
+    selfsup='digits',
+    liebm='digits-claim',
 )
 FULL_STEPS, QUICK_STEPS, ARM_STEPS = 20, 3, 2
-SAMPLES, MEASURED = 16, 40
-# settings that say how long a chain of a measurement is; shorter ones judge equality as well
-SHORT = dict(n_steps=8, n=MEASURED)
+SAMPLES = 16
+# a distance between samples and data needs 128 of them; other tasks do with less
+DRAWN, MEASURED, CHAIN = 128, 40, 8
 
 
 # --- the recipe: runs under either tree, so it finds things by name wherever they live
@@ -77,7 +91,7 @@ def exact(value):
 def embedded(module):
     "Presets whose data ship with the package."
     sets = first('ebmbook.data:DATASETS')
-    return [k for k, v in module.PRESETS.items() if sets[v.data].source=='embedded']
+    return [k for k, v in module.PRESETS.items() if sets[v.data].source == 'embedded']
 
 
 def takes_cfg(function):
@@ -95,7 +109,7 @@ def trained(module, name, preset, cfg, steps, folder):
     system = SimpleNamespace(build=module.build, STAGES=[short(o) for o in module.STAGES])
     run = open_run(name, preset, cfg, out=folder, device='cpu')
     nets = train(system, cfg, run, progress=False)
-    lines = [json.loads(o) for o in (run.folder/'log.jsonl').read_text().splitlines()]
+    lines = [json.loads(o) for o in (run.folder / 'log.jsonl').read_text().splitlines()]
     for line in lines:
         line.pop('seconds')
     return nets, hashlib.sha256(json.dumps(lines, sort_keys=True).encode()).hexdigest()[:16]
@@ -104,6 +118,7 @@ def trained(module, name, preset, cfg, steps, folder):
 def drawn(module, nets):
     "Hash of a few samples."
     import torch
+
     if not hasattr(module, 'sample'):
         return 'draws nothing'
     settings = (nets.cfg,) if takes_cfg(module.sample) else ()
@@ -113,9 +128,12 @@ def drawn(module, nets):
 
 def measured(module, nets, at):
     "One measurement in a comparable form, or the error that it ends in."
-    options = {k: min(v, SHORT[k]) if k in SHORT else v for k, v in at.items()}
+    options = dict(at)
+    if 'n_steps' in options:
+        options['n_steps'] = min(options['n_steps'], CHAIN)
     if 'n' in inspect.signature(module.evaluate).parameters:
-        options.setdefault('n', MEASURED)
+        few = MEASURED if 'task' in at else DRAWN
+        options['n'] = min(options.get('n', few), few)
     settings = (nets.cfg,) if takes_cfg(module.evaluate) else ()
     try:
         got = module.evaluate(nets, *settings, seed=3, **options)
@@ -127,9 +145,10 @@ def measured(module, nets, at):
 def arms(system, path):
     "Distinct trainings of a system's claims, each with the distinct ways in which it is measured."
     import yaml
+
     found = {}
     for claim in yaml.safe_load(path.read_text(encoding='utf-8')):
-        if claim['system']!=system:
+        if claim['system'] != system:
             continue
         for arm in claim['arms'].values():
             preset = arm.get('preset', arm.get('row'))
@@ -155,7 +174,9 @@ def recipe(system, quick, claims, report):
     steps = QUICK_STEPS if quick else FULL_STEPS
     for preset in presets:
         with tempfile.TemporaryDirectory() as folder:
-            nets, log = trained(module, system, preset, module.PRESETS[preset], steps, folder)
+            nets, log = trained(
+                module, system, preset, module.PRESETS[preset], steps, folder
+            )
         report(f'{system} {preset} weights', digest(nets.state_dict()))
         report(f'{system} {preset} log', log)
         report(f'{system} {preset} samples', drawn(module, nets))
@@ -169,7 +190,7 @@ def recipe(system, quick, claims, report):
         report(f'{system} {key} log', log)
         for at in ways:
             report(f'{system} {key} at {json.dumps(at)}', measured(module, nets, at))
-    folders = sorted((Path.cwd()/'results'/'weights').glob(f'{system}-*'))
+    folders = sorted((Path.cwd() / 'results' / 'weights').glob(f'{system}-*'))
     for folder in folders[:1] if quick else folders:
         nets = load_shipped(module, folder)
         report(f'{folder.name} samples', drawn(module, nets))
@@ -182,17 +203,24 @@ def recipe(system, quick, claims, report):
 def documented(value):
     "Docstring and docments of a public object, in a comparable form."
     from fastcore.docments import docments
+
     try:
-        params = {k: v.docment for k, v in docments(value, full=True, eval_str=False).items()}
+        params = {
+            k: v.docment for k, v in docments(value, full=True, eval_str=False).items()
+        }
     except (TypeError, ValueError, OSError, IndexError, SyntaxError):
         params = {}
     own = vars(value).get('__doc__') if isinstance(value, type) else value.__doc__
-    return dict(doc=' '.join((own or '').split()), params={k: ' '.join((v or '').split()) for k, v in params.items()})
+    return dict(
+        doc=' '.join((own or '').split()),
+        params={k: ' '.join((v or '').split()) for k, v in params.items()},
+    )
 
 
 def documentation():
     "Public functions and classes of every module: name -> documentation, methods included."
     import ebmbook
+
     found = {}
     for info in pkgutil.walk_packages(ebmbook.__path__, 'ebmbook.'):
         if info.name.endswith('_modidx') or info.ispkg:
@@ -200,7 +228,7 @@ def documentation():
         module = importlib.import_module(info.name)
         for name in getattr(module, '__all__', ()):
             value = getattr(module, name)
-            if getattr(value, '__module__', None)!=info.name or not callable(value):
+            if getattr(value, '__module__', None) != info.name or not callable(value):
                 continue
             key = name
             while key in found:  # two systems may use one name
@@ -208,7 +236,11 @@ def documentation():
             found[key] = documented(value) | dict(module=info.name)
             if isinstance(value, type):
                 for part, method in vars(value).items():
-                    if inspect.isfunction(method) and method.__module__==info.name and not part.startswith('__'):
+                    if (
+                        inspect.isfunction(method)
+                        and method.__module__ == info.name
+                        and not part.startswith('__')
+                    ):
                         found[f'{key}.{part}'] = documented(method) | dict(module=info.name)
     return found
 
@@ -219,12 +251,14 @@ def pair_up(old, new, renamed):
     for key, value in old.items():
         plain = key.rstrip("'")
         want = renamed.get(plain, plain)
-        mates = [k for k in free if k.rstrip("'")==want]
+        mates = [k for k in free if k.rstrip("'") == want]
         if not mates:
             left.append(key)
             continue
         room = value['module'].split('.')[1].split('_')[0]
-        mates.sort(key=lambda k: (room not in free[k]['module'], free[k]['doc']!=value['doc']))
+        mates.sort(
+            key=lambda k: (room not in free[k]['module'], free[k]['doc'] != value['doc'])
+        )
         pairs.append((key, mates[0], value, free.pop(mates[0])))
     return pairs, left
 
@@ -236,7 +270,7 @@ def compare_docs(old, new, renamed):
     for key, mate, before, after in pairs:
         if before['doc'] and not after['doc']:
             bad.append(f'{key}: docstring lost')
-        elif before['doc']!=after['doc']:
+        elif before['doc'] != after['doc']:
             changed.append(f'{mate} docstring: {after["doc"]}')
         texts = {v: k for k, v in before['params'].items() if v}
         for name, text in before['params'].items():
@@ -245,10 +279,12 @@ def compare_docs(old, new, renamed):
                 changed.append(f'{mate}({name}): parameter gone')
             elif text and not now:
                 bad.append(f'{mate}({name}): docment lost: {text}')
-            elif now!=text:
+            elif now != text:
                 owner = texts.get(now)
-                moved = owner is not None and owner!=name and now
-                (bad if moved else changed).append(f'{mate}({name}): {now}' + (f' (was of {owner})' if moved else ''))
+                moved = owner is not None and owner != name and now
+                (bad if moved else changed).append(
+                    f'{mate}({name}): {now}' + (f' (was of {owner})' if moved else '')
+                )
     return bad, changed
 
 
@@ -259,37 +295,59 @@ def compare_docs(old, new, renamed):
 def worktree(base):
     "A checkout of a commit that disappears afterwards."
     with tempfile.TemporaryDirectory(prefix='ebmbook-same-') as folder:
-        tree = Path(folder)/'tree'
-        subprocess.run(['git', '-C', ROOT, 'worktree', 'add', '--quiet', '--detach', tree, base], check=True)
+        tree = Path(folder) / 'tree'
+        subprocess.run(
+            ['git', '-C', ROOT, 'worktree', 'add', '--quiet', '--detach', tree, base],
+            check=True,
+        )
         try:
             yield tree
         finally:
-            subprocess.run(['git', '-C', ROOT, 'worktree', 'remove', '--force', tree], check=True)
+            subprocess.run(
+                ['git', '-C', ROOT, 'worktree', 'remove', '--force', tree], check=True
+            )
 
 
 def start(tree, out, arguments):
     "Run this file as a worker whose package is that of `tree`."
     env = os.environ | dict(
-        PYTHONPATH=str(tree), OMP_NUM_THREADS='1', MKL_NUM_THREADS='1', OPENBLAS_NUM_THREADS='1',
-        EBMBOOK_DEVICE='cpu', EBMBOOK_DATA=str(out.parent/'no-data'), IN_TEST='1',
-        HF_HUB_OFFLINE='1', PYTHONHASHSEED='0', PYTHONWARNINGS='ignore', MPLBACKEND='agg',
+        PYTHONPATH=str(tree),
+        OMP_NUM_THREADS='1',
+        MKL_NUM_THREADS='1',
+        OPENBLAS_NUM_THREADS='1',
+        EBMBOOK_DEVICE='cpu',
+        EBMBOOK_DATA=str(out.parent / 'no-data'),
+        IN_TEST='1',
+        HF_HUB_OFFLINE='1',
+        PYTHONHASHSEED='0',
+        PYTHONWARNINGS='ignore',
+        MPLBACKEND='agg',
     )
-    command = [sys.executable, str(Path(__file__).resolve()), '--worker', str(out), *arguments]
+    command = [
+        sys.executable,
+        str(Path(__file__).resolve()),
+        '--worker',
+        str(out),
+        *arguments,
+    ]
     return subprocess.Popen(command, cwd=tree, env=env)
 
 
 def work(out, base, chosen, quick, docs):
     "The worker: results go into a JSON file."
     import ebmbook
+
     here = Path(ebmbook.__file__).resolve().parents[1]
-    if here!=Path.cwd().resolve():
-        raise SystemExit(f"the package of {here} was imported instead of the one in {Path.cwd()}")
+    if here != Path.cwd().resolve():
+        raise SystemExit(
+            f"the package of {here} was imported instead of the one in {Path.cwd()}"
+        )
     results, began = {}, time.monotonic()
 
     def report(key, value):
         results[key] = value
         out.write_text(json.dumps(results))
-        print(f'{time.monotonic()-began:6.0f} s  {key}', file=sys.stderr, flush=True)
+        print(f'{time.monotonic() - began:6.0f} s  {key}', file=sys.stderr, flush=True)
 
     if docs:
         out.write_text(json.dumps(documentation()))
@@ -301,8 +359,8 @@ def work(out, base, chosen, quick, docs):
 def both(arguments, base):
     "Results under the base and under this tree."
     with worktree(base) as tree, tempfile.TemporaryDirectory() as folder:
-        files = [Path(folder)/'base.json', Path(folder)/'here.json']
-        said = [*arguments, str(tree/'results'/'claims.yaml')]
+        files = [Path(folder) / 'base.json', Path(folder) / 'here.json']
+        said = [*arguments, str(tree / 'results' / 'claims.yaml')]
         jobs = [start(t, f, said) for t, f in zip((tree, ROOT), files)]
         if any([job.wait() for job in jobs]):
             raise SystemExit("the recipe failed, see above")
@@ -312,16 +370,17 @@ def both(arguments, base):
 def show_results(old, new):
     "Print what differs; the exit status."
     keys = list(dict.fromkeys([*old, *new]))
-    differ = [k for k in keys if old.get(k)!=new.get(k)]
+    differ = [k for k in keys if old.get(k) != new.get(k)]
     for key in differ:
         print(f'DIFFERS {key}\n   base {old.get(key)}\n   here {new.get(key)}')
-    print(f'{len(keys)-len(differ)} of {len(keys)} results are equal bit for bit')
+    print(f'{len(keys) - len(differ)} of {len(keys)} results are equal bit for bit')
     return int(bool(differ))
 
 
 def show_docs(old, new):
     import yaml
-    path = ROOT/'tests'/'same.yaml'
+
+    path = ROOT / 'tests' / 'same.yaml'
     intended = yaml.safe_load(path.read_text(encoding='utf-8')) if path.is_file() else {}
     bad, changed = compare_docs(old, new, intended.get('renamed') or {})
     gone = intended.get('gone') or {}
@@ -330,15 +389,21 @@ def show_docs(old, new):
     bad = [o for o in bad if o.removesuffix(': gone') not in gone]
     for line in bad:
         print(f'LOST {line}')
-    print(f'{len(old)} public names before, {len(new)} now; {len(changed)} texts changed, '
-          f'{len(gone)} names gone on purpose, {len(bad)} texts or names lost or moved')
+    print(
+        f'{len(old)} public names before, {len(new)} now; {len(changed)} texts changed, '
+        f'{len(gone)} names gone on purpose, {len(bad)} texts or names lost or moved'
+    )
     return int(bool(bad))
 
 
 def main():
-    cli = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    cli = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
     cli.add_argument('base', help="commit to compare with")
-    cli.add_argument('--quick', action='store_true', help="a small part, at most three minutes")
+    cli.add_argument(
+        '--quick', action='store_true', help="a small part, at most three minutes"
+    )
     cli.add_argument('--docs', action='store_true', help="compare documentation instead")
     cli.add_argument('--only', nargs='*', choices=SYSTEMS, help="these systems alone")
     cli.add_argument('--worker', metavar='FILE', help=argparse.SUPPRESS)
@@ -347,10 +412,10 @@ def main():
     if arg.worker:
         work(Path(arg.worker), arg.base, chosen, arg.quick, arg.docs)
         return 0
-    flags = ['--quick']*arg.quick + ['--docs']*arg.docs + ['--only', *chosen, '--']
+    flags = ['--quick'] * arg.quick + ['--docs'] * arg.docs + ['--only', *chosen, '--']
     old, new = both(flags, arg.base)
     return show_docs(old, new) if arg.docs else show_results(old, new)
 
 
-if __name__=='__main__':
+if __name__ == '__main__':
     sys.exit(main())
