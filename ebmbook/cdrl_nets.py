@@ -9,6 +9,7 @@ __all__ = ['level_input', 'lrelu', 'LevelCode', 'EnergyBlock', 'LevelEnergy', 'E
 # %% ../nbs/05a_cdrl_nets.ipynb #c002
 import math
 from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -18,279 +19,427 @@ from .core.nets import full, groups, sinusoid, snorm
 
 # %% ../nbs/05a_cdrl_nets.ipynb #c006
 def level_input(
-    lam:Tensor, # (B,) float, log signal-to-noise ratio of the network's input
-)->Tensor:      # (B,) in (0, 1): near 0 for clean data, near 1 for pure noise
-    """Map a log signal-to-noise ratio to a bounded number: the angle of (signal, noise) as a part of a right angle.
+    lam: Tensor,  # (B,) float, log signal-to-noise ratio of the network's input
+) -> Tensor:  # (B,) in (0, 1): near 0 for clean data, near 1 for pure noise
+    """Map a log signal-to-noise ratio to a bounded number.
 
+    It is the angle of (signal, noise) as a part of a right angle,
     v = arctan(exp(-lam/2)) / (pi/2), with lam clipped to [-20, 20].
     Source: released code of Zhu et al. 2024.
     """
-    return torch.atan(torch.exp(-lam.clamp(-20, 20)/2)) / (math.pi/2)
+    return torch.atan(torch.exp(-lam.clamp(-20, 20) / 2)) / (math.pi / 2)
 
 # %% ../nbs/05a_cdrl_nets.ipynb #c012
-def lrelu(x): return F.leaky_relu(x, .2) # the activation of both energies
+def lrelu(x):
+    "The activation of both energies."
+    return F.leaky_relu(x, 0.2)
+
+
+def _plain(layer):
+    "What stands in for `snorm` where a layer is not normalised."
+    return layer
+
 
 def _halve(size, times):
     "Refuse images that cannot be halved that often."
-    if size%2**times: raise ValueError(f"size {size} cannot be halved {times} times")
+    if size % 2**times:
+        raise ValueError(f"size {size} cannot be halved {times} times")
+
 
 def _check(x, lam, shape):
     "Refuse inputs of the wrong shape."
-    if x.shape[1:]!=shape: raise ValueError(f"expected input (B, {', '.join(map(str, shape))}), got {tuple(x.shape)}")
-    if lam.shape!=x.shape[:1]: raise ValueError(f"lam must have shape ({len(x)},), one per example, got {tuple(lam.shape)}")
+    if x.shape[1:] != shape:
+        sizes = ', '.join(map(str, shape))
+        raise ValueError(f"expected input (B, {sizes}), got {tuple(x.shape)}")
+    if lam.shape != x.shape[:1]:
+        raise ValueError(
+            f"lam must have shape ({len(x)},), one per example, got {tuple(lam.shape)}"
+        )
+
+# %% ../nbs/05a_cdrl_nets.ipynb #07b36974
+def _check_labels(c, lam, n_classes):
+    "Refuse missing, superfluous and impossible labels."
+    if not n_classes:
+        if c is not None:
+            raise ValueError("this network has no classes: leave c out")
+        return
+    if c is None:
+        raise ValueError(f"this network needs labels c: 0 (none) or 1..{n_classes}")
+    if c.dtype != torch.int64 or c.shape != lam.shape:
+        raise ValueError(
+            f"c must be int64 of shape {tuple(lam.shape)}, got {c.dtype} {tuple(c.shape)}"
+        )
+    # on a GPU reading the range would stall the chain; there the lookup itself refuses
+    # bad labels
+    if c.device.type != 'cuda' and len(c) and not 0 <= c.min() <= c.max() <= n_classes:
+        raise ValueError(
+            f"labels must lie in 0..{n_classes}, got {int(c.min())}..{int(c.max())}"
+        )
 
 # %% ../nbs/05a_cdrl_nets.ipynb #c015
 class LevelCode(nn.Module):
-    "Turn noise level and class into one vector: sinusoid, two linear layers, plus a linear map of the label."
-    def __init__(self,
-        dim:int,            # Width of the sinusoid; even
-        width:int,          # Width of the result
-        n_classes:int,      # Number of classes; 0 for none
-        act:Callable,       # Activation between the linear layers
-        wrap:Callable=lambda layer: layer, # Applied to each linear layer, e.g. `snorm`
+    """Turn noise level and class into one vector.
+
+    Sinusoid, two linear layers, plus a linear map of the label.
+    """
+
+    def __init__(
+        self,
+        dim: int,  # Width of the sinusoid; even
+        width: int,  # Width of the result
+        n_classes: int,  # Number of classes; 0 for none
+        act: Callable,  # Activation between the linear layers
+        wrap: Callable = _plain,  # Applied to each linear layer, e.g. `snorm`
     ):
         super().__init__()
-        self.dim,self.n_classes,self.act = dim,n_classes,act
-        self.first,self.second = wrap(nn.Linear(dim, width)), wrap(nn.Linear(width, width))
-        self.label = wrap(nn.Linear(n_classes+1, width)) if n_classes else None
+        self.dim = dim
+        self.n_classes = n_classes
+        self.act = act
+        self.first = wrap(nn.Linear(dim, width))
+        self.second = wrap(nn.Linear(width, width))
+        self.label = wrap(nn.Linear(n_classes + 1, width)) if n_classes else None
 
-    def forward(self,
-        lam:Tensor,          # (B,) log signal-to-noise ratio
-        c:Tensor|None=None,  # (B,) int64; 0 is "no label", classes are 1..n_classes; None if there are none
-    )->Tensor:               # (B, width)
-        "Raises `ValueError` on missing, superfluous or impossible labels."
-        t = self.second(self.act(self.first(sinusoid(1000*level_input(lam), self.dim))))
+    def forward(
+        self,
+        lam: Tensor,  # (B,) log signal-to-noise ratio
+        c: Tensor | None = None,  # (B,) int64; 0 is "no label"; None without classes
+    ) -> Tensor:  # (B, width)
+        """The code; classes are 1..n_classes.
+
+        Raises `ValueError` on missing, superfluous or impossible labels.
+        """
+        _check_labels(c, lam, self.n_classes)
+        sines = sinusoid(1000 * level_input(lam), self.dim)
+        code = self.second(self.act(self.first(sines)))
         if self.label is None:
-            if c is not None: raise ValueError("this network has no classes: leave c out")
-            return t
-        n = self.n_classes
-        if c is None: raise ValueError(f"this network needs labels c: 0 (none) or 1..{n}")
-        if c.dtype!=torch.int64 or c.shape!=lam.shape:
-            raise ValueError(f"c must be int64 of shape {tuple(lam.shape)}, got {c.dtype} {tuple(c.shape)}")
-        # on a GPU reading the range would stall the chain; there the lookup itself refuses bad labels
-        if c.device.type!='cuda' and len(c) and not 0 <= c.min() <= c.max() <= n:
-            raise ValueError(f"labels must lie in 0..{n}, got {int(c.min())}..{int(c.max())}")
-        return t + self.label(F.one_hot(c, n+1).to(t.dtype))
+            return code
+        return code + self.label(F.one_hot(c, self.n_classes + 1).to(code.dtype))
 
 # %% ../nbs/05a_cdrl_nets.ipynb #c018
 class EnergyBlock(nn.Module):
-    "Two activated layers with a shift by the noise level between them and a gain on the second, plus a shortcut."
-    def __init__(self,
-        layer:Callable, # (n_in, n_out) -> Linear or 3x3 convolution, normalised or not
-        n_in:int,       # Input width
-        n_out:int,      # Output width
-        shift:nn.Module,# Linear map from the activated level code to `n_out`
+    """Two activated layers and a shortcut.
+
+    Between the layers comes a shift by the noise level, and on the second a gain.
+    """
+
+    def __init__(
+        self,
+        layer: Callable,  # (n_in, n_out) -> Linear or 3x3 convolution, normalised or not
+        n_in: int,  # Input width
+        n_out: int,  # Output width
+        shift: nn.Module,  # Linear map from the activated level code to `n_out`
     ):
         super().__init__()
-        self.first,self.second,self.shift = layer(n_in, n_out), layer(n_out, n_out), shift
-        self.skip = layer(n_in, n_out) if n_in!=n_out else None
+        self.first = layer(n_in, n_out)
+        self.second = layer(n_out, n_out)
+        self.shift = shift
+        self.skip = layer(n_in, n_out) if n_in != n_out else None
         self.gain = nn.Parameter(torch.ones(n_out))
 
-    def forward(self,
-        x:Tensor,     # (B, n_in) or (B, n_in, H, W)
-        shift:Tensor, # (B, n_out), activated
-    )->Tensor:        # Like x, with width n_out
+    def forward(
+        self,
+        x: Tensor,  # (B, n_in) or (B, n_in, H, W)
+        shift: Tensor,  # (B, n_out), activated
+    ) -> Tensor:  # Like x, with width n_out
         gain = self.gain
-        if x.ndim==4: shift,gain = shift[:,:,None,None], gain[:,None,None]
-        h = self.second(lrelu(self.first(lrelu(x)) + shift))
-        return torch.addcmul(x if self.skip is None else self.skip(x), h, gain)
+        if x.ndim == 4:
+            shift = shift[:, :, None, None]
+            gain = gain[:, None, None]
+        hidden = self.second(lrelu(self.first(lrelu(x)) + shift))
+        return torch.addcmul(x if self.skip is None else self.skip(x), hidden, gain)
+
+# %% ../nbs/05a_cdrl_nets.ipynb #a18b5f0a
+def _conv(n_in, n_out):
+    return nn.Conv2d(n_in, n_out, 3, padding=1)
+
+
+def _energy_blocks(kind, wrap, widths, temb):
+    "A block between every two neighbouring widths; `kind` makes its layers."
+
+    def layer(n_in, n_out):
+        return wrap(kind(n_in, n_out))
+
+    return nn.ModuleList(
+        EnergyBlock(layer, n_in, n_out, wrap(nn.Linear(temb, n_out)))
+        for n_in, n_out in zip(widths, widths[1:])
+    )
 
 # %% ../nbs/05a_cdrl_nets.ipynb #c021
 class LevelEnergy(nn.Module):
-    """What the energies of images and of points share: features of the input, weighted and summed.
+    """What the energies of images and of points share: weighted and summed features.
 
-    A network offers `shape`, `code`, `blocks`, `features(y, shifts) -> (B, w)` and `weights(a) -> (B or 1, w)`.
+    A network offers `shape`, `code`, `blocks`, `features(y, shifts) -> (B, w)` and
+    `weights(code) -> (B or 1, w)`, where `code` is the activated level code.
     The paper's network returns f, large where data is likely; ours returns E = -f.
     """
-    def at(self,
-        lam:Tensor,         # (B,) float, log signal-to-noise ratio
-        c:Tensor|None=None, # (B,) int64 labels, 0 is "no label"; None if the network has no classes
-    )->Callable:            # y (B, ...) -> E_hat (B,)
+
+    def at(
+        self,
+        lam: Tensor,  # (B,) float, log signal-to-noise ratio
+        c: Tensor | None = None,  # (B,) int64; 0 is "no label"; None without classes
+    ) -> Callable:  # y (B, ...) -> E_hat (B,)
         "Fix level and class: what does not depend on the input is computed once."
-        a = lrelu(self.code(lam, c))
-        shifts = [lrelu(b.shift(a)) for b in self.blocks]
-        weights = -full(self.weights(a))   # here, and only here, the paper's sign becomes ours
+        code = lrelu(self.code(lam, c))
+        shifts = [lrelu(block.shift(code)) for block in self.blocks]
+        # here, and only here, the paper's sign becomes ours
+        weights = -full(self.weights(code))
+
         def energy(y):
             _check(y, lam, self.shape)
             return (full(self.features(y, shifts)) * weights).sum(1)
+
         return energy
 
-    def forward(self,
-        y:Tensor,           # (B, ...) float; images in data range [-1, 1] plus noise
-        lam:Tensor,         # (B,) float, log signal-to-noise ratio
-        c:Tensor|None=None, # (B,) int64 labels, 0 is "no label"; None if the network has no classes
-    )->Tensor:              # (B,) float32, E_hat = -f_hat; the energy in nats is E_hat/s_t^2
+    def forward(
+        self,
+        y: Tensor,  # (B, ...) float; images in data range [-1, 1] plus noise
+        lam: Tensor,  # (B,) float, log signal-to-noise ratio
+        c: Tensor | None = None,  # (B,) int64; 0 is "no label"; None without classes
+    ) -> Tensor:  # (B,) float32, E_hat = -f_hat; the energy in nats is E_hat/s_t^2
         "Energy before the division by s_t^2."
         return self.at(lam, c)(y)
 
 # %% ../nbs/05a_cdrl_nets.ipynb #c023
 class EnergyNet(LevelEnergy):
-    """Energy of an image at a noise level: residual blocks, a spatial sum, and channel weights that depend on the level.
+    """Energy of an image at a noise level.
 
-    Raises `ValueError` if the image cannot be halved between all levels.
+    Residual blocks, a spatial sum, and channel weights that depend on the level; the image
+    is halved between levels. Raises `ValueError` if that cannot be done so often.
     Source: Zhu 2024, Tables 5.6 and 5.7, completed from the released code.
     """
-    def __init__(self,
-        ch:int=128,               # Width C of the first level, and of the sinusoid; even
-        mult:tuple=(1, 2, 2, 2),  # Width of each level in units of `ch`; the image is halved between levels
-        n_blocks:int=8,           # Residual blocks in each level
-        in_ch:int=3,              # Channels of the image or latent
-        size:int=32,              # Height and width in pixels
-        n_classes:int=0,          # Classes; 0 is an unconditional network
-        temb:int|None=None,       # Width of the level code; None is 4*ch
-        norm:bool=True,           # Spectral norm on every layer but the head
+
+    def __init__(
+        self,
+        ch: int = 128,  # Width C of the first level, and of the sinusoid; even
+        mult: tuple = (1, 2, 2, 2),  # Width of each level in units of `ch`
+        n_blocks: int = 8,  # Residual blocks in each level
+        in_ch: int = 3,  # Channels of the image or latent
+        size: int = 32,  # Height and width in pixels
+        n_classes: int = 0,  # Classes; 0 is an unconditional network
+        temb: int | None = None,  # Width of the level code; None is 4*ch
+        norm: bool = True,  # Spectral norm on every layer but the head
     ):
         super().__init__()
-        _halve(size, len(mult)-1)
-        wrap,temb,w = (snorm if norm else lambda layer: layer), temb or 4*ch, ch
-        conv = lambda i,o: wrap(nn.Conv2d(i, o, 3, padding=1))
-        self.shape,self.n_blocks = (in_ch, size, size), n_blocks
+        _halve(size, len(mult) - 1)
+        wrap = snorm if norm else _plain
+        temb = temb or 4 * ch
+        widths = [ch, *(ch * times for times in mult for _ in range(n_blocks))]
+        self.shape = (in_ch, size, size)
+        self.n_blocks = n_blocks
         self.code = LevelCode(ch, temb, n_classes, lrelu, wrap)
-        self.enter,self.blocks = conv(in_ch, ch), nn.ModuleList()
-        for o in (ch*m for m in mult for _ in range(n_blocks)):
-            self.blocks.append(EnergyBlock(conv, w, o, wrap(nn.Linear(temb, o))))
-            w = o
-        self.head = nn.Linear(temb, w, bias=False)
+        self.enter = wrap(_conv(in_ch, ch))
+        self.blocks = _energy_blocks(_conv, wrap, widths, temb)
+        self.head = nn.Linear(temb, widths[-1], bias=False)
 
-    def weights(self, a): return self.head(a)
+    def weights(self, code):
+        return self.head(code)
 
     def features(self, y, shifts):
-        h = self.enter(y)
-        for i,(b,s) in enumerate(zip(self.blocks, shifts)):
-            if i and i%self.n_blocks==0: h = F.avg_pool2d(h, 2)
-            h = b(h, s)
-        return full(h.relu()).sum((2, 3))
+        hidden = self.enter(y)
+        for i, (block, shift) in enumerate(zip(self.blocks, shifts)):
+            if i and i % self.n_blocks == 0:
+                hidden = F.avg_pool2d(hidden, 2)
+            hidden = block(hidden, shift)
+        return full(hidden.relu()).sum((2, 3))
 
 # %% ../nbs/05a_cdrl_nets.ipynb #c036
 def quiet(
-    layer:nn.Module, # Linear or convolution
-)->nn.Module:        # The same, returning only its bias
+    layer: nn.Module,  # Linear or convolution
+) -> nn.Module:  # The same, returning only its bias
     "Set the weight to zero, so that the branch ending here starts silent."
     nn.init.zeros_(layer.weight)
     return layer
 
+
 class Attend(nn.Module):
     "One head of self-attention over all pixels, added to its input; silent at first."
-    def __init__(self,
-        width:int, # Channels
+
+    def __init__(
+        self,
+        width: int,  # Channels
     ):
         super().__init__()
-        self.norm,self.qkv,self.out = groups(width), nn.Linear(width, 3*width), quiet(nn.Linear(width, width))
+        self.norm = groups(width)
+        self.qkv = nn.Linear(width, 3 * width)
+        self.out = quiet(nn.Linear(width, width))
 
-    def forward(self,
-        x:Tensor, # (B, width, H, W)
-    )->Tensor:    # Same shape
-        q,k,v = self.qkv(self.norm(x).flatten(2).mT).unsqueeze(1).chunk(3, 3)   # each (B, 1 head, H*W, width)
-        h = self.out(F.scaled_dot_product_attention(q, k, v)[:,0])
-        return x + h.mT.unflatten(2, x.shape[2:])
+    def forward(
+        self,
+        x: Tensor,  # (B, width, H, W)
+    ) -> Tensor:  # Same shape
+        pixels = self.norm(x).flatten(2).mT
+        # each (B, 1 head, H*W, width)
+        query, key, value = self.qkv(pixels).unsqueeze(1).chunk(3, 3)
+        change = self.out(F.scaled_dot_product_attention(query, key, value)[:, 0])
+        return x + change.mT.unflatten(2, x.shape[2:])
 
 # %% ../nbs/05a_cdrl_nets.ipynb #c039
 class UBlock(nn.Module):
-    "Residual block whose second normalisation is scaled and shifted by the level code; may halve or double the image."
-    def __init__(self,
-        n_in:int,         # Input channels
-        n_out:int,        # Output channels
-        temb:int,         # Width of the level code
-        dropout:float,    # Part of the hidden channels' values dropped in training
-        move:str='',      # '', 'down' (average of 2x2) or 'up' (nearest)
-        attend:bool=False,# Self-attention afterwards
+    """Residual block whose second normalisation is scaled and shifted by the level code.
+
+    It may halve or double the image.
+    """
+
+    def __init__(
+        self,
+        n_in: int,  # Input channels
+        n_out: int,  # Output channels
+        temb: int,  # Width of the level code
+        dropout: float,  # Part of the hidden channels' values dropped in training
+        move: str = '',  # '', 'down' (average of 2x2) or 'up' (nearest)
+        attend: bool = False,  # Self-attention afterwards
     ):
         super().__init__()
         self.move = move
-        self.norm1,self.norm2 = groups(n_in), groups(n_out)
-        self.conv1,self.conv2 = nn.Conv2d(n_in, n_out, 3, padding=1), quiet(nn.Conv2d(n_out, n_out, 3, padding=1))
-        self.film,self.drop = nn.Linear(temb, 2*n_out), nn.Dropout(dropout)
-        self.skip = nn.Conv2d(n_in, n_out, 1) if n_in!=n_out else nn.Identity()
+        self.norm1, self.norm2 = groups(n_in), groups(n_out)
+        self.conv1, self.conv2 = _conv(n_in, n_out), quiet(_conv(n_out, n_out))
+        self.film, self.drop = nn.Linear(temb, 2 * n_out), nn.Dropout(dropout)
+        self.skip = nn.Conv2d(n_in, n_out, 1) if n_in != n_out else nn.Identity()
         self.attend = Attend(n_out) if attend else nn.Identity()
 
-    def forward(self,
-        x:Tensor, # (B, n_in, H, W)
-        t:Tensor, # (B, temb), activated level code
-    )->Tensor:    # (B, n_out, H', W')
-        scale,shift = self.film(t)[:,:,None,None].chunk(2, 1)
-        h = F.silu(self.norm1(x))
-        if self.move=='down': x,h = F.avg_pool2d(x, 2), F.avg_pool2d(h, 2)
-        if self.move=='up': x,h = F.interpolate(x, scale_factor=2), F.interpolate(h, scale_factor=2)
-        h = torch.addcmul(shift, self.norm2(self.conv1(h)), 1+scale)
-        return self.attend(self.skip(x) + self.conv2(self.drop(F.silu(h))))
+    def forward(
+        self,
+        x: Tensor,  # (B, n_in, H, W)
+        code: Tensor,  # (B, temb), activated level code
+    ) -> Tensor:  # (B, n_out, H', W')
+        scale, shift = self.film(code)[:, :, None, None].chunk(2, 1)
+        hidden = F.silu(self.norm1(x))
+        if self.move == 'down':
+            x, hidden = F.avg_pool2d(x, 2), F.avg_pool2d(hidden, 2)
+        if self.move == 'up':
+            x = F.interpolate(x, scale_factor=2)
+            hidden = F.interpolate(hidden, scale_factor=2)
+        hidden = torch.addcmul(shift, self.norm2(self.conv1(hidden)), 1 + scale)
+        return self.attend(self.skip(x) + self.conv2(self.drop(F.silu(hidden))))
 
 # %% ../nbs/05a_cdrl_nets.ipynb #c042
 class LevelProposal(nn.Module):
-    "What the initialisers of images and of points share; a network offers `shape`, `code` and `step(x, t)`."
-    def forward(self,
-        x:Tensor,           # (B, ...) float, the noisier images or points
-        lam:Tensor,         # (B,) float, log signal-to-noise ratio of x
-        c:Tensor|None=None, # (B,) int64 labels, 0 is "no label"; None if the network has no classes
-    )->Tensor:              # Like x: mean of the proposal for the cleaner one
+    """What the initialisers of images and of points share.
+
+    A network offers `shape`, `code` and `step(x, code)` with the activated level code.
+    """
+
+    def forward(
+        self,
+        x: Tensor,  # (B, ...) float, the noisier images or points
+        lam: Tensor,  # (B,) float, log signal-to-noise ratio of x
+        c: Tensor | None = None,  # (B,) int64; 0 is "no label"; None without classes
+    ) -> Tensor:  # Like x: mean of the proposal for the cleaner one
         "Mean of the initialiser: the input plus a step that starts at zero."
         _check(x, lam, self.shape)
         return x + self.step(x, F.silu(self.code(lam, c)))
+
+# %% ../nbs/05a_cdrl_nets.ipynb #f21ac6d8
+def _down_blocks(block, levels, n_blocks, kept):
+    "Blocks of the way down; appends the widths of the maps that the way up takes back."
+    blocks = []
+    for i, (width, attend) in enumerate(levels):
+        if i:
+            blocks.append(block(kept[-1], kept[-1], move='down'))
+            kept.append(kept[-1])
+        for _ in range(n_blocks):
+            blocks.append(block(kept[-1], width, attend=attend))
+            kept.append(width)
+    return blocks
+
+
+def _up_blocks(block, levels, n_blocks, kept):
+    "Blocks of the way up, which take back all of `kept`."
+    blocks = []
+    width = kept[-1]
+    for i, (n_out, attend) in reversed(list(enumerate(levels))):
+        for _ in range(n_blocks + 1):
+            blocks.append(block(width + kept.pop(), n_out, attend=attend))
+            width = n_out
+        if i:
+            blocks.append(block(width, width, move='up'))
+    return blocks
+
+
+def _down_and_up(down, middle, up, hidden, code):
+    "The blocks applied in turn; on the way up a map of the way down joins each."
+    kept = [hidden]
+    for block in down:
+        hidden = block(hidden, code)
+        kept.append(hidden)
+    for block in middle:
+        hidden = block(hidden, code)
+    for block in up:
+        hidden = block(hidden if block.move else torch.cat((hidden, kept.pop()), 1), code)
+    return hidden
 
 # %% ../nbs/05a_cdrl_nets.ipynb #c043
 class UNet(LevelProposal):
     """Propose the cleaner image from the noisier one.
 
-    Raises `ValueError` if the image cannot be halved between all levels.
+    The image is halved between levels; raises `ValueError` if that cannot be done so often.
+    Attention follows every block at the sizes of `attn`, and always stands in the middle.
     Source: Zhu 2024, section 5.4.8.1, completed from the released code.
     """
-    def __init__(self,
-        ch:int=64,              # Width of the first level, and of the sinusoid; even
-        mult:tuple=(1, 1, 1),   # Width of each level in units of `ch`; the image is halved between levels
-        n_blocks:int=3,         # Residual blocks in each level on the way down; one more on the way up
-        in_ch:int=3,            # Channels of the image or latent
-        size:int=32,            # Height and width in pixels
-        n_classes:int=0,        # Classes; 0 is an unconditional network
-        attn:tuple=(16, 8),     # Image sizes at which every block is followed by attention; the middle always has it
-        dropout:float=.1,       # Dropout inside the residual blocks
+
+    def __init__(
+        self,
+        ch: int = 64,  # Width of the first level, and of the sinusoid; even
+        mult: tuple = (1, 1, 1),  # Width of each level in units of `ch`
+        n_blocks: int = 3,  # Residual blocks in each level going down; one more going up
+        in_ch: int = 3,  # Channels of the image or latent
+        size: int = 32,  # Height and width in pixels
+        n_classes: int = 0,  # Classes; 0 is an unconditional network
+        attn: tuple = (16, 8),  # Image sizes with attention
+        dropout: float = 0.1,  # Dropout inside the residual blocks
     ):
         super().__init__()
-        _halve(size, len(mult)-1)
-        w,kept,levels = ch, [ch], [(i, ch*m, size>>i in attn) for i,m in enumerate(mult)]
-        def block(o, more=0, move='', attend=False): return UBlock(w+more, o, 4*ch, dropout, move, attend)
-        self.shape,self.code = (in_ch, size, size), LevelCode(ch, 4*ch, n_classes, F.silu)
-        self.enter,self.down,self.up = nn.Conv2d(in_ch, ch, 3, padding=1), nn.ModuleList(), nn.ModuleList()
-        for i,o,attend in levels:
-            if i: self.down.append(block(w, move='down')); kept.append(w)
-            for _ in range(n_blocks): self.down.append(block(o, attend=attend)); w = o; kept.append(w)
-        self.middle = nn.ModuleList([block(w, attend=True), block(w)])
-        for i,o,attend in reversed(levels):
-            for _ in range(n_blocks+1): self.up.append(block(o, kept.pop(), attend=attend)); w = o
-            if i: self.up.append(block(w, move='up'))
-        self.norm,self.exit = groups(w), quiet(nn.Conv2d(w, in_ch, 3, padding=1))
+        _halve(size, len(mult) - 1)
+        levels = [(ch * times, size >> i in attn) for i, times in enumerate(mult)]
+        block = partial(UBlock, temb=4 * ch, dropout=dropout)
+        kept = [ch]
+        self.shape = (in_ch, size, size)
+        self.code = LevelCode(ch, 4 * ch, n_classes, F.silu)
+        self.enter = _conv(in_ch, ch)
+        self.down = nn.ModuleList(_down_blocks(block, levels, n_blocks, kept))
+        self.up = nn.ModuleList()  # before the middle: saved weights have this order
+        width = kept[-1]
+        self.middle = nn.ModuleList([block(width, width, attend=True), block(width, width)])
+        self.up.extend(_up_blocks(block, levels, n_blocks, kept))
+        width = ch * mult[0]
+        self.norm, self.exit = groups(width), quiet(_conv(width, in_ch))
 
-    def step(self, x, t):
-        kept = [h := self.enter(x)]
-        for b in self.down: kept.append(h := b(h, t))
-        for b in self.middle: h = b(h, t)
-        for b in self.up: h = b(h if b.move else torch.cat((h, kept.pop()), 1), t)
-        return self.exit(F.silu(self.norm(h)))
+    def step(self, x, code):
+        hidden = _down_and_up(self.down, self.middle, self.up, self.enter(x), code)
+        return self.exit(F.silu(self.norm(hidden)))
 
 # %% ../nbs/05a_cdrl_nets.ipynb #c047
 class PointEnergy(LevelEnergy):
-    """Energy of a point at a noise level: four normalised residual blocks and a linear head.
+    """Energy of a point at a noise level.
 
+    Four normalised residual blocks and a linear head; the first block and the sinusoid are
+    as wide as `width`, the other blocks twice as wide.
     Source: released code of Zhu et al. 2024, two-dimensional example.
     """
-    def __init__(self,
-        width:int=128,  # Width of the first block and of the sinusoid, even; the other blocks have twice the width
-        dim:int=2,      # Coordinates of a point
-        norm:bool=True, # Spectral norm on every layer but the head
+
+    def __init__(
+        self,
+        width: int = 128,  # Width of the first block and of the sinusoid; even
+        dim: int = 2,  # Coordinates of a point
+        norm: bool = True,  # Spectral norm on every layer but the head
     ):
         super().__init__()
-        wrap = snorm if norm else lambda layer: layer
-        dense = lambda i,o: wrap(nn.Linear(i, o))
-        self.shape,self.code = (dim,), LevelCode(width, 4*width, 0, lrelu, wrap)
-        ws = [width, width, 2*width, 2*width, 2*width]
-        self.enter = dense(dim, width)
-        self.blocks = nn.ModuleList(EnergyBlock(dense, i, o, dense(4*width, o)) for i,o in zip(ws, ws[1:]))
-        self.head = nn.Linear(2*width, 1, bias=False)
+        wrap = snorm if norm else _plain
+        widths = [width, width, 2 * width, 2 * width, 2 * width]
+        self.shape = (dim,)
+        self.code = LevelCode(width, 4 * width, 0, lrelu, wrap)
+        self.enter = wrap(nn.Linear(dim, width))
+        self.blocks = _energy_blocks(nn.Linear, wrap, widths, 4 * width)
+        self.head = nn.Linear(2 * width, 1, bias=False)
 
-    def weights(self, a): return self.head.weight   # (1, 2*width), the same at all levels
+    def weights(self, code):
+        return self.head.weight  # (1, 2*width), the same at all levels
 
     def features(self, y, shifts):
-        h = self.enter(y)
-        for b,s in zip(self.blocks, shifts): h = b(h, s)
-        return h.relu()
+        hidden = self.enter(y)
+        for block, shift in zip(self.blocks, shifts):
+            hidden = block(hidden, shift)
+        return hidden.relu()
 
 # %% ../nbs/05a_cdrl_nets.ipynb #c049
 class PointInit(LevelProposal):
@@ -298,19 +447,25 @@ class PointInit(LevelProposal):
 
     Source: released code of Zhu et al. 2024, two-dimensional example.
     """
-    def __init__(self,
-        width:int=64,  # Hidden width; the sinusoid and the level code have twice this width
-        dim:int=2,     # Coordinates of a point
+
+    def __init__(
+        self,
+        width: int = 64,  # Hidden width; the sinusoid and the level code have twice as much
+        dim: int = 2,  # Coordinates of a point
     ):
         super().__init__()
-        self.shape,self.code = (dim,), LevelCode(2*width, 2*width, 0, F.silu)
-        self.enter,self.exit = nn.Linear(dim, width), quiet(nn.Linear(width, dim, bias=False))
-        self.norm1,self.norm2 = groups(width), groups(width)
-        self.dense1,self.dense2 = nn.Linear(width, width), quiet(nn.Linear(width, width))
-        self.film = nn.Linear(2*width, 2*width)
+        self.shape = (dim,)
+        self.code = LevelCode(2 * width, 2 * width, 0, F.silu)
+        self.enter = nn.Linear(dim, width)
+        self.exit = quiet(nn.Linear(width, dim, bias=False))
+        self.norm1, self.norm2 = groups(width), groups(width)
+        self.dense1 = nn.Linear(width, width)
+        self.dense2 = quiet(nn.Linear(width, width))
+        self.film = nn.Linear(2 * width, 2 * width)
 
-    def step(self, x, t):
-        scale,shift = self.film(t).chunk(2, 1)
-        h = self.enter(x)
-        a = torch.addcmul(shift, self.norm2(self.dense1(F.silu(self.norm1(h)))), 1+scale)
-        return self.exit(F.silu(h + self.dense2(F.silu(a))))
+    def step(self, x, code):
+        scale, shift = self.film(code).chunk(2, 1)
+        start = self.enter(x)
+        hidden = self.dense1(F.silu(self.norm1(start)))
+        hidden = torch.addcmul(shift, self.norm2(hidden), 1 + scale)
+        return self.exit(F.silu(start + self.dense2(F.silu(hidden))))

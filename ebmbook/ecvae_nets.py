@@ -17,446 +17,685 @@ from torch import Tensor, nn
 from .core.nets import Flow, full, groups, mlp, snorm
 
 # %% ../nbs/07a_ecvae_nets.ipynb #c006
-def _norm(kind, n, *, dense=False): # over n channels, or n units
-    if kind not in ('batch', 'group', 'none'): raise ValueError(f"norm must be batch, group or none, got {kind!r}")
-    if kind=='batch': return nn.BatchNorm1d(n) if dense else nn.BatchNorm2d(n)
-    if kind=='group': return groups(n, 1 if dense else 8, 1e-5)
+def _norm(kind, n, *, dense=False):  # over n channels, or n units
+    if kind not in ('batch', 'group', 'none'):
+        raise ValueError(f"norm must be batch, group or none, got {kind!r}")
+    if kind == 'batch':
+        return nn.BatchNorm1d(n) if dense else nn.BatchNorm2d(n)
+    if kind == 'group':
+        return groups(n, 1 if dense else 8, 1e-5)
     return nn.Identity()
 
-def _wrap(sn): return snorm if sn else lambda layer: layer
+
+def _wrap(sn):
+    return snorm if sn else lambda layer: layer
+
 
 def _check(x, shape):
-    if tuple(x.shape[1:])!=tuple(shape): raise ValueError(f"expected a batch (B, {', '.join(map(str, shape))}), got {tuple(x.shape)}")
+    if tuple(x.shape[1:]) != tuple(shape):
+        wanted = ', '.join(map(str, shape))
+        raise ValueError(f"expected a batch (B, {wanted}), got {tuple(x.shape)}")
     return x
 
 # %% ../nbs/07a_ecvae_nets.ipynb #c009
 class Basic(nn.Module):
     "Two 3x3 convolutions, each normalised, and a shortcut; an activation at the end."
-    def __init__(self,
-        n_in:int,   # Input channels
-        n_out:int,  # Output channels
-        stride:int, # 2 halves height and width
-        norm:str,   # batch, group or none
+
+    def __init__(
+        self,
+        n_in: int,  # Input channels
+        n_out: int,  # Output channels
+        stride: int,  # 2 halves height and width
+        norm: str,  # batch, group or none
     ):
         super().__init__()
-        conv = lambda i,k,s: [nn.Conv2d(i, n_out, k, s, k//2, bias=False), _norm(norm, n_out)]
+
+        def conv(n, size, stride):
+            layer = nn.Conv2d(n, n_out, size, stride, size // 2, bias=False)
+            return layer, _norm(norm, n_out)
+
         self.main = nn.Sequential(*conv(n_in, 3, stride), nn.ReLU(), *conv(n_out, 3, 1))
-        self.skip = nn.Sequential(*conv(n_in, 1, stride)) if stride>1 or n_in!=n_out else nn.Identity()
+        if stride > 1 or n_in != n_out:
+            self.skip = nn.Sequential(*conv(n_in, 1, stride))
+        else:
+            self.skip = nn.Identity()
 
-    def forward(self,
-        x:Tensor, # (B, n_in, H, W)
-    )->Tensor:    # (B, n_out, H, W), or half of both sides, rounded up
-        return (self.main(x)+self.skip(x)).relu()
+    def forward(
+        self,
+        x: Tensor,  # (B, n_in, H, W)
+    ) -> Tensor:  # (B, n_out, H, W), or half of both sides, rounded up
+        return (self.main(x) + self.skip(x)).relu()
 
+# %% ../nbs/07a_ecvae_nets.ipynb #39969881
 class Head(nn.Module):
     "Two linear layers side by side: mean and log-variance of the latent numbers."
-    def __init__(self,
-        n:int,       # Features
-        latent:int,  # Latent numbers
-        tanh:bool,   # Keep the means in (-1, 1)
+
+    def __init__(
+        self,
+        n: int,  # Features
+        latent: int,  # Latent numbers
+        tanh: bool,  # Keep the means in (-1, 1)
     ):
         super().__init__()
-        self.tanh,self.mu,self.log_var = tanh, nn.Linear(n, latent), nn.Linear(n, latent)
+        self.tanh = tanh
+        self.mu = nn.Linear(n, latent)
+        self.log_var = nn.Linear(n, latent)
 
-    def forward(self,
-        h:Tensor, # (B, n)
-    )->tuple[Tensor,Tensor]: # mu and log_var, (B, latent) each, at least float32
-        mu = full(self.mu(h))
-        return mu.tanh() if self.tanh else mu, full(self.log_var(h))
+    def forward(
+        self,
+        features: Tensor,  # (B, n)
+    ) -> tuple[Tensor, Tensor]:  # mu and log_var, (B, latent) each, at least float32
+        mu = full(self.mu(features))
+        return mu.tanh() if self.tanh else mu, full(self.log_var(features))
 
-# %% ../nbs/07a_ecvae_nets.ipynb #c011
+# %% ../nbs/07a_ecvae_nets.ipynb #2ae5a9c8
 class Encode(nn.Module):
-    "What all encoders share; one of them has `shape`, `latent`, `features(x) -> (B, n)` and `head`."
-    def forward(self,
-        x:Tensor, # (B, *shape) images in [-1, 1], or points
-    )->tuple[Tensor,Tensor]: # mu and log_var, (B, latent) each
-        "Mean and log-variance of the latent numbers behind x. Raises `ValueError` for another shape."
+    """What all encoders share.
+
+    One of them has `shape`, `latent`, `features(x) -> (B, n)` and `head`.
+    """
+
+    def forward(
+        self,
+        x: Tensor,  # (B, *shape) images in [-1, 1], or points
+    ) -> tuple[Tensor, Tensor]:  # mu and log_var, (B, latent) each
+        """Mean and log-variance of the latent numbers behind x.
+
+        Raises `ValueError` for another shape.
+        """
         return self.head(self.features(_check(x, self.shape)))
 
+# %% ../nbs/07a_ecvae_nets.ipynb #c011
 class Encoder(Encode):
-    """Residual encoder of images of up to 64 pixels; a ResNet-18 whose first convolution halves the image.
+    """Residual encoder of images of up to 64 pixels.
 
+    It is a ResNet-18 whose first convolution halves the image.
     Source: released program of Luo et al. 2024, for 32x32.
     """
-    def __init__(self,
-        shape:tuple=(3, 32, 32),           # (C, side, side) of one image
-        latent:int=128,                    # Latent numbers
-        widths:tuple=(128, 256, 512, 1024),# Channels of each stage; the image is halved before each
+
+    def __init__(
+        self,
+        shape: tuple = (3, 32, 32),  # (C, side, side) of one image
+        latent: int = 128,  # Latent numbers
+        widths: tuple = (128, 256, 512, 1024),  # Channels of stages, each half as wide
         *,
-        blocks:int=2,      # Residual blocks in each stage
-        mu_tanh:bool=True, # Keep the means in (-1, 1)
-        norm:str='batch',  # batch (the demo), group or none
+        blocks: int = 2,  # Residual blocks in each stage
+        mu_tanh: bool = True,  # Keep the means in (-1, 1)
+        norm: str = 'batch',  # batch (the demo), group or none
     ):
         super().__init__()
-        self.shape,self.latent,w = tuple(shape), latent, widths[0]
-        self.enter,stages = nn.Sequential(nn.Conv2d(shape[0], w, 3, 2, 1, bias=False), _norm(norm, w), nn.ReLU()), []
-        for n,o in enumerate(widths):
-            for i in range(blocks): stages.append(Basic(w, o, 2 if n and not i else 1, norm)); w = o
-        self.stages,self.head = nn.Sequential(*stages), Head(w, latent, mu_tanh)
-        for m in self.modules():
-            if isinstance(m, (nn.Conv2d, nn.Linear)): nn.init.normal_(m.weight, 0., .02)
-            if isinstance(m, nn.Linear): nn.init.zeros_(m.bias)
+        self.shape, self.latent = tuple(shape), latent
+        width = widths[0]
+        first = nn.Conv2d(shape[0], width, 3, 2, 1, bias=False)
+        self.enter = nn.Sequential(first, _norm(norm, width), nn.ReLU())
+        stages = []
+        for n, out in enumerate(widths):
+            for i in range(blocks):
+                stride = 2 if n > 0 and i == 0 else 1
+                stages.append(Basic(width, out, stride, norm))
+                width = out
+        self.stages = nn.Sequential(*stages)
+        self.head = Head(width, latent, mu_tanh)
+        for module in self.modules():
+            if isinstance(module, (nn.Conv2d, nn.Linear)):
+                nn.init.normal_(module.weight, 0.0, 0.02)
+            if isinstance(module, nn.Linear):
+                nn.init.zeros_(module.bias)
 
-    def features(self, x): return self.stages(self.enter(x)).mean((2, 3))
+    def features(self, x):
+        return self.stages(self.enter(x)).mean((2, 3))
 
 # %% ../nbs/07a_ecvae_nets.ipynb #c015
-def _gated(layer, w, norm): return [layer, _norm(norm, 2*w), nn.GLU(1)] # w channels out of a layer that makes 2w
+def _gated(layer, width, norm):  # `width` channels out of a layer that makes twice as many
+    return [layer, _norm(norm, 2 * width), nn.GLU(1)]
+
 
 class Excite(nn.Module):
-    "Skip-excitation: multiply a fine map by one factor for each channel, read off a coarse map, or the other way round."
-    def __init__(self,
-        n_in:int,  # Channels of the map that is read
-        n_out:int, # Channels of the map that is multiplied
-        sn:bool,   # Spectral norm on both convolutions
+    """Skip-excitation: multiply one map by one factor for each channel, read off another.
+
+    The coarse map is read and the fine one multiplied, or the other way round.
+    """
+
+    def __init__(
+        self,
+        n_in: int,  # Channels of the map that is read
+        n_out: int,  # Channels of the map that is multiplied
+        sn: bool,  # Spectral norm on both convolutions
     ):
         super().__init__()
         wrap = _wrap(sn)
-        self.read,self.mix = wrap(nn.Conv2d(n_in, n_out, 4, bias=False)), wrap(nn.Conv2d(n_out, n_out, 1, bias=False))
+        self.read = wrap(nn.Conv2d(n_in, n_out, 4, bias=False))
+        self.mix = wrap(nn.Conv2d(n_out, n_out, 1, bias=False))
 
-    def forward(self,
-        source:Tensor, # (B, n_in, H, W)
-        x:Tensor,      # (B, n_out, H', W')
-    )->Tensor:         # Like x
+    def forward(
+        self,
+        source: Tensor,  # (B, n_in, H, W)
+        x: Tensor,  # (B, n_out, H', W')
+    ) -> Tensor:  # Like x
         "Label `eq-ecvaenets-skip`."
-        return x*self.mix(F.silu(self.read(F.adaptive_avg_pool2d(source, 4)))).sigmoid()
+        pooled = F.adaptive_avg_pool2d(source, 4)
+        return x * self.mix(F.silu(self.read(pooled))).sigmoid()
+
+
+def _excited(first, steps, gates, reach):
+    "The last map of `steps`; each is multiplied by a gate on the map `reach` steps before."
+    maps = [first]
+    for n, step in enumerate(steps, 1):
+        x = step(maps[-1])
+        if gates and n >= reach:
+            x = gates[n - reach](maps[n - reach], x)
+        maps.append(x)
+    return maps[-1]
+
+# %% ../nbs/07a_ecvae_nets.ipynb #d38a151e
+def _doublings(widths, norm, wrap):
+    "Steps that double a map; every second one has two gated convolutions, the others one."
+
+    def conv(n_in, width):
+        layer = wrap(nn.Conv2d(n_in, 2 * width, 3, padding=1, bias=False))
+        return _gated(layer, width, norm)
+
+    steps = nn.ModuleList()
+    for n, (n_in, width) in enumerate(zip(widths, widths[1:])):
+        layers = [nn.Upsample(scale_factor=2), *conv(n_in, width)]
+        if n % 2 == 0:
+            layers += conv(width, width)
+        steps.append(nn.Sequential(*layers))
+    return steps
 
 # %% ../nbs/07a_ecvae_nets.ipynb #c017
 class Decoder(nn.Module):
     """Latent numbers to images: a start map, steps that double it, and pixels in (-1, 1).
 
-    Raises `ValueError` if the image is not square or cannot be halved as often as there are steps.
-    Source: FastGAN's generator, in the two sizes of the released program of Luo et al. 2024.
+    Raises `ValueError` unless the image is square and can be halved once for each step.
+    Source: FastGAN's generator, in two sizes, as the released program of Luo et al. 2024.
     """
-    def __init__(self,
-        shape:tuple=(3, 32, 32),            # (C, side, side) of one image
-        latent:int=128,                     # Latent numbers
-        widths:tuple=(1024, 512, 512, 512), # Channels of the start map and after each doubling
+
+    def __init__(
+        self,
+        shape: tuple = (3, 32, 32),  # (C, side, side) of one image
+        latent: int = 128,  # Latent numbers
+        widths: tuple = (1024, 512, 512, 512),  # Channels at first and after each doubling
         *,
-        reach:int=0,       # Doublings from a map to the one that it excites; 0 has no skip-excitation
-        last:int=1,        # Kernel of the last convolution
-        norm:str='batch',  # batch (the demo), group or none
-        sn:bool=True,      # Spectral norm on every convolution
+        reach: int = 0,  # Doublings from a map to the one it excites; 0 is no excitation
+        last: int = 1,  # Kernel of the last convolution
+        norm: str = 'batch',  # batch (the demo), group or none
+        sn: bool = True,  # Spectral norm on every convolution
     ):
         super().__init__()
-        ups = len(widths)-1
-        if shape[1]!=shape[2] or shape[1]%2**ups: raise ValueError(f"an image {tuple(shape)} is not square or cannot be halved {ups} times")
-        self.shape,self.latent,self.reach,wrap = tuple(shape), latent, reach, _wrap(sn)
-        conv = lambda i,w: _gated(wrap(nn.Conv2d(i, 2*w, 3, padding=1, bias=False)), w, norm)
-        start = wrap(nn.ConvTranspose2d(latent, 2*widths[0], shape[1]>>ups, bias=False))
-        self.start,self.ups = nn.Sequential(*_gated(start, widths[0], norm)), nn.ModuleList()
-        for n,(i,w) in enumerate(zip(widths, widths[1:])):
-            self.ups.append(nn.Sequential(nn.Upsample(scale_factor=2), *conv(i, w), *(conv(w, w) if n%2==0 else [])))
-        self.gates = nn.ModuleList(Excite(i, w, sn) for i,w in zip(widths, widths[reach:])) if reach else []
-        self.last = wrap(nn.Conv2d(widths[-1], shape[0], last, padding=last//2, bias=False))
+        steps = len(widths) - 1
+        if shape[1] != shape[2] or shape[1] % 2**steps:
+            problem = f"is not square or cannot be halved {steps} times"
+            raise ValueError(f"an image {tuple(shape)} {problem}")
+        self.shape, self.latent, self.reach = tuple(shape), latent, reach
+        wrap = _wrap(sn)
+        side = shape[1] >> steps
+        start = wrap(nn.ConvTranspose2d(latent, 2 * widths[0], side, bias=False))
+        self.start = nn.Sequential(*_gated(start, widths[0], norm))
+        self.ups = _doublings(widths, norm, wrap)
+        pairs = zip(widths, widths[reach:])
+        self.gates = nn.ModuleList(Excite(*pair, sn) for pair in pairs) if reach else []
+        out = nn.Conv2d(widths[-1], shape[0], last, padding=last // 2, bias=False)
+        self.last = wrap(out)
 
-    def forward(self,
-        z:Tensor, # (B, latent)
-    )->Tensor:    # (B, *shape) in (-1, 1), at least float32
+    def forward(
+        self,
+        z: Tensor,  # (B, latent)
+    ) -> Tensor:  # (B, *shape) in (-1, 1), at least float32
         "Raises `ValueError` for another number of latent numbers."
-        maps = [self.start(_check(z, (self.latent,))[:,:,None,None])]
-        for n,up in enumerate(self.ups, 1):
-            h = up(maps[-1])
-            maps.append(self.gates[n-self.reach](maps[n-self.reach], h) if self.gates and n>=self.reach else h)
-        return full(self.last(maps[-1])).tanh()
+        first = self.start(_check(z, (self.latent,))[:, :, None, None])
+        return full(self.last(_excited(first, self.ups, self.gates, self.reach))).tanh()
 
 # %% ../nbs/07a_ecvae_nets.ipynb #c026
 class Down(nn.Module):
     "Halve the image by convolutions and by averaging; the mean of the two."
-    def __init__(self,
-        n_in:int,  # Input channels
-        n_out:int, # Output channels
-        norm:str,  # batch, group or none
-        sn:bool,   # Spectral norm on the three convolutions
+
+    def __init__(
+        self,
+        n_in: int,  # Input channels
+        n_out: int,  # Output channels
+        norm: str,  # batch, group or none
+        sn: bool,  # Spectral norm on the three convolutions
     ):
         super().__init__()
         wrap = _wrap(sn)
-        conv = lambda i,k,s,p: [wrap(nn.Conv2d(i, n_out, k, s, p, bias=False)), _norm(norm, n_out), nn.LeakyReLU(.2)]
-        self.main,self.direct = nn.Sequential(*conv(n_in, 4, 2, 1), *conv(n_out, 3, 1, 1)), nn.Sequential(nn.AvgPool2d(2), *conv(n_in, 1, 1, 0))
 
-    def forward(self,
-        x:Tensor, # (B, n_in, H, W), H and W even
-    )->Tensor:    # (B, n_out, H/2, W/2)
-        return (self.main(x)+self.direct(x))/2
+        def conv(n, size, stride, padding):
+            layer = wrap(nn.Conv2d(n, n_out, size, stride, padding, bias=False))
+            return layer, _norm(norm, n_out), nn.LeakyReLU(0.2)
+
+        self.main = nn.Sequential(*conv(n_in, 4, 2, 1), *conv(n_out, 3, 1, 1))
+        self.direct = nn.Sequential(nn.AvgPool2d(2), *conv(n_in, 1, 1, 0))
+
+    def forward(
+        self,
+        x: Tensor,  # (B, n_in, H, W), H and W even
+    ) -> Tensor:  # (B, n_out, H/2, W/2)
+        return (self.main(x) + self.direct(x)) / 2
+
+# %% ../nbs/07a_ecvae_nets.ipynb #19564194
+def _leave(width, n_out, norm, sn):
+    "The two convolutions between the last map and the head."
+    wrap = _wrap(sn)
+    wide = wrap(nn.Conv2d(width, 2 * width, 1, bias=False))
+    normed = _norm(norm, 2 * width)
+    out = wrap(nn.Conv2d(2 * width, n_out, 4, bias=False))
+    return nn.Sequential(wide, normed, nn.LeakyReLU(0.2), out)
 
 # %% ../nbs/07a_ecvae_nets.ipynb #c028
 class SkipEncoder(Encode):
-    """Encoder of large images with skip-excitation; its defaults are the network for 256 pixels.
+    """Encoder of large images with skip-excitation; its defaults are those for 256 pixels.
 
-    Raises `ValueError` if fewer than 4 pixels would remain of each side, or the image cannot be halved often enough.
+    Raises `ValueError` if fewer than 4 pixels would remain of each side, or the image
+    cannot be halved often enough.
     Source: released program of Luo et al. 2024, after FastGAN's discriminator.
     """
-    def __init__(self,
-        shape:tuple=(3, 256, 256),                # (C, side, side) of one image
-        latent:int=128,                           # Latent numbers, even
-        widths:tuple=(16, 32, 64, 128, 256, 512), # Channels at full size and after each halving
+
+    def __init__(
+        self,
+        shape: tuple = (3, 256, 256),  # (C, side, side) of one image
+        latent: int = 128,  # Latent numbers, even
+        widths: tuple = (16, 32, 64, 128, 256, 512),  # At full size and after each halving
         *,
-        reach:int=3,        # Halvings from a map to the one that it excites; 0 has no skip-excitation
-        mu_tanh:bool=False, # Keep the means in (-1, 1)
-        norm:str='batch',   # batch (the demo), group or none
-        sn:bool=True,       # Spectral norm on every convolution
+        reach: int = 3,  # Halvings from a map to the one it excites; 0 is no excitation
+        mu_tanh: bool = False,  # Keep the means in (-1, 1)
+        norm: str = 'batch',  # batch (the demo), group or none
+        sn: bool = True,  # Spectral norm on every convolution
     ):
         super().__init__()
-        downs,w = len(widths)-1, widths[-1]
-        side = shape[1]>>downs
-        if shape[1]!=side<<downs or side<4: raise ValueError(f"an image {tuple(shape)} halved {downs} times does not leave whole 4 pixels or more")
-        self.shape,self.latent,self.reach,wrap = tuple(shape), latent, reach, _wrap(sn)
-        self.enter = nn.Sequential(wrap(nn.Conv2d(shape[0], widths[0], 3, padding=1, bias=False)), nn.LeakyReLU(.2))
-        self.downs = nn.ModuleList(Down(i, o, norm, sn) for i,o in zip(widths, widths[1:]))
-        self.gates = nn.ModuleList(Excite(i, o, sn) for i,o in zip(widths, widths[reach:])) if reach else []
-        self.leave = nn.Sequential(wrap(nn.Conv2d(w, 2*w, 1, bias=False)), _norm(norm, 2*w), nn.LeakyReLU(.2), wrap(nn.Conv2d(2*w, latent//2, 4, bias=False)))
-        self.head = Head(latent//2*(side-3)**2, latent, mu_tanh)
+        steps = len(widths) - 1
+        side = shape[1] >> steps
+        if shape[1] != side << steps or side < 4:
+            problem = f"halved {steps} times does not leave whole 4 pixels or more"
+            raise ValueError(f"an image {tuple(shape)} {problem}")
+        self.shape, self.latent, self.reach = tuple(shape), latent, reach
+        enter = _wrap(sn)(nn.Conv2d(shape[0], widths[0], 3, padding=1, bias=False))
+        self.enter = nn.Sequential(enter, nn.LeakyReLU(0.2))
+        pairs = zip(widths, widths[1:])
+        self.downs = nn.ModuleList(Down(*pair, norm, sn) for pair in pairs)
+        pairs = zip(widths, widths[reach:])
+        self.gates = nn.ModuleList(Excite(*pair, sn) for pair in pairs) if reach else []
+        self.leave = _leave(widths[-1], latent // 2, norm, sn)
+        self.head = Head(latent // 2 * (side - 3) ** 2, latent, mu_tanh)
 
     def features(self, x):
-        maps = [self.enter(x)]
-        for n,down in enumerate(self.downs, 1):
-            h = down(maps[-1])
-            maps.append(self.gates[n-self.reach](maps[n-self.reach], h) if self.gates and n>=self.reach else h)
-        return self.leave(maps[-1]).flatten(1)
+        last = _excited(self.enter(x), self.downs, self.gates, self.reach)
+        return self.leave(last).flatten(1)
 
 # %% ../nbs/07a_ecvae_nets.ipynb #c031
 def halve(
-    x:Tensor, # (B, C, H, W)
-)->Tensor:    # (B, C, H/2, W/2), rounded up
-    "Average over squares of 2x2 pixels; at the edge of an odd side over those that are there."
+    x: Tensor,  # (B, C, H, W)
+) -> Tensor:  # (B, C, H/2, W/2), rounded up
+    """Average over squares of 2x2 pixels.
+
+    At the edge of an odd side the average is over those that are there.
+    """
     return F.avg_pool2d(x, 2, ceil_mode=True)
 
-class Block(nn.Module):
-    "Activation, 3x3 convolution, activation, 3x3 convolution, and a shortcut; nothing is normalised."
-    def __init__(self,
-        n_in:int,       # Input channels
-        n_out:int,      # Output channels
-        layer:Callable, # Makes a layer ready: draws its start, and normalises its weight or not
-    ):
-        super().__init__()
-        self.first,self.second = layer(nn.Conv2d(n_in, n_out, 3, padding=1)), layer(nn.Conv2d(n_out, n_out, 3, padding=1))
-        self.skip = layer(nn.Conv2d(n_in, n_out, 1, bias=False)) if n_in!=n_out else nn.Identity()
-
-    def forward(self,
-        x:Tensor, # (B, n_in, H, W)
-    )->Tensor:    # (B, n_out, H, W)
-        return self.second(F.leaky_relu(self.first(F.leaky_relu(x, .2)), .2)) + self.skip(x)
-
-def _fresh(layer): # the demo's start of an energy
-    if isinstance(layer, nn.Conv2d): nn.init.kaiming_normal_(layer.weight, nonlinearity='linear')
-    else: nn.init.normal_(layer.weight, 0., .01)
-    if layer.bias is not None: nn.init.zeros_(layer.bias)
+# %% ../nbs/07a_ecvae_nets.ipynb #be5063b3
+def _fresh(layer):  # the demo's start of an energy
+    if isinstance(layer, nn.Conv2d):
+        nn.init.kaiming_normal_(layer.weight, nonlinearity='linear')
+    else:
+        nn.init.normal_(layer.weight, 0.0, 0.01)
+    if layer.bias is not None:
+        nn.init.zeros_(layer.bias)
     return layer
 
-def _ready(sn): return lambda layer: _wrap(sn)(_fresh(layer)) # the norm comes last, so that its first power iterations see the right weight
+
+def _ready(sn):
+    "The norm comes last, so that its first power iterations see the right weight."
+    wrap = _wrap(sn)
+    return lambda layer: wrap(_fresh(layer))
+
+
+class Block(nn.Module):
+    """Activation, 3x3 convolution, activation, 3x3 convolution, and a shortcut.
+
+    Nothing is normalised.
+    """
+
+    def __init__(
+        self,
+        n_in: int,  # Input channels
+        n_out: int,  # Output channels
+        layer: Callable,  # Draws a layer's start, and normalises its weight or not
+    ):
+        super().__init__()
+        self.first = layer(nn.Conv2d(n_in, n_out, 3, padding=1))
+        self.second = layer(nn.Conv2d(n_out, n_out, 3, padding=1))
+        same = n_in == n_out
+        self.skip = nn.Identity() if same else layer(nn.Conv2d(n_in, n_out, 1, bias=False))
+
+    def forward(
+        self,
+        x: Tensor,  # (B, n_in, H, W)
+    ) -> Tensor:  # (B, n_out, H, W)
+        inner = self.first(F.leaky_relu(x, 0.2))
+        return self.second(F.leaky_relu(inner, 0.2)) + self.skip(x)
+
+# %% ../nbs/07a_ecvae_nets.ipynb #46cc0cbd
+def _stages(channels, widths, blocks, layer):
+    "Stages of an energy at one size; the image is halved before all but the first."
+    width = widths[0]
+    stages = nn.ModuleList()
+    for n, out in enumerate(widths):
+        stage = [] if n else [layer(nn.Conv2d(channels, width, 3, padding=1))]
+        for _ in range(blocks):
+            stage.append(Block(width, out, layer))
+            width = out
+        stages.append(nn.Sequential(*stage))
+    return stages
+
+
+def _mean_features(stages, x):
+    "Mean over the pixels of the activated last map, (B, last width)."
+    x = stages[0](x)
+    for stage in stages[1:]:
+        x = stage(halve(x))
+    return full(F.leaky_relu(x, 0.2)).mean((2, 3))
+
+
+def _two_layers(n, hidden, layer):
+    first = layer(nn.Linear(n, hidden))
+    return nn.Sequential(first, nn.LeakyReLU(0.2), layer(nn.Linear(hidden, 1)))
 
 # %% ../nbs/07a_ecvae_nets.ipynb #c033
 class EnergyNet(nn.Module):
-    """Energy of an image before division by the temperature: residual networks at one or more sizes, means over pixels, two linear layers.
+    """Energy of an image before division by the temperature.
 
+    Residual networks at one or more sizes, means over pixels, two linear layers.
     Source: label `eq-ecvaenets-energy`; released program of Luo et al. 2024.
     """
-    def __init__(self,
-        shape:tuple=(3, 32, 32),           # (C, side, side) of one image
-        widths:tuple=(128, 256, 256, 256), # Channels of each stage; the image is halved between stages
+
+    def __init__(
+        self,
+        shape: tuple = (3, 32, 32),  # (C, side, side) of one image
+        widths: tuple = (128, 256, 256, 256),  # Channels of stages, halved between them
         *,
-        blocks:int=2,    # Residual blocks in each stage
-        scales:int=3,    # Sizes at which the image is seen: 1, 1/2, 1/4 of its side
-        hidden:int=2048, # Hidden units of the head
-        sn:bool=True,    # Spectral norm on every convolution and linear layer
+        blocks: int = 2,  # Residual blocks in each stage
+        scales: int = 3,  # Sizes at which the image is seen: 1, 1/2, 1/4 of its side
+        hidden: int = 2048,  # Hidden units of the head
+        sn: bool = True,  # Spectral norm on every convolution and linear layer
     ):
         super().__init__()
-        self.shape,layer,self.views = tuple(shape), _ready(sn), nn.ModuleList()
-        for _ in range(scales):
-            w,stages = widths[0], nn.ModuleList()
-            for n,o in enumerate(widths):
-                stages.append(nn.Sequential(*([] if n else [layer(nn.Conv2d(shape[0], w, 3, padding=1))]), *(Block(o if i else w, o, layer) for i in range(blocks))))
-                w = o
-            self.views.append(stages)
-        self.head = nn.Sequential(layer(nn.Linear(scales*w, hidden)), nn.LeakyReLU(.2), layer(nn.Linear(hidden, 1)))
+        self.shape = tuple(shape)
+        layer = _ready(sn)
+        views = [_stages(shape[0], widths, blocks, layer) for _ in range(scales)]
+        self.views = nn.ModuleList(views)
+        self.head = _two_layers(scales * widths[-1], hidden, layer)
 
-    def features(self,
-        x:Tensor, # (B, *shape) in [-1, 1]
-    )->Tensor:    # (B, scales*last width), at least float32
+    def features(
+        self,
+        x: Tensor,  # (B, *shape) in [-1, 1]
+    ) -> Tensor:  # (B, scales*last width), at least float32
         "Means of the activated last maps, the full size first."
-        out = []
+        means = []
         for stages in self.views:
-            h = stages[0](x)
-            for s in stages[1:]: h = s(halve(h))
-            out.append(full(F.leaky_relu(h, .2)).mean((2, 3)))
+            means.append(_mean_features(stages, x))
             x = halve(x)
-        return torch.cat(out, 1)
+        return torch.cat(means, 1)
 
-    def forward(self,
-        x:Tensor, # (B, *shape) in [-1, 1]
-    )->Tensor:    # (B,) f, low where data should be; the energy in nats is f/tau; at least float32
+    def forward(
+        self,
+        x: Tensor,  # (B, *shape) in [-1, 1]
+    ) -> Tensor:  # (B,) f, low where data should be, at least float32; nats are f/tau
         "Raises `ValueError` for images of another shape."
-        h = self.features(_check(x, self.shape))
-        with torch.autocast('cpu' if x.is_meta else x.device.type, enabled=False): return self.head(h)[:,0] # divided by a small tau, rounding would show
+        features = self.features(_check(x, self.shape))
+        device = 'cpu' if x.is_meta else x.device.type
+        with torch.autocast(device, enabled=False):  # over a small tau, rounding would show
+            return self.head(features)[:, 0]
 
 # %% ../nbs/07a_ecvae_nets.ipynb #c038
 class PointEncoder(Encode):
     "Dense encoder of points."
-    def __init__(self,
-        shape:tuple=(2,),        # (D,) coordinates of a point
-        latent:int=2,            # Latent numbers
-        widths:tuple=(128, 128), # Hidden units of each layer
+
+    def __init__(
+        self,
+        shape: tuple = (2,),  # (D,) coordinates of a point
+        latent: int = 2,  # Latent numbers
+        widths: tuple = (128, 128),  # Hidden units of each layer
         *,
-        mu_tanh:bool=False,      # Keep the means in (-1, 1)
+        mu_tanh: bool = False,  # Keep the means in (-1, 1)
     ):
         super().__init__()
-        self.shape,self.latent = tuple(shape), latent
-        self.features,self.head = nn.Sequential(*mlp((*shape, *widths)), nn.SiLU()), Head(widths[-1], latent, mu_tanh)
+        self.shape, self.latent = tuple(shape), latent
+        self.features = nn.Sequential(*mlp((*shape, *widths)), nn.SiLU())
+        self.head = Head(widths[-1], latent, mu_tanh)
 
+# %% ../nbs/07a_ecvae_nets.ipynb #fe715ffb
 class PointDecoder(nn.Module):
     "Dense decoder of points, without bounds."
-    def __init__(self,
-        shape:tuple=(2,),        # (D,) coordinates of a point
-        latent:int=2,            # Latent numbers
-        widths:tuple=(128, 128), # Hidden units of each layer
+
+    def __init__(
+        self,
+        shape: tuple = (2,),  # (D,) coordinates of a point
+        latent: int = 2,  # Latent numbers
+        widths: tuple = (128, 128),  # Hidden units of each layer
     ):
         super().__init__()
-        self.shape,self.latent,self.net = tuple(shape), latent, mlp((latent, *widths, *shape))
+        self.shape, self.latent = tuple(shape), latent
+        self.net = mlp((latent, *widths, *shape))
 
-    def forward(self,
-        z:Tensor, # (B, latent)
-    )->Tensor:    # (B, D)
+    def forward(
+        self,
+        z: Tensor,  # (B, latent)
+    ) -> Tensor:  # (B, D)
         return full(self.net(_check(z, (self.latent,))))
 
 # %% ../nbs/07a_ecvae_nets.ipynb #c040
 class PointEnergy(nn.Module):
     "Dense energy of points before division by the temperature."
-    def __init__(self,
-        shape:tuple=(2,),             # (D,) coordinates of a point
-        widths:tuple=(128, 128, 128), # Hidden units of each layer
+
+    def __init__(
+        self,
+        shape: tuple = (2,),  # (D,) coordinates of a point
+        widths: tuple = (128, 128, 128),  # Hidden units of each layer
         *,
-        sn:bool=True,                 # Spectral norm on every layer
+        sn: bool = True,  # Spectral norm on every layer
     ):
         super().__init__()
-        self.shape,self.net = tuple(shape), mlp((*shape, *widths, 1), lambda: nn.LeakyReLU(.2), _wrap(sn))
+        self.shape = tuple(shape)
+        self.net = mlp((*shape, *widths, 1), lambda: nn.LeakyReLU(0.2), _wrap(sn))
 
-    def forward(self,
-        x:Tensor, # (B, D)
-    )->Tensor:    # (B,) f, low where data should be, at least float32
-        return full(self.net(_check(x, self.shape))[:,0])
+    def forward(
+        self,
+        x: Tensor,  # (B, D)
+    ) -> Tensor:  # (B,) f, low where data should be, at least float32
+        return full(self.net(_check(x, self.shape))[:, 0])
 
 # %% ../nbs/07a_ecvae_nets.ipynb #c043
+def _coupling_net(n_in, n_out, width, norm):
+    layers = []
+    for n in (n_in, width):
+        layers += [nn.Linear(n, width), _norm(norm, width, dense=True), nn.ReLU()]
+    last = nn.Linear(width, n_out)
+    nn.init.zeros_(last.weight)
+    nn.init.zeros_(last.bias)
+    return nn.Sequential(*layers, last)
+
+
+def _coupling_nets(parts, width, norm):
+    "Slope and offset of the first part from the second, then those of the second."
+    nets = nn.ModuleList()
+    for n_in, n_out in (parts[::-1], parts):
+        for _ in ('slope', 'offset'):
+            nets.append(_coupling_net(n_in, n_out, width, norm))
+    return nets
+
+
+def _shuffle(dim, seed):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randperm(dim, generator=generator, device='cpu')
+
+# %% ../nbs/07a_ecvae_nets.ipynb #5257b3ac
 class Couple(nn.Module):
     """One block of the flow: both halves moved by a line, and a fixed shuffle.
 
     Source: label `eq-ecvaenets-coupling`.
     """
-    def __init__(self,
-        dim:int,        # Latent numbers, at least 2
-        width:int,      # Hidden units of each of two layers
-        seed:int,       # Of the shuffle
-        norm:str,       # group, batch or none
-        clamp:float=2., # Bound c on the logarithm of a slope
+
+    def __init__(
+        self,
+        dim: int,  # Latent numbers, at least 2
+        width: int,  # Hidden units of each of two layers
+        seed: int,  # Of the shuffle
+        norm: str,  # group, batch or none
+        clamp: float = 2.0,  # Bound c on the logarithm of a slope
     ):
         super().__init__()
-        self.parts,self.clamp = (dim//2, dim-dim//2), clamp
-        self.nets = nn.ModuleList(self._net(*sizes, width, norm) for sizes in (self.parts[::-1], self.parts) for _ in ('slope', 'offset'))
-        order = torch.randperm(dim, generator=torch.Generator().manual_seed(seed), device='cpu')
-        self.register_buffer('order', order), self.register_buffer('back', order.argsort())
+        self.parts, self.clamp = (dim // 2, dim - dim // 2), clamp
+        self.nets = _coupling_nets(self.parts, width, norm)
+        order = _shuffle(dim, seed)
+        self.register_buffer('order', order)
+        self.register_buffer('back', order.argsort())
 
-    def _net(self, i, o, width, norm):
-        net = nn.Sequential(*(m for n in (i, width) for m in (nn.Linear(n, width), _norm(norm, width, dense=True), nn.ReLU())), nn.Linear(width, o))
-        for p in net[-1].parameters(): nn.init.zeros_(p)
-        return net
+    def line(self, n, rest):  # log-slope and offset of half n
+        slope, offset = self.nets[2 * n](rest), self.nets[2 * n + 1](rest)
+        return 2 * self.clamp / math.pi * torch.atan(slope / self.clamp), offset
 
-    def line(self, n, rest): # log-slope and offset of half n
-        r,t = self.nets[2*n](rest), self.nets[2*n+1](rest)
-        return 2*self.clamp/math.pi*torch.atan(r/self.clamp), t
-
-    def forward(self,
-        z:Tensor, # (B, dim)
-    )->tuple:     # Like z, and log-determinant (B,)
-        p,q = z.split(self.parts, 1)
-        a,t = self.line(0, q); p = p*a.exp()+t
-        b,t = self.line(1, p); q = q*b.exp()+t
-        return torch.cat((p, q), 1)[:,self.order], a.sum(1)+b.sum(1)
+    def forward(
+        self,
+        z: Tensor,  # (B, dim)
+    ) -> tuple:  # Like z, and log-determinant (B,)
+        first, second = z.split(self.parts, 1)
+        slope, offset = self.line(0, second)
+        first = first * slope.exp() + offset
+        slope_2, offset = self.line(1, first)
+        second = second * slope_2.exp() + offset
+        both = torch.cat((first, second), 1)
+        return both[:, self.order], slope.sum(1) + slope_2.sum(1)
 
     def inverse(self, u):
-        p,q = u[:,self.back].split(self.parts, 1)
-        b,t = self.line(1, p); q = (q-t)*(-b).exp()
-        a,t = self.line(0, q); p = (p-t)*(-a).exp()
-        return torch.cat((p, q), 1)
+        first, second = u[:, self.back].split(self.parts, 1)
+        slope, offset = self.line(1, first)
+        second = (second - offset) * (-slope).exp()
+        slope, offset = self.line(0, second)
+        first = (first - offset) * (-slope).exp()
+        return torch.cat((first, second), 1)
 
 # %% ../nbs/07a_ecvae_nets.ipynb #c045
 class LatentFlow(Flow):
     """RealNVP on latent numbers: `encode` turns z into normal noise, `decode` noise into z.
 
-    Raises `ValueError` for fewer than two numbers, and `RuntimeError` for inverting batch norm in training mode.
-    Source: released program of Luo et al. 2024; the number of blocks and the start are ours.
+    Raises `ValueError` below two numbers, `RuntimeError` to invert batch norm in training.
+    Source: released program of Luo et al. 2024; number of blocks and start are ours.
     """
-    def __init__(self,
-        dim:int=128,       # Latent numbers
-        width:int=256,     # Hidden units of the networks in a block
-        blocks:int=8,      # Blocks
+
+    def __init__(
+        self,
+        dim: int = 128,  # Latent numbers
+        width: int = 256,  # Hidden units of the networks in a block
+        blocks: int = 8,  # Blocks
         *,
-        norm:str='group',  # group, none or batch (the demo)
-        clamp:float=2.,    # Bound on the logarithm of a slope
+        norm: str = 'group',  # group, none or batch (the demo)
+        clamp: float = 2.0,  # Bound on the logarithm of a slope
     ):
         super().__init__()
-        if dim<2: raise ValueError(f"a flow needs at least two numbers to split, got {dim}")
-        self.shape,self.norm = (dim,), norm
-        self.blocks = nn.ModuleList(Couple(dim, width, k, norm, clamp) for k in range(blocks))
+        if dim < 2:
+            raise ValueError(f"a flow needs at least two numbers to split, got {dim}")
+        self.shape, self.norm = (dim,), norm
+        couples = [Couple(dim, width, seed, norm, clamp) for seed in range(blocks)]
+        self.blocks = nn.ModuleList(couples)
 
-    def encode(self,
-        z:Tensor, # (B, dim) latent numbers
-    )->tuple:     # u (B, dim), standard normal under the model, and log |det du/dz| (B,) in nats
-        h,total = self.check(z), 0
-        for b in self.blocks:
-            h,o = b(h)
-            total = total+o
-        return h, total
+    def encode(
+        self,
+        z: Tensor,  # (B, dim) latent numbers
+    ) -> tuple:  # u (B, dim), normal under the model; log |det du/dz| (B,) in nats
+        u, total = self.check(z), 0
+        for block in self.blocks:
+            u, logdet = block(u)
+            total = total + logdet
+        return u, total
 
-    def decode(self,
-        u:Tensor, # (B, dim)
-    )->Tensor:    # (B, dim) latent numbers
-        if self.training and self.norm=='batch': raise RuntimeError("batch norm cannot be inverted in training mode: call eval() first")
-        h = self.check(u)
-        for b in reversed(self.blocks): h = b.inverse(h)
-        return h
+    def decode(
+        self,
+        u: Tensor,  # (B, dim)
+    ) -> Tensor:  # (B, dim) latent numbers
+        if self.training and self.norm == 'batch':
+            problem = "batch norm cannot be inverted in training mode"
+            raise RuntimeError(f"{problem}: call eval() first")
+        z = self.check(u)
+        for block in reversed(self.blocks):
+            z = block.inverse(z)
+        return z
 
 # %% ../nbs/07a_ecvae_nets.ipynb #c049
 def networks(
-    shape:tuple,                        # (C, side, side) of one image, or (D,) of a point
+    shape: tuple,  # (C, side, side) of one image, or (D,) of a point
     *,
-    latent:int=128,                     # Latent numbers
-    down:tuple=(128, 256, 512, 1024),   # Widths of the encoder, from the image on
-    up:tuple=(1024, 512, 512, 512),     # Widths of the decoder, from the start map on
-    energy:tuple=(128, 256, 256, 256),  # Widths of the energy, from the image on
-    width:float=1.,                     # Multiplies all widths
-    blocks:int=2,                       # Residual blocks in each stage of the energy
-    scales:int=3,                       # Sizes at which the energy sees an image
-    hidden:int=2048,                    # Hidden units in the head of the energy
-    skips:bool=False,                   # The networks with skip-excitation
-    mu_tanh:bool=True,                  # Keep the encoder's means in (-1, 1)
-    norm:str='batch',                   # Of encoder and decoder of images: batch, group or none
-    sn_decoder:bool=True,               # Spectral norm in the decoder, and in the encoder with skip-excitation
-    sn_energy:bool=True,                # Spectral norm in the energy
-    flow:int=0,                         # Blocks of the flow that is the prior; 0 is the normal prior
-    flow_width:int=256,                 # Hidden units of its networks
-)->tuple:                               # Encoder, decoder, energy, and the flow or None
-    "All networks of a row; `networks(**ROWS[row])`."
-    down,up,energy,(hidden,flow_width) = (tuple(max(2, round(width*o)) for o in ws) for ws in (down, up, energy, (hidden, flow_width)))
+    latent: int = 128,  # Latent numbers
+    down: tuple = (128, 256, 512, 1024),  # Widths of the encoder, from the image on
+    up: tuple = (1024, 512, 512, 512),  # Widths of the decoder, from the start map on
+    energy: tuple = (128, 256, 256, 256),  # Widths of the energy, from the image on
+    width: float = 1.0,  # Multiplies all widths
+    blocks: int = 2,  # Residual blocks in each stage of the energy
+    scales: int = 3,  # Sizes at which the energy sees an image
+    hidden: int = 2048,  # Hidden units in the head of the energy
+    skips: bool = False,  # The networks with skip-excitation
+    mu_tanh: bool = True,  # Keep the encoder's means in (-1, 1)
+    norm: str = 'batch',  # Of encoder and decoder of images: batch, group or none
+    sn_decoder: bool = True,  # Spectral norm in the decoder, and in an encoder with `skips`
+    sn_energy: bool = True,  # Spectral norm in the energy
+    flow: int = 0,  # Blocks of the flow that is the prior; 0 is the normal prior
+    flow_width: int = 256,  # Hidden units of its networks
+) -> tuple:  # Encoder, decoder, energy, and the flow or None
+    "All networks of a preset; `networks(**ROWS[name])`."
+    down, up, energy = _scaled(down, width), _scaled(up, width), _scaled(energy, width)
+    hidden, flow_width = _scaled((hidden, flow_width), width)
     prior = LatentFlow(latent, flow_width, flow) if flow else None
-    if len(shape)==1: return PointEncoder(shape, latent, down, mu_tanh=mu_tanh), PointDecoder(shape, latent, up), PointEnergy(shape, energy, sn=sn_energy), prior
-    enc = SkipEncoder(shape, latent, down, mu_tanh=mu_tanh, norm=norm, sn=sn_decoder) if skips else Encoder(shape, latent, down, mu_tanh=mu_tanh, norm=norm)
-    dec = Decoder(shape, latent, up, reach=4 if skips else 0, last=3 if skips else 1, norm=norm, sn=sn_decoder)
-    return enc, dec, EnergyNet(shape, energy, blocks=blocks, scales=scales, hidden=hidden, sn=sn_energy), prior
+    if len(shape) == 1:
+        enc = PointEncoder(shape, latent, down, mu_tanh=mu_tanh)
+        dec = PointDecoder(shape, latent, up)
+        return enc, dec, PointEnergy(shape, energy, sn=sn_energy), prior
+    common = dict(mu_tanh=mu_tanh, norm=norm)
+    if skips:
+        enc = SkipEncoder(shape, latent, down, **common, sn=sn_decoder)
+        dec = Decoder(shape, latent, up, reach=4, last=3, norm=norm, sn=sn_decoder)
+    else:
+        enc = Encoder(shape, latent, down, **common)
+        dec = Decoder(shape, latent, up, norm=norm, sn=sn_decoder)
+    sizes = dict(blocks=blocks, scales=scales, hidden=hidden)
+    return enc, dec, EnergyNet(shape, energy, **sizes, sn=sn_energy), prior
+
+
+def _scaled(widths, factor):
+    return tuple(max(2, round(factor * width)) for width in widths)
 
 # %% ../nbs/07a_ecvae_nets.ipynb #c051
-PRIOR_BLOCKS = 8 # of the flow that is the prior; the number is not in the program: ours
+PRIOR_BLOCKS = 8  # of the flow that is the prior; the number is not in the program: ours
 
-ROWS = { # arguments of `networks`; where a row gives no lists of widths, they are the demo's
-    'gaussians25':   dict(shape=(2,), latent=2, down=(128, 128), up=(128, 128, 128), energy=(128, 128, 128), mu_tanh=False),
-    'digits':        dict(shape=(1, 8, 8), latent=16, down=(128, 256), up=(256, 256), energy=(128, 256, 512),
-                          width=1/8, blocks=1, scales=1, hidden=1024, norm='group', sn_decoder=False),
-    'shapes':        dict(shape=(3, 16, 16), latent=32, down=(128, 256, 512), up=(512, 256, 256), energy=(128, 256, 512),
-                          width=1/8, blocks=1, scales=1, hidden=1024, norm='group', sn_decoder=False),
-    'mnist':         dict(shape=(1, 28, 28), latent=32, down=(128, 256, 512), up=(512, 512, 256), energy=(128, 256, 512),
-                          width=1/4, blocks=1, scales=2, norm='group', sn_decoder=False),
+_SMALL = dict(norm='group', sn_decoder=False)  # what the small presets share
+_TINY = dict(width=1 / 8, blocks=1, scales=1, hidden=1024) | _SMALL
+_64 = dict(
+    down=(64, 128, 256, 512, 1024),
+    up=(1024, 512, 512, 512, 256),
+    energy=(64, 128, 256, 256, 256),
+)
+_256 = dict(
+    down=(16, 32, 64, 128, 256, 512),
+    up=(1024, 512, 256, 128, 128, 64, 32),
+    energy=(16, 32, 64, 128, 256, 256, 256),
+)
+
+# Arguments of `networks`; where a preset gives no lists of widths, they are the demo's.
+# fmt: off
+ROWS = {
+    'gaussians25':   dict(shape=(2,), latent=2, down=(128, 128), up=(128, 128, 128),
+                          energy=(128, 128, 128), mu_tanh=False),
+    'digits':        dict(shape=(1, 8, 8), latent=16, down=(128, 256), up=(256, 256),
+                          energy=(128, 256, 512), **_TINY),
+    'shapes':        dict(shape=(3, 16, 16), latent=32, down=(128, 256, 512),
+                          up=(512, 256, 256), energy=(128, 256, 512), **_TINY),
+    'mnist':         dict(shape=(1, 28, 28), latent=32, down=(128, 256, 512),
+                          up=(512, 512, 256), energy=(128, 256, 512), width=1/4, blocks=1,
+                          scales=2, **_SMALL),
     'cifar10':       dict(shape=(3, 32, 32)),
     'stl10':         dict(shape=(3, 32, 32)),
     'imagenet32':    dict(shape=(3, 32, 32)),
-    'lsun_church64': dict(shape=(3, 64, 64), down=(64, 128, 256, 512, 1024), up=(1024, 512, 512, 512, 256), energy=(64, 128, 256, 256, 256)),
-    'celeba64':      dict(shape=(3, 64, 64), down=(64, 128, 256, 512, 1024), up=(1024, 512, 512, 512, 256), energy=(64, 128, 256, 256, 256)),
-    'celebahq256':   dict(shape=(3, 256, 256), down=(16, 32, 64, 128, 256, 512), up=(1024, 512, 256, 128, 128, 64, 32), energy=(16, 32, 64, 128, 256, 256, 256),
-                          skips=True, mu_tanh=False, flow=PRIOR_BLOCKS),
+    'lsun_church64': dict(shape=(3, 64, 64), **_64),
+    'celeba64':      dict(shape=(3, 64, 64), **_64),
+    'celebahq256':   dict(shape=(3, 256, 256), **_256, skips=True, mu_tanh=False,
+                          flow=PRIOR_BLOCKS),
 }
+# fmt: on

@@ -6,9 +6,9 @@
 __all__ = ['STARTS', 'PRESETS', 'DEFAULT_ROW', 'STAGES', 'cd_loss', 'Spins', 'all_states', 'learn', 'short_run_precision',
            'PlaneEnergy', 'plane_scores', 'gabor', 'dog', 'filter_bank', 'Potential', 'Frame', 'inner', 'statistics',
            'response_scale', 'fit_texture', 'response_histograms', 'histogram_gap', 'pursuit', 'ConvField',
-           'class_log_probs', 'marginal_energy', 'Config', 'check_config', 'Tilt', 'Flat', 'Nets', 'build',
-           'prior_energy', 'posterior_energy', 'draw_prior', 'draw_posterior', 'losses', 'optimisers', 'sample',
-           'energy', 'evaluate']
+           'class_log_probs', 'marginal_energy', 'DataFields', 'NetFields', 'ChainFields', 'OptimFields', 'Config',
+           'check_config', 'Tilt', 'Flat', 'Nets', 'build', 'prior_energy', 'posterior_energy', 'draw_prior',
+           'draw_posterior', 'losses', 'optimisers', 'sample', 'energy', 'evaluate']
 
 # %% ../nbs/02_foundations.ipynb #c005
 import math
@@ -23,562 +23,845 @@ from torch import Tensor, nn
 from .core.config import check_words
 from .core.train import Group, Loop, Stage
 from .data import check_shape
-from .mcmc import Rates, frozen, grid_log_z, in_chunks, langevin, normal, recall, ula, variance_after
+from ebmbook.mcmc import (
+    Rates,
+    frozen,
+    grid_log_z,
+    in_chunks,
+    langevin,
+    normal,
+    recall,
+    ula,
+    variance_after,
+)
 
 # %% ../nbs/02_foundations.ipynb #c011
 def cd_loss(
-    energy:Callable,  # E(x) -> (B,), in nats
-    data:Tensor,      # (B, ...) examples
-    negatives:Tensor, # (M, ...) samples of the model, or what stands for them
-    on_data:Callable|None=None, # Energy of the examples where it is computed in another way; None is `energy`
-)->Tensor:            # Scalar; its gradient is that of the negative log-likelihood if the samples are exact
+    energy: Callable,  # E(x) -> (B,), in nats
+    data: Tensor,  # (B, ...) examples
+    negatives: Tensor,  # (M, ...) samples of the model, or what stands for them
+    on_data: Callable | None = None,  # Energy of the examples; None is `energy`
+) -> Tensor:  # Scalar
     """Mean energy of data minus mean energy of negatives, label `eq-foundations-gradient`.
 
-    No gradient flows into the samples. Source: Zhu 2024, eq. 2.2, with f = -E.
+    Its gradient is that of the negative log-likelihood if the samples are exact; no
+    gradient flows into the samples. `on_data` is for examples whose energy is computed in
+    another way. Source: Zhu 2024, eq. 2.2, with f = -E.
     """
-    return (on_data or energy)(data.detach()).mean()-energy(negatives.detach()).mean()
+    at_data = (on_data or energy)(data.detach()).mean()
+    return at_data - energy(negatives.detach()).mean()
 
 # %% ../nbs/02_foundations.ipynb #c014
 class Spins(nn.Module):
-    "Boltzmann machine of n spins: E(x) = -x'Jx/2 - b'x with symmetric J and zero diagonal."
+    """Boltzmann machine of n spins: E(x) = -x'Jx/2 - b'x with J symmetric, zero diagonal.
+
+    Initial values are drawn from torch's global generator.
+    """
+
     def __init__(
         self,
-        n:int,          # Spins, each -1 or 1
-        scale:float=.3, # Std of the initial couplings and fields, drawn from torch's global generator
+        n: int,  # Spins, each -1 or 1
+        scale: float = 0.3,  # Std of the initial couplings and fields
     ):
         super().__init__()
-        self.j,self.b = nn.Parameter(scale*torch.randn(n, n)),nn.Parameter(scale*torch.randn(n))
-    def forward(self, x): # (B, n) -> (B,) nats
-        j = self.j.triu(1)
-        return -((x@j)*x).sum(1)-x@self.b
+        self.j = nn.Parameter(scale * torch.randn(n, n))
+        self.b = nn.Parameter(scale * torch.randn(n))
+
+    def forward(self, x):  # (B, n) -> (B,) nats
+        couplings = self.j.triu(1)
+        return -((x @ couplings) * x).sum(1) - x @ self.b
+
 
 def all_states(
-    n:int,    # Spins; 2^n states must fit into memory
-)->Tensor:    # (2^n, n), values -1 and 1
+    n: int,  # Spins; 2^n states must fit into memory
+) -> Tensor:  # (2^n, n), values -1 and 1
     "Every state of n spins."
-    return torch.cartesian_prod(*[torch.tensor([-1., 1.])]*n).view(-1, n)
+    return torch.cartesian_prod(*[torch.tensor([-1.0, 1.0])] * n).view(-1, n)
 
 # %% ../nbs/02_foundations.ipynb #c018
 STARTS = ('data', 'persistent', 'noise')
 
+
+def _examples(drawn, energy, start):  # x, and the energy of x alone: of its own class, if any
+    if not isinstance(drawn, tuple):
+        return drawn, energy
+    if start == 'persistent':
+        raise ValueError(
+            "persistent chains of an energy with classes need a buffer for each class"
+        )
+    x, c = drawn
+    return x, lambda states: energy(states, c)
+
+
+def _persistent_chains(start, buffer, fresh, batch):  # None where chains do not persist
+    if start not in STARTS:
+        raise ValueError(f"start must be one of {', '.join(STARTS)}, got {start!r}")
+    if start == 'persistent' and buffer is None:
+        return fresh(batch)
+    return buffer if start == 'persistent' else None
+
+
+def _first_states(start, x, fresh, buffer, restart, generator):
+    # where the chains of one step begin, and their rows in the buffer if they persist
+    if start == 'persistent':
+        return recall(buffer, fresh(len(x)), restart, generator)
+    return (x if start == 'data' else fresh(len(x))), None
+
+# %% ../nbs/02_foundations.ipynb #39f91fb0
 def learn(
-    energy:nn.Module,   # E(x) -> (B,), or E(x, c) if `data` gives classes too
-    data:Callable,      # data(n) -> (n, ...) examples, or a pair of examples and classes (n,)
-    optimiser:torch.optim.Optimizer, # Of the energy's parameters
-    rates:Rates,        # Of the chains
+    energy: nn.Module,  # E(x) -> (B,), or E(x, c) if `data` gives classes too
+    data: Callable,  # data(n) -> (n, ...) examples, or a pair of examples and classes (n,)
+    optimiser: torch.optim.Optimizer,  # Of the energy's parameters
+    rates: Rates,  # Of the chains
     *,
-    n_iters:int,        # Learning steps
-    n_steps:int,        # Langevin updates K in each
-    fresh:Callable,     # fresh(n) -> (n, ...) noise to start from
-    start:str='persistent',    # One of `STARTS`
-    batch:int=128,             # Examples and chains of one step
-    buffer:Tensor|None=None,   # (M, ...) chains that persist, changed in place; None makes one of `batch`
-    restart:float=.0,          # Probability that a persistent chain starts anew
-    generator:torch.Generator|None=None, # Source of the chains' draws
-    chain:Callable|None=None,  # The energy in a form that is cheaper to differentiate by x; None is `energy`
-    on_data:Callable|None=None,# As in `cd_loss`
-    on_iter:Callable|None=None,# Called as on_iter(i, data, negatives) after each step
-)->Tensor:              # (M, ...) the buffer; the last negatives if chains do not persist
+    n_iters: int,  # Learning steps
+    n_steps: int,  # Langevin updates K in each
+    fresh: Callable,  # fresh(n) -> (n, ...) noise to start from
+    start: str = 'persistent',  # One of `STARTS`
+    batch: int = 128,  # Examples and chains of one step
+    buffer: Tensor | None = None,  # (M, ...) persistent chains, changed in place
+    restart: float = 0.0,  # Probability that a persistent chain starts anew
+    generator: torch.Generator | None = None,  # Source of the chains' draws
+    chain: Callable | None = None,  # The energy in a form for chains; None is `energy`
+    on_data: Callable | None = None,  # As in `cd_loss`
+    on_iter: Callable | None = None,  # on_iter(i, data, negatives), called after each step
+) -> Tensor:  # (M, ...) the buffer; the last negatives if chains do not persist
     """Maximum likelihood with negatives from Langevin chains; all starts in one loop.
 
-    Negatives keep the classes of the data they are compared with.
-    Raises `ValueError` for an unknown start, and for persistent chains of an energy with classes.
+    Negatives keep the classes of the data they are compared with. Without `buffer`, `batch`
+    chains persist. `chain` may be cheaper to differentiate by x. Raises `ValueError` for an
+    unknown start, and for persistent chains of an energy with classes.
     Source: Zhu 2024, eqs. 2.2, 2.3 and 2.5.
     """
-    if start not in STARTS: raise ValueError(f"start must be one of {', '.join(STARTS)}, got {start!r}")
-    if start=='persistent' and buffer is None: buffer = fresh(batch)
+    buffer = _persistent_chains(start, buffer, fresh, batch)
     for i in range(n_iters):
-        got = data(batch)
-        x,c = got if isinstance(got, tuple) else (got, None)
-        if c is not None and start=='persistent': raise ValueError("persistent chains of an energy with classes need a buffer for each class")
-        e = energy if c is None else lambda o: energy(o, c) # noqa: B023 - used within this iteration only
-        if start=='persistent': first,index = recall(buffer, fresh(len(x)), restart, generator)
-        else: first = x if start=='data' else fresh(len(x))
-        with frozen(energy): negatives = langevin(chain or e, first, rates, n_steps, generator=generator)
-        if start=='persistent': buffer[index] = negatives
+        x, own = _examples(data(batch), energy, start)
+        first, rows = _first_states(start, x, fresh, buffer, restart, generator)
+        with frozen(energy):
+            negatives = langevin(chain or own, first, rates, n_steps, generator=generator)
+        if buffer is not None:
+            buffer[rows] = negatives
         optimiser.zero_grad(set_to_none=True)
-        cd_loss(e, x, negatives, on_data).backward()
+        cd_loss(own, x, negatives, on_data).backward()
         optimiser.step()
-        if on_iter is not None: on_iter(i, x, negatives)
-    return buffer if start=='persistent' else negatives
+        if on_iter is not None:
+            on_iter(i, x, negatives)
+    return negatives if buffer is None else buffer
 
 # %% ../nbs/02_foundations.ipynb #c021
 def short_run_precision(
-    variance:float, # Of the data
-    delta:float,    # Langevin step of the thesis
-    n_steps:int,    # Updates K
-    v0:float,       # Variance at the start
-    low:float=0.,   # The answer lies between low and high
-    high:float|None=None, # None is 2/delta^2, the largest precision at which the chain does not overshoot
-)->float:           # The precision at which V_K equals `variance`
-    "Where maximum likelihood with short chains lands, label `eq-foundations-short`. Raises `ValueError` if no precision in the range fits."
-    high = 2/delta**2 if high is None else high
-    gap = lambda a: variance_after(v0, a, ula(delta**2/2), n_steps)-variance
-    if gap(low)*gap(high)>0: raise ValueError(f"no precision between {low:g} and {high:g} gives variance {variance:g}")
-    for _ in range(80): low,high = ((low+high)/2, high) if gap((low+high)/2)>0 else (low, (low+high)/2)
-    return (low+high)/2
+    variance: float,  # Of the data
+    delta: float,  # Langevin step of the thesis
+    n_steps: int,  # Updates K
+    v0: float,  # Variance at the start
+    low: float = 0.0,  # The answer lies between low and high
+    high: float | None = None,  # None is 2/delta^2
+) -> float:  # The precision at which V_K equals `variance`
+    """Where maximum likelihood with short chains lands, label `eq-foundations-short`.
+
+    2/delta^2 is the largest precision at which the chain does not overshoot.
+    Raises `ValueError` if no precision in the range fits.
+    """
+    high = 2 / delta**2 if high is None else high
+    rates = ula(delta**2 / 2)
+
+    def gap(precision):
+        return variance_after(v0, precision, rates, n_steps) - variance
+
+    if gap(low) * gap(high) > 0:
+        raise ValueError(
+            f"no precision between {low:g} and {high:g} gives variance {variance:g}"
+        )
+    for _ in range(80):
+        middle = (low + high) / 2
+        if gap(middle) > 0:
+            low = middle
+        else:
+            high = middle
+    return (low + high) / 2
 
 # %% ../nbs/02_foundations.ipynb #c025
 class PlaneEnergy(nn.Module):
-    "Small energy on points: a network of the scaled coordinates plus |x|^2/(2 s^2); with classes, one output for each."
+    """Small energy on points: a network of the scaled coordinates plus |x|^2/(2 s^2).
+
+    With classes there is one output for each.
+    """
+
     def __init__(
         self,
-        width:int=64,    # Waves, and units of the hidden layer
-        spread:float=6., # s, std of the Gaussian that the network tilts, in units of x
-        n_classes:int=0, # 0 is unconditional
-        unit:float=2.,   # Length of the finest details, in units of x
+        width: int = 64,  # Waves, and units of the hidden layer
+        spread: float = 6.0,  # s, std of the Gaussian that the network tilts, in units of x
+        n_classes: int = 0,  # 0 is unconditional
+        unit: float = 2.0,  # Length of the finest details, in units of x
     ):
         super().__init__()
-        self.spread,self.n_classes = spread,n_classes
-        self.register_buffer('waves', torch.randn(2, width)/unit) # random frequencies: a plain network is slow to learn fine patterns
-        self.net = nn.Sequential(nn.Linear(2*width, width), nn.SiLU(), nn.Linear(width, max(n_classes, 1)))
-    def all(self, x): # (B, 2) -> (B, n_classes) nats, one column for each class
-        w = x@self.waves
-        return self.net(torch.cat([w.sin(), w.cos()], 1))+x.square().sum(1, keepdim=True)/(2*self.spread**2)
-    def forward(self, x, c=None): # points (B, 2), classes (B,) from 0 -> (B,) nats
-        if (c is None)==(self.n_classes>0): raise ValueError(f"an energy of {self.n_classes} classes {'needs' if c is None else 'takes no'} classes c")
-        return self.all(x)[:,0] if c is None else self.all(x).gather(1, c[:,None])[:,0]
+        self.spread = spread
+        self.n_classes = n_classes
+        # random frequencies: a plain network is slow to learn fine patterns
+        self.register_buffer('waves', torch.randn(2, width) / unit)
+        self.net = nn.Sequential(
+            nn.Linear(2 * width, width), nn.SiLU(), nn.Linear(width, max(n_classes, 1))
+        )
 
+    def all(self, x):  # (B, 2) -> (B, n_classes) nats, one column for each class
+        phases = x @ self.waves
+        features = torch.cat([phases.sin(), phases.cos()], 1)
+        return self.net(features) + x.square().sum(1, keepdim=True) / (2 * self.spread**2)
+
+    def forward(self, x, c=None):  # points (B, 2), classes (B,) from 0 -> (B,) nats
+        if (c is None) == (self.n_classes > 0):
+            verb = 'needs' if c is None else 'takes no'
+            raise ValueError(f"an energy of {self.n_classes} classes {verb} classes c")
+        return self.all(x)[:, 0] if c is None else self.all(x).gather(1, c[:, None])[:, 0]
+
+# %% ../nbs/02_foundations.ipynb #505f6510
 def plane_scores(
-    energy:Callable, # E(x) -> (B,)
-    x:Tensor,        # (B, 2) fresh examples
-    log_p:Callable,  # The true log density
-    lim:float,       # The grid covers [-lim, lim]
-    n:int=200,       # Cells along each coordinate
-)->dict:             # loglik, kl in nats; log_z; the map (n, n) of the normalised log density
-    "Exact log-likelihood on data, and KL(data || model) by their mean. Source: book chapter 1, `grid_log_z`."
-    log_z,table = grid_log_z(energy, lim, n, like=x)
-    with torch.no_grad(): loglik = (-energy(x).double()-log_z).mean().item()
-    return dict(loglik=loglik, kl=log_p(x).double().mean().item()-loglik, log_z=log_z, map=table)
+    energy: Callable,  # E(x) -> (B,)
+    x: Tensor,  # (B, 2) fresh examples
+    log_p: Callable,  # The true log density
+    lim: float,  # The grid covers [-lim, lim]
+    n: int = 200,  # Cells along each coordinate
+) -> dict:  # loglik, kl in nats; log_z; the map (n, n) of the normalised log density
+    """Exact log-likelihood on data, and KL(data || model) by their mean.
+
+    Source: book chapter 1, `grid_log_z`.
+    """
+    log_z, table = grid_log_z(energy, lim, n, like=x)
+    with torch.no_grad():
+        loglik = (-energy(x).double() - log_z).mean().item()
+    kl = log_p(x).double().mean().item() - loglik
+    return dict(loglik=loglik, kl=kl, log_z=log_z, map=table)
 
 # %% ../nbs/02_foundations.ipynb #c033
-def _unit(h): # mean zero, norm one
-    h = h-h.mean()
-    return (h/h.norm()).float()
+def _unit(kernel):  # mean zero, norm one
+    kernel = kernel - kernel.mean()
+    return (kernel / kernel.norm()).float()
+
 
 def gabor(
-    period:float, # Wavelength in pixels
-    angle:float,  # Direction in which the wave runs, in degrees from the first axis of columns towards rows
-    phase:float=0., # In radians: 0 is even, pi/2 is odd
-)->Tensor:        # (s, s), s = 2 round(period)+1
-    "A wave of one direction under an elongated Gaussian window, mean zero, unit norm. Source: foundations of FRAME, Zhu et al. 1998."
-    n,a = round(period),math.radians(angle)
-    y,x = torch.meshgrid(*[torch.arange(-n, n+1, dtype=torch.float64)]*2, indexing='ij')
-    u,v = x*math.cos(a)+y*math.sin(a),-x*math.sin(a)+y*math.cos(a)
-    window = torch.exp(-(u**2+(v/2)**2)/(2*(.45*period)**2))
-    wave = torch.cos(2*math.pi*u/period+phase)
-    return _unit(window*(wave-(window*wave).sum()/window.sum()))
+    period: float,  # Wavelength in pixels
+    angle: float,  # Where the wave runs, in degrees from the axis of columns towards rows
+    phase: float = 0.0,  # In radians: 0 is even, pi/2 is odd
+) -> Tensor:  # (s, s), s = 2 round(period)+1
+    """A wave of one direction under an elongated Gaussian window, mean zero, unit norm.
+
+    Source: foundations of FRAME, Zhu et al. 1998.
+    """
+    half = round(period)
+    turn = math.radians(angle)
+    axis = torch.arange(-half, half + 1, dtype=torch.float64)
+    row, column = torch.meshgrid(axis, axis, indexing='ij')
+    along = column * math.cos(turn) + row * math.sin(turn)
+    across = -column * math.sin(turn) + row * math.cos(turn)
+    window = torch.exp(-(along**2 + (across / 2) ** 2) / (2 * (0.45 * period) ** 2))
+    wave = torch.cos(2 * math.pi * along / period + phase)
+    return _unit(window * (wave - (window * wave).sum() / window.sum()))
+
 
 def dog(
-    sigma:float, # Std of the inner Gaussian in pixels; the outer one is 1.6 times as wide
-)->Tensor:       # (s, s), s = 2 ceil(4 sigma)+1
+    sigma: float,  # Std of the inner Gaussian in pixels; the outer one is 1.6 times as wide
+) -> Tensor:  # (s, s), s = 2 ceil(4 sigma)+1
     "Difference of two round Gaussians, mean zero, unit norm."
-    n = math.ceil(4*sigma)
-    r2 = torch.arange(-n, n+1, dtype=torch.float64).square()
-    r2 = r2[:,None]+r2
-    bell = lambda s: torch.exp(-r2/(2*s**2))/s**2
-    return _unit(bell(sigma)-bell(1.6*sigma))
+    half = math.ceil(4 * sigma)
+    squares = torch.arange(-half, half + 1, dtype=torch.float64).square()
+    squares = squares[:, None] + squares
 
+    def bell(width):
+        return torch.exp(-squares / (2 * width**2)) / width**2
+
+    return _unit(bell(sigma) - bell(1.6 * sigma))
+
+# %% ../nbs/02_foundations.ipynb #25974cac
 def filter_bank(
-    periods:tuple=(4, 8, 12),   # Wavelengths of the Gabor filters; () leaves them out
-    n_angles:int=6,             # Directions, evenly over 180 degrees
-    sigmas:tuple=(.4, .7, 1.4, 2.8),# DoG widths; () leaves them out
-)->list[Tensor]:                # Gabor filters (period outside, direction, then even and odd), then DoG
-    "The 40 filters of this chapter, or some of them."
-    waves = [gabor(p, 180*i/n_angles, f) for p in periods for i in range(n_angles) for f in (0., math.pi/2)]
-    return waves+[dog(s) for s in sigmas]
+    periods: tuple = (4, 8, 12),  # Wavelengths of the Gabor filters; () leaves them out
+    n_angles: int = 6,  # Directions, evenly over 180 degrees
+    sigmas: tuple = (0.4, 0.7, 1.4, 2.8),  # DoG widths; () leaves them out
+) -> list[Tensor]:  # Gabor filters, then DoG
+    """The 40 filters of this chapter, or some of them.
+
+    Gabor filters are ordered by period, then by direction, then even before odd.
+    """
+    waves = [
+        gabor(period, 180 * i / n_angles, phase)
+        for period in periods
+        for i in range(n_angles)
+        for phase in (0.0, math.pi / 2)
+    ]
+    return waves + [dog(sigma) for sigma in sigmas]
 
 # %% ../nbs/02_foundations.ipynb #c037
+def _knots(responses, per_unit, n_knots):
+    # place of the lower knot in the flat table, weight of the upper one; linear also
+    # beyond the ends
+    at = responses * per_unit + n_knots // 2
+    lower = at.long().clamp_(0, n_knots - 2)
+    tables = torch.arange(len(per_unit), device=responses.device)[:, None, None]
+    return lower + n_knots * tables, at - lower
+
+# %% ../nbs/02_foundations.ipynb #7be42c69
 class Potential(nn.Module):
-    "One function phi of the response for each of K filters; its parameters are `theta` (K, S)."
+    """One function phi of the response for each of K filters; parameters `theta` (K, S).
+
+    Kinds: 'abs' is theta |r|, 'square' is -theta r^2/2, 'histogram' is a table with linear
+    interpolation.
+    """
+
     def __init__(
         self,
-        n:int,                  # Filters K
-        kind:str='abs',         # 'abs': theta |r|; 'square': -theta r^2/2; 'histogram': a table with linear interpolation
-        scale:Tensor|None=None, # For tables: (K,) typical size of each filter's responses; None is 1
-        n_knots:int=15,         # For tables: entries, odd
+        n: int,  # Filters K
+        kind: str = 'abs',  # 'abs', 'square' or 'histogram'
+        scale: Tensor | None = None,  # For tables: (K,) typical size of responses; None: 1
+        n_knots: int = 15,  # For tables: entries, odd
     ):
         super().__init__()
-        if kind not in ('abs', 'square', 'histogram'): raise ValueError(f"kind must be 'abs', 'square' or 'histogram', got {kind!r}")
-        self.kind,self.theta = kind,nn.Parameter(torch.zeros(n, n_knots if kind=='histogram' else 1))
-        width = (torch.ones(n) if scale is None else scale)*3/(n_knots//2)
-        self.register_buffer('per_unit', 1/width[:,None,None]) # knots per unit of response; tables reach to three typical sizes
-    def knots(self, r): # place of the lower knot in the flat table, weight of the upper one; linear also beyond the ends
-        n = self.theta.shape[1]
-        u = r*self.per_unit+n//2
-        i = u.long().clamp_(0, n-2)
-        return i+n*torch.arange(len(self.theta), device=r.device)[:,None,None],u-i
-    def forward(self, r, theta=None): # (B, K, H, W) -> (B, H, W), summed over filters
+        if kind not in ('abs', 'square', 'histogram'):
+            raise ValueError(f"kind must be 'abs', 'square' or 'histogram', got {kind!r}")
+        self.kind = kind
+        self.theta = nn.Parameter(torch.zeros(n, n_knots if kind == 'histogram' else 1))
+        # knots per unit of response; tables reach to three typical sizes
+        width = (torch.ones(n) if scale is None else scale) * 3 / (n_knots // 2)
+        self.register_buffer('per_unit', 1 / width[:, None, None])
+
+    def forward(self, responses, theta=None):  # (B, K, H, W) -> (B, H, W), filters summed
         theta = self.theta if theta is None else theta
-        if self.kind!='histogram': return ((r.abs() if self.kind=='abs' else -r.square()/2)*theta[:,:,None]).sum(1)
-        i,w = self.knots(r)
-        return (theta.flatten()[i]*(1-w)+theta.flatten()[i+1]*w).sum(1)
-    def both(self, r): # (B, H, W) as above, and (B, K, H, W) the derivative at each response; no gradient
-        if self.kind!='histogram': return self(r),self.theta[:,:,None]*(r.sign() if self.kind=='abs' else -r)
-        i,w = self.knots(r)
-        slope = F.pad(self.theta.diff(dim=1), (0, 1)).take(i)
-        return (self.theta.take(i)+w*slope).sum(1),slope*self.per_unit
+        if self.kind != 'histogram':
+            shape = responses.abs() if self.kind == 'abs' else -responses.square() / 2
+            return (shape * theta[:, :, None]).sum(1)
+        lower, weight = _knots(responses, self.per_unit, theta.shape[1])
+        flat = theta.flatten()
+        return (flat[lower] * (1 - weight) + flat[lower + 1] * weight).sum(1)
+
+    def both(self, responses):  # as `forward`, and the derivative (B, K, H, W); no gradient
+        if self.kind != 'histogram':
+            shape = responses.sign() if self.kind == 'abs' else -responses
+            return self(responses), self.theta[:, :, None] * shape
+        lower, weight = _knots(responses, self.per_unit, self.theta.shape[1])
+        slope = F.pad(self.theta.diff(dim=1), (0, 1)).take(lower)
+        return (self.theta.take(lower) + weight * slope).sum(1), slope * self.per_unit
 
 # %% ../nbs/02_foundations.ipynb #c039
 class Frame(nn.Module):
     "Energy of square images from filter responses, label `eq-foundations-frame`."
+
     def __init__(
         self,
-        kernels:list[Tensor], # (s, s) each, s odd, at most `size`
-        size:int=64,          # Images are (1, size, size); a multiple of 2
-        kind:str='abs',       # Of its `Potential`
-        scale:Tensor|None=None, # As there
+        kernels: list[Tensor],  # (s, s) each, s odd, at most `size`
+        size: int = 64,  # Images are (1, size, size); a multiple of 2
+        kind: str = 'abs',  # Of its `Potential`
+        scale: Tensor | None = None,  # As there
     ):
         super().__init__()
-        self.size,self.phi = size,Potential(len(kernels), kind, scale)
-        self.margin = max(len(h) for h in kernels)//2
+        self.size = size
+        self.phi = Potential(len(kernels), kind, scale)
+        self.margin = max(len(kernel) for kernel in kernels) // 2
         placed = torch.zeros(len(kernels), size, size)
-        for p,h in zip(placed, kernels):
-            p[:len(h),:len(h)] = h
-            p.copy_(p.roll((-(len(h)//2),)*2, (0, 1)))
+        for image, kernel in zip(placed, kernels):
+            side = len(kernel)
+            image[:side, :side] = kernel
+            image.copy_(image.roll((-(side // 2),) * 2, (0, 1)))
         self.register_buffer('spectrum', torch.fft.rfft2(placed))
-    def responses(self, x): # (B, 1, H, W) -> (B, K, H, W), circular correlation with each filter
-        return torch.fft.irfft2(torch.fft.rfft2(x)*self.spectrum.conj(), s=(self.size,)*2)
-    def field(self, x): # (B, 1, H, W) -> (B, H, W), energy per pixel
-        return x[:,0].square()/2-self.phi(self.responses(x))
-    def forward(self, x): # (B, 1, H, W) -> (B,) nats
+
+    def responses(self, x):  # (B, 1, H, W) -> (B, K, H, W), circular correlations
+        return torch.fft.irfft2(torch.fft.rfft2(x) * self.spectrum.conj(), s=(self.size,) * 2)
+
+    def field(self, x):  # (B, 1, H, W) -> (B, H, W), energy per pixel
+        return x[:, 0].square() / 2 - self.phi(self.responses(x))
+
+    def forward(self, x):  # (B, 1, H, W) -> (B,) nats
         return self.field(x).flatten(1).sum(1)
-    def chain(self, x): # the same energy with the analytic gradient, for chains: it reaches x alone, and only once
+
+    def chain(self, x):
+        "The same energy with the analytic gradient: it reaches x alone, and only once."
         with torch.no_grad():
-            r = self.responses(x)
-            value,slope = self.phi.both(r)
-            e = (x[:,0].square()/2-value).flatten(1).sum(1)
-            back = (torch.fft.rfft2(slope)*self.spectrum).sum(1, keepdim=True)
-            grad = x-torch.fft.irfft2(back, s=(self.size,)*2)
-        return e+((x-x.detach())*grad).flatten(1).sum(1)
+            value, slope = self.phi.both(self.responses(x))
+            energies = (x[:, 0].square() / 2 - value).flatten(1).sum(1)
+            back = (torch.fft.rfft2(slope) * self.spectrum).sum(1, keepdim=True)
+            grad = x - torch.fft.irfft2(back, s=(self.size,) * 2)
+        return energies + ((x - x.detach()) * grad).flatten(1).sum(1)
 
 # %% ../nbs/02_foundations.ipynb #c042
 def inner(
-    model:nn.Module, # With `field` and `margin`
-)->Callable:         # x (B, 1, H, W) -> (B,) nats
+    model: nn.Module,  # With `field` and `margin`
+) -> Callable:  # x (B, 1, H, W) -> (B,) nats
     "The energy of images that are not periodic: inner pixels only, scaled to all of them."
-    m = model.margin
+    edge = model.margin
+
     def energy(x):
-        e = model.field(x)
-        return e[:,m:e.shape[1]-m,m:e.shape[2]-m].flatten(1).mean(1)*e[0].numel()
+        field = model.field(x)
+        inside = field[:, edge : field.shape[1] - edge, edge : field.shape[2] - edge]
+        return inside.flatten(1).mean(1) * field[0].numel()
+
     return energy
 
+
 def statistics(
-    model:Frame,      # Gives filters and potential
-    x:Tensor,         # (B, 1, H, W)
-    edge:bool=False,  # Leave out pixels near the edge: for images that are not periodic
-)->Tensor:            # (K, S), mean over images and pixels
+    model: Frame,  # Gives filters and potential
+    x: Tensor,  # (B, 1, H, W)
+    edge: bool = False,  # Leave out pixels near the edge: for images that are not periodic
+) -> Tensor:  # (K, S), mean over images and pixels
     "Sufficient statistics: the derivative of the mean potential with respect to theta."
-    m = model.margin if edge else 0
+    kept = slice(model.margin, model.size - model.margin) if edge else slice(model.size)
     with torch.enable_grad():
         theta = model.phi.theta.detach().requires_grad_()
-        out = model.phi(model.responses(x), theta)
-        return torch.autograd.grad(out[:,m:model.size-m,m:model.size-m].mean(), theta)[0]
+        potential = model.phi(model.responses(x), theta)
+        return torch.autograd.grad(potential[:, kept, kept].mean(), theta)[0]
+
 
 def response_scale(
-    kernels:list[Tensor], # Filters
-    x:Tensor,             # (B, 1, H, W) images that are not periodic
-)->Tensor:                # (K,) root mean square of the responses
+    kernels: list[Tensor],  # Filters
+    x: Tensor,  # (B, 1, H, W) images that are not periodic
+) -> Tensor:  # (K,) root mean square of the responses
     "Typical size of each filter's responses."
-    return statistics(Frame(kernels, x.shape[-1], 'square'), x, True)[:,0].mul(-2).sqrt()
+    return statistics(Frame(kernels, x.shape[-1], 'square'), x, True)[:, 0].mul(-2).sqrt()
 
 # %% ../nbs/02_foundations.ipynb #c045
+def _texture_data(model, x, target, fresh, size, generator):
+    # what `learn` takes as data, and the energy of the examples
+    if not isinstance(model, Frame):
+        return lambda n: x[torch.randint(len(x), (n,), generator=generator)], inner(model)
+    # a Frame's energy is linear in the statistics, so their mean says all about the data
+    wanted = statistics(model, x, True) if target is None else target
+    return fresh, lambda _: -(size**2) * (model.phi.theta * wanted).sum()[None]
+
+# %% ../nbs/02_foundations.ipynb #5e7a8fe3
 def fit_texture(
-    model:nn.Module,  # A `Frame`, or another energy with `field` and `margin`
-    x:Tensor|None,    # (N, 1, H, W) examples, mean 0, variance 1; a Frame reads them once
+    model: nn.Module,  # A `Frame`, or another energy with `field` and `margin`
+    x: Tensor | None,  # (N, 1, H, W) examples, mean 0, variance 1; a Frame reads them once
     *,
-    n_iters:int=100,  # Learning steps
-    n_steps:int=10,   # Langevin updates in each
-    n_chains:int=4,   # Images that are synthesised
-    size:int=64,      # Their side
-    delta:float=.1,   # Langevin step of the thesis
-    rate:float=.05,   # Step in theta per unit of the mean statistic
-    optimiser:torch.optim.Optimizer|None=None, # None is gradient descent with `rate`
-    target:Tensor|None=None,   # (K, S) statistics that a Frame has to match; None takes those of `x`
-    generator:torch.Generator|None=None, # Source of every draw
-    on_iter:Callable|None=None,# Called as on_iter(i, images) after each step
-)->Tensor:            # (n_chains, 1, size, size) synthesised images
-    "Learn a stationary energy of images and synthesise at once, with persistent chains from white noise."
-    fresh = lambda n: torch.randn(n, 1, size, size, generator=generator)
-    pick,on_data = (lambda n: x[torch.randint(len(x), (n,), generator=generator)]),inner(model)
-    if isinstance(model, Frame): # its energy is linear in the statistics, so their mean says all about the data
-        h = statistics(model, x, True) if target is None else target
-        pick,on_data = fresh,(lambda _: -size**2*(model.phi.theta*h).sum()[None])
-    opt = optimiser or torch.optim.SGD(model.parameters(), rate/size**2)
-    fall = torch.optim.lr_scheduler.LambdaLR(opt, lambda i: min(1., 2.02-2*i/n_iters)) # full for half of the time, then down to 2 %
-    def told(i, _, images):
+    n_iters: int = 100,  # Learning steps
+    n_steps: int = 10,  # Langevin updates in each
+    n_chains: int = 4,  # Images that are synthesised
+    size: int = 64,  # Their side
+    delta: float = 0.1,  # Langevin step of the thesis
+    rate: float = 0.05,  # Step in theta per unit of the mean statistic
+    optimiser: torch.optim.Optimizer | None = None,  # None is gradient descent with `rate`
+    target: Tensor | None = None,  # (K, S) statistics for a Frame; None takes those of `x`
+    generator: torch.Generator | None = None,  # Source of every draw
+    on_iter: Callable | None = None,  # Called as on_iter(i, images) after each step
+) -> Tensor:  # (n_chains, 1, size, size) synthesised images
+    """Learn a stationary energy of images and synthesise at once.
+
+    Chains persist and start from white noise. A Frame has to match `target`.
+    """
+    opt = optimiser or torch.optim.SGD(model.parameters(), rate / size**2)
+    # full for half of the time, then down to 2 %
+    fall = torch.optim.lr_scheduler.LambdaLR(opt, lambda i: min(1.0, 2.02 - 2 * i / n_iters))
+
+    def fresh(n):
+        return torch.randn(n, 1, size, size, generator=generator)
+
+    def after_step(i, _, images):
         fall.step()
-        if on_iter is not None: on_iter(i, images)
-    return learn(model, pick, opt, ula(delta**2/2), n_iters=n_iters, n_steps=n_steps, fresh=fresh, batch=n_chains, generator=generator,
-                 chain=getattr(model, 'chain', None), on_data=on_data, on_iter=told)
+        if on_iter is not None:
+            on_iter(i, images)
+
+    data, on_data = _texture_data(model, x, target, fresh, size, generator)
+    lengths = dict(n_iters=n_iters, n_steps=n_steps, batch=n_chains)
+    forms = dict(chain=getattr(model, 'chain', None), on_data=on_data)
+    options = lengths | forms | dict(fresh=fresh, generator=generator, on_iter=after_step)
+    return learn(model, data, opt, ula(delta**2 / 2), **options)
 
 # %% ../nbs/02_foundations.ipynb #c048
 def response_histograms(
-    x:Tensor,             # (N, 1, H, W)
-    kernels:list[Tensor], # Filters
-    scale:Tensor,         # (K,) root mean square of the real responses, from `response_scale`
-    edge:bool=False,      # Leave out pixels near the edge: for images that are not periodic
-    n_bins:int=41,        # Over four times `scale` on either side; the last ones are open
-)->Tensor:                # (K, n_bins), each row sums to 1
+    x: Tensor,  # (N, 1, H, W)
+    kernels: list[Tensor],  # Filters
+    scale: Tensor,  # (K,) root mean square of the real responses, from `response_scale`
+    edge: bool = False,  # Leave out pixels near the edge: for images that are not periodic
+    n_bins: int = 41,  # Over four times `scale` on either side; the last ones are open
+) -> Tensor:  # (K, n_bins), each row sums to 1
     "Histograms of filter responses over images and pixels."
     model = Frame(kernels, x.shape[-1])
-    m = model.margin if edge else 0
-    r = torch.cat([model.responses(o)[:,:,m:model.size-m,m:model.size-m] for o in x.split(16)])/scale[:,None,None]
-    i = ((r/8+.5)*n_bins).long().clamp(0, n_bins-1).transpose(0, 1).flatten(1)
-    return torch.stack([k.bincount(minlength=n_bins)/len(k) for k in i])
+    kept = slice(model.margin, model.size - model.margin) if edge else slice(model.size)
+    responses = torch.cat([model.responses(part)[:, :, kept, kept] for part in x.split(16)])
+    bins = ((responses / scale[:, None, None] / 8 + 0.5) * n_bins).long()
+    bins = bins.clamp(0, n_bins - 1).transpose(0, 1).flatten(1)
+    return torch.stack([row.bincount(minlength=n_bins) / len(row) for row in bins])
+
 
 def histogram_gap(
-    a:Tensor, # (K, n_bins) from `response_histograms`
-    b:Tensor, # The same
-)->float:     # In [0, 1]
+    first: Tensor,  # (K, n_bins) from `response_histograms`
+    second: Tensor,  # The same
+) -> float:  # In [0, 1]
     "Half the L1 distance of two histograms, averaged over filters."
-    return ((a-b).abs().sum(1)/2).mean().item()
+    return ((first - second).abs().sum(1) / 2).mean().item()
 
 # %% ../nbs/02_foundations.ipynb #c057
 def pursuit(
-    kernels:list[Tensor], # The bank to choose from
-    x:Tensor,             # (N, 1, H, W) examples, mean 0, variance 1
-    n:int,                # How many to choose
+    kernels: list[Tensor],  # The bank to choose from
+    x: Tensor,  # (N, 1, H, W) examples, mean 0, variance 1
+    n: int,  # How many to choose
     *,
-    enough:float=.05,     # Stop when the largest relative gap is below this
-    generator:torch.Generator|None=None, # Source of every draw
-    **how,                # Passed on to `fit_texture`
-)->tuple[list[int],list[float],Tensor]: # Filters in the order of their choice, the gap that each was chosen for, the last images
-    "Filter pursuit with mean absolute responses. Source: Zhu et al. 1998, section on filter selection."
-    size = how.get('size', 64)
-    whole,images,order,gaps = Frame(kernels, x.shape[-1]),torch.randn(4, 1, size, size, generator=generator),[],[]
-    h = statistics(whole, x, True)[:,0]
-    look = Frame(kernels, size)
+    enough: float = 0.05,  # Stop when the largest relative gap is below this
+    generator: torch.Generator | None = None,  # Source of every draw
+    **options,  # Passed on to `fit_texture`
+) -> tuple[list[int], list[float], Tensor]:  # Filters, their gaps, the last images
+    """Filter pursuit with mean absolute responses.
+
+    Filters come in the order of their choice, each with the gap that it was chosen for.
+    Source: Zhu et al. 1998, section on filter selection.
+    """
+    size = options.get('size', 64)
+    wanted = statistics(Frame(kernels, x.shape[-1]), x, True)[:, 0]
+    whole_bank = Frame(kernels, size)
+    images = torch.randn(4, 1, size, size, generator=generator)
+    order = []
+    gaps = []
     for _ in range(n):
-        gap = (statistics(look, images)[:,0]-h).abs()/h
-        if order: gap[torch.tensor(order)] = 0
-        if gap.max()<enough: break
+        gap = (statistics(whole_bank, images)[:, 0] - wanted).abs() / wanted
+        if order:
+            gap[torch.tensor(order)] = 0
+        if gap.max() < enough:
+            break
         order.append(gap.argmax().item())
         gaps.append(gap.max().item())
-        model = Frame([kernels[k] for k in order], size)
-        images = fit_texture(model, None, target=h[order][:,None], generator=generator, **how)
-    return order,gaps,images
+        model = Frame([kernels[i] for i in order], size)
+        target = wanted[order][:, None]
+        images = fit_texture(model, None, target=target, generator=generator, **options)
+    return order, gaps, images
 
 # %% ../nbs/02_foundations.ipynb #c061
 class ConvField(nn.Module):
-    "Stationary energy of images: |x|^2/2 plus the sum over pixels of a small convolutional network, circular."
-    margin = 7 # pixels that an output sees on each side
+    """Stationary energy of images.
+
+    |x|^2/2 plus the sum over pixels of a small convolutional network, circular.
+    """
+
+    margin = 7  # pixels that an output sees on each side
+
     def __init__(
         self,
-        ch:int=8, # Channels
+        ch: int = 8,  # Channels
     ):
         super().__init__()
-        def conv(a, b, k): return nn.Conv2d(a, b, k, padding=k//2, padding_mode='circular')
-        self.net = nn.Sequential(conv(1, ch, 9), nn.SiLU(), conv(ch, ch, 5), nn.SiLU(), conv(ch, 1, 3))
-    def field(self, x): # (B, 1, H, W) -> (B, H, W) nats per pixel
-        return x[:,0].square()/2+self.net(x)[:,0]
-    def forward(self, x): # (B, 1, H, W) -> (B,)
+
+        def conv(n_in, n_out, size):
+            return nn.Conv2d(n_in, n_out, size, padding=size // 2, padding_mode='circular')
+
+        self.net = nn.Sequential(
+            conv(1, ch, 9), nn.SiLU(), conv(ch, ch, 5), nn.SiLU(), conv(ch, 1, 3)
+        )
+
+    def field(self, x):  # (B, 1, H, W) -> (B, H, W) nats per pixel
+        return x[:, 0].square() / 2 + self.net(x)[:, 0]
+
+    def forward(self, x):  # (B, 1, H, W) -> (B,)
         return self.field(x).flatten(1).sum(1)
 
 # %% ../nbs/02_foundations.ipynb #c066
 def class_log_probs(
-    log_z:Tensor, # (C,) log Z(theta, c)
-)->Tensor:        # (C,) log p(c)
-    "Marginal probabilities of the classes under the joint model, label `eq-foundations-conditional`."
-    return log_z-torch.logsumexp(log_z, 0)
+    log_z: Tensor,  # (C,) log Z(theta, c)
+) -> Tensor:  # (C,) log p(c)
+    """Marginal probabilities of the classes under the joint model.
+
+    Label `eq-foundations-conditional`.
+    """
+    return log_z - torch.logsumexp(log_z, 0)
+
 
 def marginal_energy(
-    energies:Callable, # x -> (B, C), one energy for each class
-)->Callable:           # x -> (B,), the energy of x whatever its class
+    energies: Callable,  # x -> (B, C), one energy for each class
+) -> Callable:  # x -> (B,), the energy of x whatever its class
     "Sum the joint density over classes: E(x) = -log sum_c exp(-E(x, c))."
     return lambda x: -torch.logsumexp(-energies(x), 1)
 
 # %% ../nbs/02_foundations.ipynb #c073
 @dataclass(frozen=True, kw_only=True)
-class Config(Loop):
-    "Settings of the latent energy model; those of the loop are inherited."
-    data:str                 # Name in `ebmbook.data.DATASETS`
-    shape:tuple[int,...]     # Shape of one image
-    n_iters:int              # Optimiser steps
-    prior:str = 'energy'     # 'energy', or 'gaussian' for E_alpha = 0
-    nz:int = 12              # Latent dimension
-    width:int = 192          # Of the decoder's hidden layers
-    prior_width:int = 96     # Of the energy's hidden layers
-    sigma:float = .15        # Std of the observation noise, images in [-1, 1]
-    prior_steps:int = 30     # Langevin updates of a prior chain, from N(0, I)
-    prior_delta:float = .4   # Their thesis step
-    post_steps:int = 20      # Langevin updates of a posterior chain, from N(0, I)
-    post_delta:float = .12   # Their thesis step
-    lr:float = 2e-3          # Adam step size of the decoder
-    lr_prior:float = 1e-3    # Adam step size of the energy
+class DataFields:
+    "What is modelled."
 
-_SMALL = dict(data='digits', shape=(1, 8, 8), batch=100, ema=.98, log_every=20, save_every=500)
+    data: str  # Name in `ebmbook.data.DATASETS`
+    shape: tuple[int, ...]  # Shape of one image
+
+# %% ../nbs/02_foundations.ipynb #d0a4029d
+@dataclass(frozen=True, kw_only=True)
+class NetFields:
+    "Prior, decoder and observation noise."
+
+    prior: str = 'energy'  # 'energy', or 'gaussian' for E_alpha = 0
+    nz: int = 12  # Latent dimension
+    width: int = 192  # Of the decoder's hidden layers
+    prior_width: int = 96  # Of the energy's hidden layers
+    sigma: float = 0.15  # Std of the observation noise, images in [-1, 1]
+
+# %% ../nbs/02_foundations.ipynb #000f7bc2
+@dataclass(frozen=True, kw_only=True)
+class ChainFields:
+    "The two Langevin chains."
+
+    prior_steps: int = 30  # Langevin updates of a prior chain, from N(0, I)
+    prior_delta: float = 0.4  # Their thesis step
+    post_steps: int = 20  # Langevin updates of a posterior chain, from N(0, I)
+    post_delta: float = 0.12  # Their thesis step
+
+# %% ../nbs/02_foundations.ipynb #39fdc0ca
+@dataclass(frozen=True, kw_only=True)
+class OptimFields:
+    "Length and learning rates."
+
+    n_iters: int  # Optimiser steps
+    lr: float = 2e-3  # Adam step size of the decoder
+    lr_prior: float = 1e-3  # Adam step size of the energy
+
+# %% ../nbs/02_foundations.ipynb #8e5fee24
+@dataclass(frozen=True, kw_only=True)
+class Config(Loop, DataFields, NetFields, ChainFields, OptimFields):
+    "Settings of the latent energy model; those of the loop are inherited."
+
+# %% ../nbs/02_foundations.ipynb #cff691f2
+# fmt: off
+_DIGITS = dict(
+    data='digits', shape=(1, 8, 8), batch=100, ema=.98, log_every=20, save_every=500)
+_MNIST = dict(
+    data='mnist', shape=(1, 28, 28), batch=100, ema=.999, nz=32, width=512, prior_width=200)
 PRESETS = {
-    'digits':       Config(**_SMALL, n_iters=600),                                # the live row of this chapter
-    'digits-claim': Config(**_SMALL, n_iters=1_000),                              # one side of the claim, and with prior: gaussian the other
-    'digits-claim-gaussian': Config(**_SMALL, n_iters=1_000, prior='gaussian', sigma=.2), # sigma tuned for this prior
-    'mnist':        Config(data='mnist', shape=(1, 28, 28), batch=100, ema=.999, n_iters=20_000, nz=32, width=512, prior_width=200), # not trained yet
+    # the live preset of this chapter
+    'digits':                Config(**_DIGITS, n_iters=600),
+    # one side of the claim, and with prior: gaussian the other
+    'digits-claim':          Config(**_DIGITS, n_iters=1_000),
+    # sigma tuned for this prior
+    'digits-claim-gaussian': Config(**_DIGITS, n_iters=1_000, prior='gaussian', sigma=.2),
+    # not trained yet
+    'mnist':                 Config(**_MNIST, n_iters=20_000),
 }
+# fmt: on
 DEFAULT_ROW = {'digits': 'digits', 'mnist': 'mnist'}
 
 # %% ../nbs/02_foundations.ipynb #c074
 def check_config(
-    cfg:Config, # Resolved settings
-)->Config:      # The same
-    "Refuse settings that contradict each other. Raises `ValueError` naming the field."
+    cfg: Config,  # Resolved settings
+) -> Config:  # The same
+    """Refuse settings that contradict each other.
+
+    Raises `ValueError` naming the field.
+    """
     check_words(cfg, dict(prior=('energy', 'gaussian')))
-    if not cfg.sigma>0: raise ValueError(f"sigma must be positive, got {cfg.sigma}")
+    if not cfg.sigma > 0:
+        raise ValueError(f"sigma must be positive, got {cfg.sigma}")
     check_shape(cfg.data, cfg.shape)
     return cfg
 
 # %% ../nbs/02_foundations.ipynb #c077
 class Tilt(nn.Module):
     "Energy of latents beside |z|^2/2."
+
     def __init__(
         self,
-        nz:int,    # Latent dimension
-        width:int, # Of two hidden layers
+        nz: int,  # Latent dimension
+        width: int,  # Of two hidden layers
     ):
         super().__init__()
-        self.net = nn.Sequential(nn.Linear(nz, width), nn.GELU(), nn.Linear(width, width), nn.GELU(), nn.Linear(width, 1))
-    def forward(self, z): # (B, nz) -> (B,) nats
-        return self.net(z)[:,0]
+        self.net = nn.Sequential(
+            nn.Linear(nz, width),
+            nn.GELU(),
+            nn.Linear(width, width),
+            nn.GELU(),
+            nn.Linear(width, 1),
+        )
+
+    def forward(self, z):  # (B, nz) -> (B,) nats
+        return self.net(z)[:, 0]
+
 
 class Flat(nn.Module):
     "No energy beside |z|^2/2: the Gaussian prior."
-    def forward(self, z): # (B, nz) -> (B,) zeros
+
+    def forward(self, z):  # (B, nz) -> (B,) zeros
         return z.new_zeros(len(z))
 
+# %% ../nbs/02_foundations.ipynb #213a9ca7
 class Nets(nn.Module, PyTorchModelHubMixin):
-    "Energy prior and decoder of one row; `save_pretrained` and `from_pretrained` store both with their settings."
+    """Energy prior and decoder of one preset.
+
+    `save_pretrained` and `from_pretrained` store both with their settings.
+    """
+
     def __init__(
         self,
-        cfg:Config, # Resolved settings
+        cfg: Config,  # Resolved settings
     ):
         super().__init__()
-        self.cfg,n = check_config(cfg),math.prod(cfg.shape)
-        self.tilt = Tilt(cfg.nz, cfg.prior_width) if cfg.prior=='energy' else Flat()
-        self.decoder = nn.Sequential(nn.Linear(cfg.nz, cfg.width), nn.GELU(), nn.Linear(cfg.width, cfg.width), nn.GELU(),
-                                     nn.Linear(cfg.width, n), nn.Tanh(), nn.Unflatten(1, cfg.shape))
+        self.cfg = check_config(cfg)
+        self.tilt = Tilt(cfg.nz, cfg.prior_width) if cfg.prior == 'energy' else Flat()
+        self.decoder = nn.Sequential(
+            nn.Linear(cfg.nz, cfg.width),
+            nn.GELU(),
+            nn.Linear(cfg.width, cfg.width),
+            nn.GELU(),
+            nn.Linear(cfg.width, math.prod(cfg.shape)),
+            nn.Tanh(),
+            nn.Unflatten(1, cfg.shape),
+        )
+
 
 def build(
-    cfg:Config, # Resolved settings
-)->Nets:        # Fresh networks from torch's global seed
-    "Networks of a row."
+    cfg: Config,  # Resolved settings
+) -> Nets:  # Fresh networks from torch's global seed
+    "Networks of a preset."
     return Nets(cfg)
 
 # %% ../nbs/02_foundations.ipynb #c079
 def prior_energy(
-    nets,      # With `tilt`
-)->Callable:   # z (B, nz) -> (B,) nats
+    nets,  # With `tilt`
+) -> Callable:  # z (B, nz) -> (B,) nats
     "Energy of latents before an image is seen, label `eq-foundations-latent`."
-    return lambda z: nets.tilt(z)+z.square().sum(1)/2
+    return lambda z: nets.tilt(z) + z.square().sum(1) / 2
+
 
 def posterior_energy(
-    nets,        # With `tilt` and `decoder`
-    x:Tensor,    # (B, ...) images
-    sigma:float, # Std of the observation noise
-)->Callable:     # z (B, nz) -> (B,) nats
+    nets,  # With `tilt` and `decoder`
+    x: Tensor,  # (B, ...) images
+    sigma: float,  # Std of the observation noise
+) -> Callable:  # z (B, nz) -> (B,) nats
     "Energy of latents once an image is seen, label `eq-foundations-posterior`."
-    return lambda z: prior_energy(nets)(z)+(x-nets.decoder(z)).flatten(1).square().sum(1)/(2*sigma**2)
+    prior = prior_energy(nets)
 
+    def energy(z):
+        miss = (x - nets.decoder(z)).flatten(1).square().sum(1)
+        return prior(z) + miss / (2 * sigma**2)
+
+    return energy
+
+# %% ../nbs/02_foundations.ipynb #c0ccd7ce
 def draw_prior(
-    nets,        # With `tilt`
-    n:int,       # How many
-    cfg,         # Uses prior, nz, prior_steps, prior_delta
+    nets,  # With `tilt`
+    n: int,  # How many
+    cfg,  # Uses prior, nz, prior_steps, prior_delta
     *,
-    generator:torch.Generator|None=None, # Source of every draw
-    n_steps:int|None=None,               # Updates; None is the row's
-)->Tensor:       # (n, nz)
+    generator: torch.Generator | None = None,  # Source of every draw
+    n_steps: int | None = None,  # Updates; None is the preset's
+) -> Tensor:  # (n, nz)
     "Latents of the prior: a Langevin chain from N(0, I), or N(0, I) itself."
     z = normal(next(nets.parameters()).new_zeros(n, cfg.nz), generator)
-    if cfg.prior=='gaussian': return z
-    with frozen(nets): return langevin(prior_energy(nets), z, ula(cfg.prior_delta**2/2), cfg.prior_steps if n_steps is None else n_steps, generator=generator)
+    if cfg.prior == 'gaussian':
+        return z
+    n_steps = cfg.prior_steps if n_steps is None else n_steps
+    rates = ula(cfg.prior_delta**2 / 2)
+    with frozen(nets):
+        return langevin(prior_energy(nets), z, rates, n_steps, generator=generator)
+
 
 def draw_posterior(
-    nets,        # With `tilt` and `decoder`
-    x:Tensor,    # (B, ...) images
-    cfg,         # Uses prior, nz, sigma, post_steps, post_delta
+    nets,  # With `tilt` and `decoder`
+    x: Tensor,  # (B, ...) images
+    cfg,  # Uses prior, nz, sigma, post_steps, post_delta
     *,
-    generator:torch.Generator|None=None, # Source of every draw
-    n_steps:int|None=None,               # Updates; None is the row's
-    temp:float=1.,                       # 0 walks downhill to the most probable latent
-)->Tensor:       # (B, nz)
+    generator: torch.Generator | None = None,  # Source of every draw
+    n_steps: int | None = None,  # Updates; None is the preset's
+    temp: float = 1.0,  # 0 descends to the most probable latent
+) -> Tensor:  # (B, nz)
     "Latents that could have made the images: a Langevin chain from N(0, I)."
     z = normal(x.new_zeros(len(x), cfg.nz), generator)
-    rates,k = ula(cfg.post_delta**2/2, temp),cfg.post_steps if n_steps is None else n_steps
-    with frozen(nets): return langevin(posterior_energy(nets, x, cfg.sigma), z, rates, k, generator=generator)
+    n_steps = cfg.post_steps if n_steps is None else n_steps
+    rates = ula(cfg.post_delta**2 / 2, temp)
+    energy = posterior_energy(nets, x, cfg.sigma)
+    with frozen(nets):
+        return langevin(energy, z, rates, n_steps, generator=generator)
 
 # %% ../nbs/02_foundations.ipynb #c081
 def losses(
-    nets,        # With `tilt` and `decoder`
-    batch:dict,  # x (B, ...)
-    cfg,         # Resolved settings
-    ctx,         # Gives the generator
-):               # Yields ('prior', loss, logs) unless the prior is Gaussian, then ('decoder', loss, logs)
-    "One iteration of maximum likelihood with both chains, label `eq-foundations-latent-gradient`. Source: Zhu 2024, eqs. 2.7 and 2.9."
+    nets,  # With `tilt` and `decoder`
+    batch: dict,  # x (B, ...)
+    cfg,  # Resolved settings
+    ctx,  # Gives the generator
+):  # Yields ('prior', loss, logs), then ('decoder', loss, logs)
+    """One iteration of maximum likelihood with both chains.
+
+    Label `eq-foundations-latent-gradient`. A Gaussian prior has no loss.
+    Source: Zhu 2024, eqs. 2.7 and 2.9.
+    """
     x = batch['x']
     seen = draw_posterior(nets, x, cfg, generator=ctx.generator)
-    if cfg.prior=='energy':
+    if cfg.prior == 'energy':
         dreamt = draw_prior(nets, len(x), cfg, generator=ctx.generator)
         gap = cd_loss(nets.tilt, seen, dreamt)
         yield 'prior', gap, dict(gap=gap.detach(), spread=dreamt.square().mean())
-    error = (x-nets.decoder(seen)).flatten(1).square()
-    yield 'decoder', error.sum(1).mean()/(2*cfg.sigma**2), dict(mse=error.detach().mean())
+    error = (x - nets.decoder(seen)).flatten(1).square()
+    loss = error.sum(1).mean() / (2 * cfg.sigma**2)
+    yield 'decoder', loss, dict(mse=error.detach().mean())
 
+# %% ../nbs/02_foundations.ipynb #f0ee81ad
 def optimisers(
-    nets:Nets,  # The networks
-    cfg:Config, # Learning rates and length
-)->dict:        # Group name -> Group
+    nets: Nets,  # The networks
+    cfg: Config,  # Learning rates and length
+) -> dict:  # Group name -> Group
     "Adam for both; rates fall to zero over the second half."
-    def fall(step): return min(1., 2-2*step/cfg.n_iters)
-    groups = dict(decoder=Group(torch.optim.Adam(nets.decoder.parameters(), cfg.lr), fall, 100.))
-    if cfg.prior=='energy': groups['prior'] = Group(torch.optim.Adam(nets.tilt.parameters(), cfg.lr_prior, betas=(.5, .999)), fall, 10.)
+
+    def fall(step):
+        return min(1.0, 2 - 2 * step / cfg.n_iters)
+
+    decoder = torch.optim.Adam(nets.decoder.parameters(), cfg.lr)
+    groups = dict(decoder=Group(decoder, fall, 100.0))
+    if cfg.prior == 'energy':
+        prior = torch.optim.Adam(nets.tilt.parameters(), cfg.lr_prior, betas=(0.5, 0.999))
+        groups['prior'] = Group(prior, fall, 10.0)
     return groups
+
 
 STAGES = (Stage('latent', losses, optimisers, lambda cfg: cfg.n_iters),)
 
 # %% ../nbs/02_foundations.ipynb #c084
 @torch.no_grad()
 def sample(
-    nets:Nets,   # Trained networks
-    n:int,       # How many
-    cfg:Config,  # Resolved settings
+    nets: Nets,  # Trained networks
+    n: int,  # How many
+    cfg: Config,  # Resolved settings
     *,
-    prior:str='',            # 'gaussian' draws the latents from N(0, I) although an energy was learned; '' is the row's
-    n_steps:int|None=None,   # Updates of the prior's chain; None is those of training
-    generator:torch.Generator|None=None, # Source of every draw
-    chunk:int=2_000,         # Samples at once; bounds the memory
-)->Tensor:                   # (n, C, H, W) in [-1, 1]; the decoder's mean, without the noise sigma
+    prior: str = '',  # 'gaussian' draws latents from N(0, I); '' is the preset's prior
+    n_steps: int | None = None,  # Updates of the prior's chain; None is those of training
+    generator: torch.Generator | None = None,  # Source of every draw
+    chunk: int = 2_000,  # Samples at once; bounds the memory
+) -> Tensor:  # (n, C, H, W) in [-1, 1]; the decoder's mean, without the noise sigma
     """Draw latents from the prior and decode them.
 
-    Raises `ValueError` for an unknown prior, and for an energy prior of a row that has none.
+    'gaussian' also serves where an energy was learned. Raises `ValueError` for an unknown
+    prior, and for an energy prior of a preset that has none.
     """
-    if prior not in ('', 'gaussian', cfg.prior): raise ValueError(f"prior must be 'gaussian' or the row's own, {cfg.prior!r}, got {prior!r}")
-    k = 0 if prior=='gaussian' else n_steps # a chain of no updates ends where it starts, in N(0, I)
-    return in_chunks(lambda m: nets.decoder(draw_prior(nets, m, cfg, generator=generator, n_steps=k)), n, chunk)
+    if prior not in ('', 'gaussian', cfg.prior):
+        raise ValueError(
+            f"prior must be 'gaussian' or the preset's own, {cfg.prior!r}, got {prior!r}"
+        )
+    if prior == 'gaussian':
+        n_steps = 0  # a chain of no updates ends where it starts, in N(0, I)
+
+    def draw(size):
+        return nets.decoder(draw_prior(nets, size, cfg, generator=generator, n_steps=n_steps))
+
+    return in_chunks(draw, n, chunk)
+
 
 def energy(
-    nets:Nets,   # Trained networks
-    x:Tensor,    # (B, C, H, W) in [-1, 1]
-    cfg:Config,  # Resolved settings
+    nets: Nets,  # Trained networks
+    x: Tensor,  # (B, C, H, W) in [-1, 1]
+    cfg: Config,  # Resolved settings
     *,
-    n_steps:int=100, # Downhill updates
-    generator:torch.Generator|None=None, # Draws the starts
-)->Tensor:       # (B,) nats, minus log p(x, z) up to a constant
-    "Joint energy of an image and its most probable latent, as far as a walk downhill finds it: low means like the data. Source: Pang et al. 2020, on outliers."
-    z = draw_posterior(nets, x, cfg, generator=generator, n_steps=n_steps, temp=0.)
-    with torch.no_grad(): return posterior_energy(nets, x, cfg.sigma)(z)
+    n_steps: int = 100,  # Updates of the descent
+    generator: torch.Generator | None = None,  # Draws the starts
+) -> Tensor:  # (B,) nats, minus log p(x, z) up to a constant
+    """Joint energy of an image and its most probable latent: low means like the data.
+
+    The latent is what gradient descent finds. Source: Pang et al. 2020, on outliers.
+    """
+    z = draw_posterior(nets, x, cfg, generator=generator, n_steps=n_steps, temp=0.0)
+    with torch.no_grad():
+        return posterior_energy(nets, x, cfg.sigma)(z)
 
 # %% ../nbs/02_foundations.ipynb #c086
 def evaluate(
-    nets:Nets,   # Trained networks
-    cfg:Config,  # Resolved settings
+    nets: Nets,  # Trained networks
+    cfg: Config,  # Resolved settings
     *,
-    seed:int=0,           # Seed of all draws
-    n:int=1_000,          # Samples
-    prior:str='',         # As in `sample`
-    n_steps:int|None=None,# As in `sample`
-)->dict:                  # metric -> (value, number of samples, extractor with fingerprint)
+    seed: int = 0,  # Seed of all draws
+    n: int = 1_000,  # Samples
+    prior: str = '',  # As in `sample`
+    n_steps: int | None = None,  # As in `sample`
+) -> dict:  # metric -> (value, number of samples, extractor with fingerprint)
     "FID, precision and recall against held-out images, which no network has seen."
     from ebmbook.core.metrics import evaluate_images, protocol
-    name,n,reference = protocol(cfg, n)
-    g = torch.Generator(next(nets.parameters()).device).manual_seed(seed+10_000)
-    x = sample(nets, n, cfg, prior=prior, n_steps=n_steps, generator=g).cpu()
-    out = evaluate_images(x, reference, name, ('fid', 'prc'))
-    return {k:(out[k], n, out['extractor']) for k in ('fid', 'precision', 'recall')}
+
+    name, n, reference = protocol(cfg, n)
+    device = next(nets.parameters()).device
+    generator = torch.Generator(device).manual_seed(seed + 10_000)
+    x = sample(nets, n, cfg, prior=prior, n_steps=n_steps, generator=generator).cpu()
+    found = evaluate_images(x, reference, name, ('fid', 'prc'))
+    metrics = ('fid', 'precision', 'recall')
+    return {metric: (found[metric], n, found['extractor']) for metric in metrics}

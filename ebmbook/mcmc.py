@@ -21,438 +21,662 @@ from torch.nn.utils import parametrize
 from tqdm import tqdm
 
 # %% ../nbs/01_mcmc.ipynb #c007
-State = Tensor | tuple[Tensor, ...]  # one block, or several that share the chain axis B
+# one block, or several that share the chain axis B
+State = Tensor | tuple[Tensor, ...]
+
 
 class Rates(NamedTuple):
-    "How far one update walks (`drift`) and how hard it shakes (`noise`); never tied together here."
-    drift: float|Tensor|tuple # a >= 0, multiplies the gradient; a number, one value per chain (B,), or one of these per block
-    noise: float|Tensor|tuple # b >= 0, std of the shake in units of x; 0 switches it off
+    """How far one update follows the gradient, and how strong its noise is.
+
+    The two are never tied together here. Each is a number, one value per chain (B,), or a
+    tuple with one of these per block.
+    """
+
+    drift: float | Tensor | tuple  # a >= 0, multiplies the gradient
+    noise: float | Tensor | tuple  # b >= 0, std of the noise in units of x; 0: no noise
+
 
 def ula(
-    eta:float|Tensor, # Euler-Maruyama time step > 0; a paper's (s^2/2, s) is eta = s^2/2, its (s/2, sqrt s) is eta = s/2
-    temp:float=1.,    # Temperature T >= 0 of the target exp(-E/T); 0 is plain descent
-)->Rates:             # a = eta, b = sqrt(2 eta T)
-    "The pair for which the chain targets `exp(-E/temp)` as `eta -> 0`."
-    return Rates(eta, (2*eta*temp)**.5)
+    eta: float | Tensor,  # Euler-Maruyama time step > 0
+    temp: float = 1.0,  # Temperature T >= 0 of the target exp(-E/T); 0 is plain descent
+) -> Rates:  # a = eta, b = sqrt(2 eta T)
+    """The pair for which the chain targets `exp(-E/temp)` as `eta -> 0`.
+
+    A paper's (s^2/2, s) is eta = s^2/2, its (s/2, sqrt s) is eta = s/2.
+    """
+    return Rates(eta, (2 * eta * temp) ** 0.5)
 
 # %% ../nbs/01_mcmc.ipynb #c012
 class Slice:
-    "A generator for one of `parts` equal parts of a batch: it draws for the whole batch and keeps part `part`."
+    """A generator for one of `parts` equal parts of a batch.
+
+    It draws for the whole batch and keeps part `part`.
+    """
+
     def __init__(
         self,
-        generator:torch.Generator, # Source of the draws, in the same state on every part
-        part:int=0,                # Which part this is, 0 <= part < parts
-        parts:int=1,               # How many equal parts the batch has
+        generator: torch.Generator,  # Source of the draws, in the same state on every part
+        part: int = 0,  # Which part this is, 0 <= part < parts
+        parts: int = 1,  # How many equal parts the batch has
     ):
-        if not 0<=part<parts: raise ValueError(f"part must lie in [0, {parts}), got {part}")
-        self.generator,self.part,self.parts = generator,part,parts
+        if not 0 <= part < parts:
+            raise ValueError(f"part must lie in [0, {parts}), got {part}")
+        self.generator = generator
+        self.part = part
+        self.parts = parts
 
-def _draw(kind, shape, like, generator): # kind is torch.randn or torch.rand; one place decides device, dtype and part
-    device = like.device if isinstance(like, Tensor) else None
-    dtype = like.dtype if isinstance(like, Tensor) and like.is_floating_point() else torch.float32
-    if not isinstance(generator, Slice): return kind(shape, generator=generator, device=device, dtype=dtype)
-    whole = kind((generator.parts*shape[0], *shape[1:]), generator=generator.generator, device=device, dtype=dtype)
-    return whole[generator.part*shape[0]:][:shape[0]]
+# %% ../nbs/01_mcmc.ipynb #8065bff9
+def _draw(kind, shape, like, generator):
+    # kind is torch.randn or torch.rand; one place decides device, dtype and part
+    floating = isinstance(like, Tensor) and like.is_floating_point()
+    options = dict(
+        device=like.device if isinstance(like, Tensor) else None,
+        dtype=like.dtype if floating else torch.float32,
+    )
+    if not isinstance(generator, Slice):
+        return kind(shape, generator=generator, **options)
+    whole_shape = (generator.parts * shape[0], *shape[1:])
+    whole = kind(whole_shape, generator=generator.generator, **options)
+    return whole[generator.part * shape[0] :][: shape[0]]
+
 
 def normal(
-    like:Tensor,                                 # Shape (B, ...), dtype and device of the result
-    generator:torch.Generator|Slice|None=None,   # Source of the draw; None is the global one
-)->Tensor:                                       # Independent N(0, 1)
+    like: Tensor,  # Shape (B, ...), dtype and device of the result
+    generator: torch.Generator | Slice | None = None,  # Source of draws; None: global one
+) -> Tensor:  # Independent N(0, 1)
     "Standard normal noise of the shape of `like`."
     return _draw(torch.randn, like.shape, like, generator)
 
+
 def uniform(
-    n:int,                                       # Number of values, one per chain
-    like:Tensor,                                 # Gives device and floating dtype
-    generator:torch.Generator|Slice|None=None,   # Source of the draw; None is the global one
-)->Tensor:                                       # (n,) in [0, 1)
+    n: int,  # Number of values, one per chain
+    like: Tensor,  # Gives device and floating dtype
+    generator: torch.Generator | Slice | None = None,  # Source of draws; None: global one
+) -> Tensor:  # (n,) in [0, 1)
     "Uniform numbers, one per chain."
     return _draw(torch.rand, (n,), like, generator)
 
 # %% ../nbs/01_mcmc.ipynb #c015
 @contextmanager
 def frozen(
-    *nets:torch.nn.Module, # Networks that the chain reads
+    *nets: torch.nn.Module,  # Networks that the chain reads
 ):
-    "Within this block the networks are constants: no parameter gradient, weights normalised once, evaluation mode."
-    flags = [(p, p.requires_grad) for net in nets for p in net.parameters()]
-    modes = [(m, m.training) for net in nets for m in net.modules()]
+    """Within this block the networks are constants.
+
+    Parameters take no gradient, weights are normalised once, and layers are in evaluation
+    mode; afterwards everything is as before.
+    """
+    flags = [(weight, weight.requires_grad) for net in nets for weight in net.parameters()]
+    modes = [(layer, layer.training) for net in nets for layer in net.modules()]
     try:
-        for p,_ in flags: p.requires_grad_(False)
-        for net in nets: net.eval()
-        with parametrize.cached(): yield
+        for weight, _ in flags:
+            weight.requires_grad_(False)
+        for net in nets:
+            net.eval()
+        with parametrize.cached():
+            yield
     finally:
-        for p,flag in flags: p.requires_grad_(flag)
-        for m,mode in modes: m.training = mode
+        for weight, flag in flags:
+            weight.requires_grad_(flag)
+        for layer, mode in modes:
+            layer.training = mode
 
 # %% ../nbs/01_mcmc.ipynb #c018
-def _blocks(x): return (x,) if isinstance(x, Tensor) else tuple(x)
+def _blocks(x):
+    return (x,) if isinstance(x, Tensor) else tuple(x)
 
-def _per_block(rate, blocks, what): # one rate for each block, shaped to multiply it
-    rates = rate if isinstance(rate, tuple) else (rate,)*len(blocks)
-    if len(rates)!=len(blocks): raise ValueError(f"{what} has {len(rates)} values for {len(blocks)} blocks")
-    return [_column(r, b, what) for r,b in zip(rates, blocks)]
 
-def _column(rate, block, what): # (B,) becomes (B, 1, ...); numbers stay numbers
-    if not isinstance(rate, Tensor) or rate.ndim==0: return rate
-    if rate.shape!=block.shape[:1]: raise ValueError(f"{what} has shape {tuple(rate.shape)}, expected one value per chain ({len(block)},)")
-    return rate.to(block).reshape(-1, *[1]*(block.ndim-1))
+def _one_per_block(rate, n, what):  # a tuple has a rate for each block, all else serves all
+    rates = rate if isinstance(rate, tuple) else (rate,) * n
+    if len(rates) != n:
+        raise ValueError(f"{what} has {len(rates)} values for {n} blocks")
+    return rates
 
-def _gradients(energy, blocks, graph): # energies (B,) and the gradient of their sum with respect to each block
+
+def _column(rate, block, what):  # (B,) becomes (B, 1, ...); numbers stay numbers
+    if not isinstance(rate, Tensor) or rate.ndim == 0:
+        return rate
+    if rate.shape != block.shape[:1]:
+        raise ValueError(
+            f"{what} has shape {tuple(rate.shape)}, "
+            f"expected one value per chain ({len(block)},)"
+        )
+    return rate.to(block).reshape(-1, *[1] * (block.ndim - 1))
+
+
+def _per_block(rate, blocks, what):  # one rate for each block, shaped to multiply it
+    rates = _one_per_block(rate, len(blocks), what)
+    return [_column(own, block, what) for own, block in zip(rates, blocks)]
+
+# %% ../nbs/01_mcmc.ipynb #a06a0793
+def _gradients(energy, blocks, graph):
+    # energies (B,), and the gradient of their sum with respect to each block
     with torch.enable_grad():
-        if not graph: blocks = tuple(b.detach().requires_grad_() for b in blocks)
-        e = energy(*blocks)
-        if not isinstance(e, Tensor) or e.shape!=blocks[0].shape[:1]:
-            raise ValueError(f"the energy must return one value per chain, shape ({len(blocks[0])},), got {tuple(getattr(e, 'shape', ()))}")
-        return e, torch.autograd.grad(e.sum(), blocks, create_graph=graph)
+        if not graph:
+            blocks = tuple(block.detach().requires_grad_() for block in blocks)
+        energies = energy(*blocks)
+        if not isinstance(energies, Tensor) or energies.shape != blocks[0].shape[:1]:
+            raise ValueError(
+                "the energy must return one value per chain, "
+                f"shape ({len(blocks[0])},), got {tuple(getattr(energies, 'shape', ()))}"
+            )
+        return energies, torch.autograd.grad(energies.sum(), blocks, create_graph=graph)
+
+
+def _update(block, grad, drift, noise, clip, constrain, generator):  # one block moves once
+    step = -drift * grad
+    if isinstance(noise, Tensor) or noise != 0:
+        step.add_(normal(block, generator).mul_(noise))  # both are new tensors
+    if clip is not None:
+        step = step.clamp(-clip, clip)
+    block = block + step.to(block.dtype)
+    return block if constrain is None else constrain(block)
 
 # %% ../nbs/01_mcmc.ipynb #c019
 def langevin(
-    energy:Callable, # E(*blocks) -> (B,), in nats; the target is exp(-E)
-    x:State,         # Start: (B, ...) or tuple of (B, ...); left unmodified
-    rates:Rates,     # Drift a and noise b; each a number, a tensor (B,), or one per block
-    n_steps:int,     # Number of updates K >= 0; 0 returns the start
+    energy: Callable,  # E(*blocks) -> (B,), in nats; the target is exp(-E)
+    x: State,  # Start: (B, ...) or tuple of (B, ...); left unmodified
+    rates: Rates,  # Drift a and noise b; each a number, a tensor (B,), or one per block
+    n_steps: int,  # Number of updates K >= 0; 0 returns the start
     *,
-    constrain:Callable|None=None,              # Applied to each block after each update, e.g. a clamp
-    clip:float|None=None,                      # Largest absolute change of a coordinate in one update
-    on_grad:Callable|None=None,                # Replaces the gradient of each block, e.g. a normalisation
-    generator:torch.Generator|Slice|None=None, # Source of every draw; None is the global one
-    on_step:Callable|None=None,                # Called as on_step(k, x, e) before update k
-    differentiable:bool=False,                 # Keep the graph through the whole chain
-)->State:            # End of the chains, same structure and dtype as `x`; detached unless `differentiable`
+    constrain: Callable | None = None,  # Applied to a block after its update, e.g. a clamp
+    clip: float | None = None,  # Largest absolute change of a coordinate in one update
+    on_grad: Callable | None = None,  # Replaces each block's gradient, e.g. a normalisation
+    generator: torch.Generator | Slice | None = None,  # Source of draws; None: global one
+    on_step: Callable | None = None,  # Called as on_step(i, x, energies) before update i
+    differentiable: bool = False,  # Keep the graph through the whole chain
+) -> State:  # End of the chains; detached unless `differentiable`
     """Run `n_steps` unadjusted Langevin updates of independent chains.
 
-    Computes x - a*grad E(x) + b*eps, label `eq-mcmc-langevin`. Unadjusted, so at fixed
-    rates the stationary law is only near exp(-E). The gradient is of the *sum* of
-    energies: the batch size never changes a chain.
-    Raises `ValueError` if `energy` is not one value per chain, if rates and blocks differ in number, or if n_steps < 0.
+    Computes x - a*grad E(x) + b*eps, label `eq-mcmc-langevin`; structure and dtype stay
+    those of `x`. Unadjusted, so at fixed rates the stationary law is only near exp(-E).
+    The gradient is of the *sum* of energies: the batch size never changes a chain.
+    Raises `ValueError` if `energy` is not one value per chain, if rates and blocks differ
+    in number, or if n_steps < 0.
     Source: book chapter 1; each paper's step size is converted with `ula`.
     """
-    if n_steps<0: raise ValueError(f"n_steps must be at least 0, got {n_steps}")
-    single,blocks = isinstance(x, Tensor),_blocks(x)
-    drift,noise = _per_block(rates.drift, blocks, 'drift'),_per_block(rates.noise, blocks, 'noise')
-    if not differentiable: blocks = tuple(b.detach() for b in blocks)
-    elif not any(b.requires_grad for b in blocks): blocks = tuple(b.detach().requires_grad_() for b in blocks)
-    for k in range(n_steps):
-        e,grads = _gradients(energy, blocks, differentiable)
-        if on_step is not None: on_step(k, blocks[0] if single else blocks, e.detach())
-        if on_grad is not None: grads = tuple(map(on_grad, grads))
-        blocks = tuple(_update(*o, clip, constrain, generator) for o in zip(blocks, grads, drift, noise))
+    if n_steps < 0:
+        raise ValueError(f"n_steps must be at least 0, got {n_steps}")
+    single = isinstance(x, Tensor)
+    blocks = _blocks(x)
+    drift = _per_block(rates.drift, blocks, 'drift')
+    noise = _per_block(rates.noise, blocks, 'noise')
+    if not differentiable:
+        blocks = tuple(block.detach() for block in blocks)
+    elif not any(block.requires_grad for block in blocks):
+        blocks = tuple(block.detach().requires_grad_() for block in blocks)
+    for i in range(n_steps):
+        energies, grads = _gradients(energy, blocks, differentiable)
+        if on_step is not None:
+            on_step(i, blocks[0] if single else blocks, energies.detach())
+        if on_grad is not None:
+            grads = tuple(map(on_grad, grads))
+        moves = zip(blocks, grads, drift, noise)
+        blocks = tuple(_update(*move, clip, constrain, generator) for move in moves)
     return blocks[0] if single else blocks
-
-def _update(b, g, drift, noise, clip, constrain, generator): # one block moves once
-    step = -drift*g
-    if isinstance(noise, Tensor) or noise!=0: step.add_(normal(b, generator).mul_(noise)) # both are new tensors
-    if clip is not None: step = step.clamp(-clip, clip)
-    b = b + step.to(b.dtype)
-    return b if constrain is None else constrain(b)
 
 # %% ../nbs/01_mcmc.ipynb #881747b4
 def reflect(
-    z:Tensor, # Any shape
-)->Tensor:    # Like z, in [-1, 1]
+    x: Tensor,  # Any shape
+) -> Tensor:  # Like x, in [-1, 1]
     "Walls at -1 and 1, which throw back what would pass them."
-    return 1-((z+1)%4-2).abs()
+    return 1 - ((x + 1) % 4 - 2).abs()
 
 # %% ../nbs/01_mcmc.ipynb #c024
 def double_well(
-    x:Tensor, # (B, d); only the first coordinate has two wells
-)->Tensor:    # (B,) energy in nats
-    "Two wells near -1.5 and 1.5, the left one deeper by about 0.9 nats; other coordinates are N(0, 1). Source: book chapter 1."
-    a = x[:,0]
-    return (a.square()-2.25).square()*.6 + .3*a + x[:,1:].square().sum(1)/2
+    x: Tensor,  # (B, d); only the first coordinate has two wells
+) -> Tensor:  # (B,) energy in nats
+    """Two wells near -1.5 and 1.5, the left one deeper by about 0.9 nats.
+
+    Other coordinates are N(0, 1). Source: book chapter 1.
+    """
+    first = x[:, 0]
+    wells = (first.square() - 2.25).square() * 0.6 + 0.3 * first
+    return wells + x[:, 1:].square().sum(1) / 2
+
 
 def ring(
-    x:Tensor, # (B, 2)
-)->Tensor:    # (B,) energy in nats
+    x: Tensor,  # (B, 2)
+) -> Tensor:  # (B,) energy in nats
     "A ridge of radius 2 and width 0.1. Source: book chapter 1."
-    return (x.square().sum(1).add(1e-12).sqrt()-2).square()/(2*.1**2)
+    return (x.square().sum(1).add(1e-12).sqrt() - 2).square() / (2 * 0.1**2)
+
 
 def funnel(
-    x:Tensor, # (B, 2): v and u
-)->Tensor:    # (B,) energy in nats
-    "v is N(0, 1.5^2) and, given v, u is N(0, exp(v)). Source: Neal 2003, section 8, in two dimensions."
-    v,u = x.unbind(1)
-    return v.square()/(2*1.5**2) + u.square()*(-v).exp()/2 + v/2
+    x: Tensor,  # (B, 2): v and u
+) -> Tensor:  # (B,) energy in nats
+    """v is N(0, 1.5^2) and, given v, u is N(0, exp(v)).
+
+    Source: Neal 2003, section 8, in two dimensions.
+    """
+    log_variance, value = x.unbind(1)
+    wide = log_variance.square() / (2 * 1.5**2)
+    return wide + value.square() * (-log_variance).exp() / 2 + log_variance / 2
 
 # %% ../nbs/01_mcmc.ipynb #c030
 def variance_after(
-    v0:float,        # Variance of the start
-    precision:float, # P > 0 of the Gaussian target
-    rates:Rates,     # Drift and noise, numbers
-    n_steps:float,   # K; math.inf gives the stationary value
-)->float:            # Variance of every coordinate after K updates; infinite if the chain is unstable and never ends
-    "Exact variance of a short chain on a Gaussian, label `eq-mcmc-short`. Source: book chapter 1."
-    r = (1-rates.drift*precision)**2
-    return r**n_steps*v0 + rates.noise**2*(n_steps if r==1 else (1-r**n_steps)/(1-r))
+    v0: float,  # Variance of the start
+    precision: float,  # P > 0 of the Gaussian target
+    rates: Rates,  # Drift and noise, numbers
+    n_steps: float,  # K; math.inf gives the stationary value
+) -> float:  # Variance of every coordinate after K updates
+    """Exact variance of a short chain on a Gaussian, label `eq-mcmc-short`.
+
+    Infinite if the chain is unstable and never ends. Source: book chapter 1.
+    """
+    shrink = (1 - rates.drift * precision) ** 2
+    kicks = n_steps if shrink == 1 else (1 - shrink**n_steps) / (1 - shrink)
+    return shrink**n_steps * v0 + rates.noise**2 * kicks
 
 # %% ../nbs/01_mcmc.ipynb #c038
 @dataclass
 class Trace:
-    "Record of a run; pass it as `on_step`."
-    every:int = 1                                # Keep one update in so many
-    keep_states:bool = False                     # Keep the states too, for `ess` and `rhat`
-    energies:list = field(default_factory=list)  # One (B,) tensor for each kept update
-    moved:list = field(default_factory=list)     # (B,) root-mean-square distance from the first state, all blocks together
-    states:list = field(default_factory=list)    # Copies of the state
-    def __call__(self, k, x, e):
-        if k%self.every: return
-        blocks = _blocks(x)
-        if not self.energies: self._first = blocks
-        gone = sum((b-f).flatten(1).square().sum(1) for b,f in zip(blocks, self._first))
-        self.energies.append(e.detach())
-        self.moved.append((gone/sum(b[0].numel() for b in blocks)).sqrt())
-        if self.keep_states: self.states.append(x.detach() if isinstance(x, Tensor) else tuple(b.detach() for b in x))
+    """Record of a run; pass it as `on_step`.
 
-def _worst(kind, draws): # of all coordinates
-    import os, warnings
-    os.environ.setdefault('MPLBACKEND', 'agg')
+    The distance is over all blocks together, from the first state that it sees.
+    """
+
+    every: int = 1  # Keep one update in so many
+    keep_states: bool = False  # Keep the states too, for `ess` and `rhat`
+    energies: list = field(default_factory=list)  # One (B,) tensor for each kept update
+    moved: list = field(default_factory=list)  # (B,) root-mean-square distance from start
+    states: list = field(default_factory=list)  # Copies of the state
+
+    def __call__(self, i, x, energies):
+        if i % self.every:
+            return
+        blocks = _blocks(x)
+        if not self.energies:
+            self._first = blocks
+        squared = sum(
+            (block - first).flatten(1).square().sum(1)
+            for block, first in zip(blocks, self._first)
+        )
+        self.energies.append(energies.detach())
+        self.moved.append((squared / sum(block[0].numel() for block in blocks)).sqrt())
+        if self.keep_states:
+            copies = tuple(block.detach() for block in blocks)
+            self.states.append(copies[0] if isinstance(x, Tensor) else copies)
+
+# %% ../nbs/01_mcmc.ipynb #68c2cfe5
+def _diagnose(kind, draws):  # ArviZ's `kind` of each coordinate
+    import os
+    import warnings
+
+    os.environ.setdefault('MPLBACKEND', 'agg')  # ArviZ loads pyplot, and there may be no screen
     with warnings.catch_warnings():
         warnings.simplefilter('ignore', FutureWarning)
-        try: import arviz
-        except ImportError as e: raise ImportError("diagnostics need ArviZ: pip install 'ebmbook[diagnostics]'") from e
-    if draws.ndim<2 or len(draws)<4: raise ValueError(f"expected draws (updates >= 4, chains, ...), got {tuple(draws.shape)}")
-    flat = draws.detach().double().cpu().flatten(2).numpy() if draws.ndim>2 else draws.detach().double().cpu().numpy()[:,:,None]
-    return [float(getattr(arviz, kind)(flat[:,:,i].T)) for i in range(flat.shape[2])]
+        try:
+            import arviz
+        except ImportError as error:
+            raise ImportError(
+                "diagnostics need ArviZ: pip install 'ebmbook[diagnostics]'"
+            ) from error
+    if draws.ndim < 2 or len(draws) < 4:
+        raise ValueError(
+            f"expected draws (updates >= 4, chains, ...), got {tuple(draws.shape)}"
+        )
+    values = draws.detach().double().cpu()
+    flat = values.flatten(2).numpy() if draws.ndim > 2 else values.numpy()[:, :, None]
+    return [float(getattr(arviz, kind)(flat[:, :, i].T)) for i in range(flat.shape[2])]
+
 
 def ess(
-    draws:Tensor, # (updates, chains) or (updates, chains, ...)
-)->float:         # Smallest over coordinates
-    "Effective sample size of all chains together. Raises `ImportError` without ArviZ. Source: Vehtari et al. 2021."
-    return min(_worst('ess', draws))
+    draws: Tensor,  # (updates, chains) or (updates, chains, ...)
+) -> float:  # Smallest over coordinates
+    """Effective sample size of all chains together.
+
+    Raises `ImportError` without ArviZ. Source: Vehtari et al. 2021.
+    """
+    return min(_diagnose('ess', draws))
+
 
 def rhat(
-    draws:Tensor, # (updates, chains) or (updates, chains, ...)
-)->float:         # Largest over coordinates; above 1.01 the chains disagree
-    "Rank-normalised split R-hat. Raises `ImportError` without ArviZ. Source: Vehtari et al. 2021."
-    return max(_worst('rhat', draws))
+    draws: Tensor,  # (updates, chains) or (updates, chains, ...)
+) -> float:  # Largest over coordinates; above 1.01 the chains disagree
+    """Rank-normalised split R-hat.
+
+    Raises `ImportError` without ArviZ. Source: Vehtari et al. 2021.
+    """
+    return max(_diagnose('rhat', draws))
 
 # %% ../nbs/01_mcmc.ipynb #c041
 def leapfrog(
-    energy:Callable, # E(*blocks) -> (B,), in nats
-    x:State,         # Positions
-    p:State,         # Momenta, same structure
-    step,            # h; a number, a tensor (B,), or one per block
-    n_leap:int,      # L >= 1
-    start=None,      # Energy and gradients at `x` if they are known already
-)->tuple:            # Positions, momenta, and (energy, gradients) at the end
-    "Frictionless motion, label `eq-mcmc-leapfrog`; reversible and volume-preserving. Source: Neal 2011, section 2.3."
-    single,xs,ps = isinstance(x, Tensor),_blocks(x),_blocks(p)
-    hs = _per_block(step, xs, 'step')
-    e,grads = _gradients(energy, xs, False) if start is None else start
-    ps = tuple(p-h/2*g for p,h,g in zip(ps, hs, grads))
-    for k in range(n_leap):
-        xs = tuple((x+h*p).to(x.dtype) for x,p,h in zip(xs, ps, hs))
-        e,grads = _gradients(energy, xs, False)
-        ps = tuple(p-h*g*(.5 if k==n_leap-1 else 1.) for p,h,g in zip(ps, hs, grads))
-    return (xs[0],ps[0],(e, grads)) if single else (xs,ps,(e, grads))
+    energy: Callable,  # E(*blocks) -> (B,), in nats
+    x: State,  # Positions
+    momenta: State,  # p, same structure
+    step,  # h; a number, a tensor (B,), or one per block
+    n_leap: int,  # L >= 1
+    start=None,  # Energy and gradients at `x` if they are known already
+) -> tuple:  # Positions, momenta, and (energy, gradients) at the end
+    """Frictionless motion, label `eq-mcmc-leapfrog`; reversible and volume-preserving.
 
-def _kinetic(ps): return sum(p.flatten(1).square().sum(1) for p in ps)/2
+    Source: Neal 2011, section 2.3.
+    """
+    single = isinstance(x, Tensor)
+    blocks = _blocks(x)
+    momenta = _blocks(momenta)
+    sizes = _per_block(step, blocks, 'step')
+    energies, grads = _gradients(energy, blocks, False) if start is None else start
+    momenta = tuple(
+        momentum - size / 2 * grad for momentum, size, grad in zip(momenta, sizes, grads)
+    )
+    for i in range(n_leap):
+        blocks = tuple(
+            (block + size * momentum).to(block.dtype)
+            for block, momentum, size in zip(blocks, momenta, sizes)
+        )
+        energies, grads = _gradients(energy, blocks, False)
+        share = 0.5 if i == n_leap - 1 else 1.0  # two half kicks meet between positions
+        momenta = tuple(
+            momentum - size * grad * share
+            for momentum, size, grad in zip(momenta, sizes, grads)
+        )
+    end = energies, grads
+    return (blocks[0], momenta[0], end) if single else (blocks, momenta, end)
 
-def _keep(take, new, old): # row by row
-    return tuple(torch.where(take.reshape(-1, *[1]*(n.ndim-1)), n, o) for n,o in zip(new, old))
+# %% ../nbs/01_mcmc.ipynb #a851499a
+def _kinetic(momenta):
+    return sum(momentum.flatten(1).square().sum(1) for momentum in momenta) / 2
+
+
+def _keep(take, new, old):  # chain by chain: new where `take` holds
+    return tuple(
+        torch.where(take.reshape(-1, *[1] * (there.ndim - 1)), there, here)
+        for there, here in zip(new, old)
+    )
+
+
+def _propose(energy, blocks, here, step, n_leap, generator):
+    # one trajectory with its Metropolis test; `here`: energies and gradients at `blocks`
+    momenta = tuple(normal(block, generator) for block in blocks)
+    new, end_momenta, there = leapfrog(energy, blocks, momenta, step, n_leap, here)
+    change = (there[0] + _kinetic(end_momenta) - here[0] - _kinetic(momenta)).detach()
+    chance = torch.where(change.isfinite(), (-change).clamp(max=0).exp(), 0.0)
+    take = uniform(len(chance), chance, generator) < chance
+    energies = torch.where(take, there[0].detach(), here[0].detach())
+    here = energies, _keep(take, there[1], here[1])
+    return _keep(take, new, blocks), here, chance
 
 # %% ../nbs/01_mcmc.ipynb #c044
 def hmc(
-    energy:Callable, # E(*blocks) -> (B,), in nats; the target is exp(-E/temp)
-    x:State,         # Start: (B, ...) or tuple of (B, ...); left unmodified
-    step:float|Tensor|tuple, # Leapfrog step h > 0; a number, a tensor (B,), or one per block
-    n_steps:int,     # Number of proposals
+    energy: Callable,  # E(*blocks) -> (B,), in nats; the target is exp(-E/temp)
+    x: State,  # Start: (B, ...) or tuple of (B, ...); left unmodified
+    step: float | Tensor | tuple,  # Leapfrog step h > 0; a number, (B,), or one per block
+    n_steps: int,  # Number of proposals
     *,
-    n_leap:int=10,   # Leapfrog steps of one proposal
-    temp:float=1.,   # Temperature T > 0
-    generator:torch.Generator|Slice|None=None, # Source of every draw
-    on_step:Callable|None=None,                # Called as on_step(k, x, e) before proposal k
-)->tuple[State,Tensor]: # End of the chains, and (B,) mean acceptance probability of each
-    """Hamiltonian Monte Carlo: exact in the limit of many proposals, at `n_leap` gradients each.
+    n_leap: int = 10,  # Leapfrog steps of one proposal
+    temp: float = 1.0,  # Temperature T > 0
+    generator: torch.Generator | Slice | None = None,  # Source of every draw
+    on_step: Callable | None = None,  # Called as on_step(i, x, energies) before proposal i
+) -> tuple[State, Tensor]:  # End of the chains; (B,) mean acceptance probability of each
+    """Hamiltonian Monte Carlo.
 
-    A proposal whose energy is not finite is refused. Raises `ValueError` for an energy that
-    is not one value per chain, for n_leap < 1 and for n_steps < 0.
+    Exact in the limit of many proposals, at `n_leap` gradients each. A proposal whose
+    energy is not finite is refused. Raises `ValueError` for an energy that is not one
+    value per chain, for n_leap < 1 and for n_steps < 0.
     Source: Neal 2011, section 3.
     """
-    if n_steps<0 or n_leap<1: raise ValueError(f"n_steps must be at least 0 and n_leap at least 1, got {n_steps} and {n_leap}")
-    single,xs = isinstance(x, Tensor),tuple(b.detach() for b in _blocks(x))
-    cold = energy if temp==1 else lambda *b: energy(*b)/temp
-    here,accepted = _gradients(cold, xs, False),torch.zeros(len(xs[0]), device=xs[0].device)
-    for k in range(n_steps):
-        if on_step is not None: on_step(k, xs[0] if single else xs, here[0].detach()*temp)
-        ps = tuple(normal(b, generator) for b in xs)
-        new,qs,there = leapfrog(cold, xs, ps, step, n_leap, here)
-        change = (there[0]+_kinetic(qs)-here[0]-_kinetic(ps)).detach()
-        chance = torch.where(change.isfinite(), (-change).clamp(max=0).exp(), 0.)
-        take = uniform(len(chance), chance, generator)<chance
-        xs = _keep(take, new, xs)
-        here = torch.where(take, there[0].detach(), here[0].detach()),_keep(take, there[1], here[1])
+    if n_steps < 0 or n_leap < 1:
+        raise ValueError(
+            "n_steps must be at least 0 and n_leap at least 1, "
+            f"got {n_steps} and {n_leap}"
+        )
+    single = isinstance(x, Tensor)
+    blocks = tuple(block.detach() for block in _blocks(x))
+    heated = energy if temp == 1 else lambda *state: energy(*state) / temp
+    here = _gradients(heated, blocks, False)
+    accepted = torch.zeros(len(blocks[0]), device=blocks[0].device)
+    for i in range(n_steps):
+        if on_step is not None:
+            on_step(i, blocks[0] if single else blocks, here[0].detach() * temp)
+        blocks, here, chance = _propose(heated, blocks, here, step, n_leap, generator)
         accepted += chance
-    return xs[0] if single else xs, accepted/max(n_steps, 1)
+    return blocks[0] if single else blocks, accepted / max(n_steps, 1)
 
 # %% ../nbs/01_mcmc.ipynb #c046
 def mala(
-    energy:Callable, # E(*blocks) -> (B,), in nats; the target is exp(-E/temp)
-    x:State,         # Start: (B, ...) or tuple of (B, ...); left unmodified
-    eta:float|Tensor|tuple, # Langevin time step > 0, as in `ula`; a number, a tensor (B,), or one per block
-    n_steps:int,     # Number of proposals, one gradient each
+    energy: Callable,  # E(*blocks) -> (B,), in nats; the target is exp(-E/temp)
+    x: State,  # Start: (B, ...) or tuple of (B, ...); left unmodified
+    eta: float | Tensor | tuple,  # Time step > 0, see `ula`; number, (B,), or one per block
+    n_steps: int,  # Number of proposals, one gradient each
     *,
-    temp:float=1.,   # Temperature T > 0
-    generator:torch.Generator|Slice|None=None, # Source of every draw
-    on_step:Callable|None=None,                # Called as on_step(k, x, e) before proposal k
-)->tuple[State,Tensor]: # End of the chains, and (B,) mean acceptance probability of each
-    """Langevin updates with a Metropolis test, which is HMC with one leapfrog step h = sqrt(2 eta T).
+    temp: float = 1.0,  # Temperature T > 0
+    generator: torch.Generator | Slice | None = None,  # Source of every draw
+    on_step: Callable | None = None,  # Called as on_step(i, x, energies) before proposal i
+) -> tuple[State, Tensor]:  # End of the chains; (B,) mean acceptance probability of each
+    """Langevin updates with a Metropolis test.
 
-    Raises `ValueError` as `hmc` does. Source: Roberts and Tweedie 1996; Neal 2011, section 5.2.
+    This is HMC with one leapfrog step h = sqrt(2 eta T). Raises `ValueError` as `hmc` does.
+    Source: Roberts and Tweedie 1996; Neal 2011, section 5.2.
     """
-    h = tuple((2*e*temp)**.5 for e in eta) if isinstance(eta, tuple) else (2*eta*temp)**.5
-    return hmc(energy, x, h, n_steps, n_leap=1, temp=temp, generator=generator, on_step=on_step)
+    if isinstance(eta, tuple):
+        step = tuple((2 * own * temp) ** 0.5 for own in eta)
+    else:
+        step = (2 * eta * temp) ** 0.5
+    return hmc(
+        energy, x, step, n_steps, n_leap=1, temp=temp, generator=generator, on_step=on_step
+    )
 
 # %% ../nbs/01_mcmc.ipynb #c052
 def adapt(
-    kernel:Callable, # `mala` or `hmc`, or a partial of one
-    energy:Callable, # E(*blocks) -> (B,), in nats
-    x:State,         # Start
-    step:float,      # First guess
-    n_steps:int,     # Proposals to spend
+    kernel: Callable,  # `mala` or `hmc`, or a partial of one
+    energy: Callable,  # E(*blocks) -> (B,), in nats
+    x: State,  # Start
+    step: float,  # First guess
+    n_steps: int,  # Proposals to spend
     *,
-    target:float=.65, # Wished mean acceptance, in (0, 1); 0.57 suits MALA
-    generator:torch.Generator|Slice|None=None, # Source of every draw
-)->tuple[State,float]: # State of the chains afterwards, and the step to use from now on
+    target: float = 0.65,  # Wished mean acceptance, in (0, 1); 0.57 suits MALA
+    generator: torch.Generator | Slice | None = None,  # Source of every draw
+) -> tuple[State, float]:  # State of the chains afterwards, and the step to use from now on
     """Find a step size by dual averaging over all chains.
 
-    Raises `ValueError` for a target outside (0, 1). Source: Hoffman and Gelman 2014, section 3.2.
+    Raises `ValueError` for a target outside (0, 1).
+    Source: Hoffman and Gelman 2014, section 3.2.
     """
-    if not 0<target<1: raise ValueError(f"target must lie in (0, 1), got {target}")
-    far,miss,mean = math.log(10*step),0.,0.
-    for m in range(1, n_steps+1):
-        x,accept = kernel(energy, x, step, 1, generator=generator)
-        miss += (target-accept.mean().item()-miss)/(m+10)
-        now = far-m**.5/.05*miss
-        mean += m**-.75*(now-mean)
+    if not 0 < target < 1:
+        raise ValueError(f"target must lie in (0, 1), got {target}")
+    far = math.log(10 * step)
+    miss = 0.0
+    mean = 0.0
+    for i in range(1, n_steps + 1):
+        x, accept = kernel(energy, x, step, 1, generator=generator)
+        miss += (target - accept.mean().item() - miss) / (i + 10)
+        now = far - i**0.5 / 0.05 * miss
+        mean += i**-0.75 * (now - mean)
         step = math.exp(now)
     return x, math.exp(mean)
 
 # %% ../nbs/01_mcmc.ipynb #c055
 def alternate(
-    energy:Callable,    # E(*blocks) -> (B,), in nats
-    x:tuple,            # Start: tuple of (B, ...)
-    rates:Rates,        # Drift and noise; each may be a tuple with one value per block
-    n_steps:int,        # Sweeps over all blocks
-    **options,          # Passed to `langevin`: clip, constrain, generator, ...
-)->tuple:               # End of the chains
-    "Langevin updates of one block at a time. Raises what `langevin` raises. Source: Zhu 2024, chapter 3, Algorithm 1."
-    if isinstance(x, Tensor): raise ValueError("alternate needs a tuple of blocks; one tensor has nothing to alternate with")
-    x = [b.detach() for b in x]
-    one = lambda rate, what: [rate]*len(x) if not isinstance(rate, tuple) else list(rate) if len(rate)==len(x) else _per_block(rate, x, what)
-    drift,noise = one(rates.drift, 'drift'),one(rates.noise, 'noise')
+    energy: Callable,  # E(*blocks) -> (B,), in nats
+    x: tuple,  # Start: tuple of (B, ...)
+    rates: Rates,  # Drift and noise; each may be a tuple with one value per block
+    n_steps: int,  # Sweeps over all blocks
+    **options,  # Passed to `langevin`: clip, constrain, generator, ...
+) -> tuple:  # End of the chains
+    """Langevin updates of one block at a time.
+
+    Raises what `langevin` raises. Source: Zhu 2024, chapter 3, Algorithm 1.
+    """
+    if isinstance(x, Tensor):
+        raise ValueError(
+            "alternate needs a tuple of blocks; one tensor has nothing to alternate with"
+        )
+    blocks = [block.detach() for block in x]
+    drift = _one_per_block(rates.drift, len(blocks), 'drift')
+    noise = _one_per_block(rates.noise, len(blocks), 'noise')
     for _ in range(n_steps):
-        for i in range(len(x)):
-            x[i] = langevin(lambda b: energy(*x[:i], b, *x[i+1:]), x[i], Rates(drift[i], noise[i]), 1, **options)
-    return tuple(x)
+        for i in range(len(blocks)):
+            blocks[i] = langevin(
+                lambda block: energy(*blocks[:i], block, *blocks[i + 1 :]),
+                blocks[i],
+                Rates(drift[i], noise[i]),
+                1,
+                **options,
+            )
+    return tuple(blocks)
 
 # %% ../nbs/01_mcmc.ipynb #c060
 def recall(
-    buffer:Tensor, # (M, ...) states of all chains, M >= B
-    fresh:Tensor,  # (B, ...) states that replace some of them, e.g. noise or data
-    rate:float,    # Probability of a replacement, in [0, 1]; 0 keeps every chain
-    generator:torch.Generator|Slice|None=None, # Source of the choice
-)->tuple[Tensor,Tensor]: # (B, ...) starts, and (B,) their rows: write back with `buffer[rows] = end.detach()`
+    buffer: Tensor,  # (M, ...) states of all chains, M >= B
+    fresh: Tensor,  # (B, ...) states that replace some of them, e.g. noise or data
+    rate: float,  # Probability of a replacement, in [0, 1]; 0 keeps every chain
+    generator: torch.Generator | Slice | None = None,  # Source of the choice
+) -> tuple[Tensor, Tensor]:  # (B, ...) starts, and (B,) their rows in the buffer
     """Take distinct chains out of a replay buffer.
 
+    Write their ends back with `buffer[rows] = end.detach()`.
     Raises `ValueError` if the buffer is smaller than the batch or the shapes differ.
     Source: Du and Mordatch 2019, Algorithm 1.
     """
-    if buffer.shape[1:]!=fresh.shape[1:]: raise ValueError(f"buffer rows {tuple(buffer.shape[1:])} and fresh states {tuple(fresh.shape[1:])} differ")
-    n = len(fresh)*(generator.parts if isinstance(generator, Slice) else 1)
-    if len(buffer)<n: raise ValueError(f"a buffer of {len(buffer)} rows cannot start {n} different chains")
-    order = uniform(len(buffer), fresh, generator.generator if isinstance(generator, Slice) else generator).argsort()[:n]
-    rows = order[generator.part*len(fresh):][:len(fresh)] if isinstance(generator, Slice) else order
-    new = uniform(len(fresh), fresh, generator)<rate
-    return torch.where(new.reshape(-1, *[1]*(fresh.ndim-1)), fresh, buffer[rows].to(fresh)), rows
+    if buffer.shape[1:] != fresh.shape[1:]:
+        raise ValueError(
+            f"buffer rows {tuple(buffer.shape[1:])} and fresh states "
+            f"{tuple(fresh.shape[1:])} differ"
+        )
+    shared = isinstance(generator, Slice)
+    batch = len(fresh)
+    n = batch * (generator.parts if shared else 1)
+    if len(buffer) < n:
+        raise ValueError(
+            f"a buffer of {len(buffer)} rows cannot start {n} different chains"
+        )
+    source = generator.generator if shared else generator
+    rows = uniform(len(buffer), fresh, source).argsort()[:n]
+    if shared:  # every part draws the order of the whole batch and takes its own chains
+        rows = rows[generator.part * batch :][:batch]
+    new = uniform(batch, fresh, generator) < rate
+    new = new.reshape(-1, *[1] * (fresh.ndim - 1))
+    return torch.where(new, fresh, buffer[rows].to(fresh)), rows
 
 # %% ../nbs/01_mcmc.ipynb #c063
 def tempered(
-    energy:Callable,           # E(*blocks) -> (B,), in nats
-    beta:float,                # Position on the path, 0 <= beta <= 1
-    base:Callable|None=None,   # E_0(*blocks) -> (B,); None is flat
-)->Callable:                   # E_beta, in nats
-    "Energy on the path from `base` to `energy`, label `eq-mcmc-path`. Source: Neal 2001, section 3."
-    if base is None: return lambda *x: beta*energy(*x)
-    return lambda *x: (1-beta)*base(*x)+beta*energy(*x)
+    energy: Callable,  # E(*blocks) -> (B,), in nats
+    beta: float,  # Position on the path, 0 <= beta <= 1
+    base: Callable | None = None,  # E_0(*blocks) -> (B,); None is flat
+) -> Callable:  # E_beta, in nats
+    """Energy on the path from `base` to `energy`, label `eq-mcmc-path`.
+
+    Source: Neal 2001, section 3.
+    """
+    if base is None:
+        return lambda *x: beta * energy(*x)
+    return lambda *x: (1 - beta) * base(*x) + beta * energy(*x)
 
 # %% ../nbs/01_mcmc.ipynb #c067
 def grid(
-    lim:float, # The grid covers [-lim, lim] in both coordinates
-    n:int,     # Cells along each
-    like:Tensor|None=None, # Gives dtype and device; None is float32 on the CPU
-)->Tensor:     # (n*n, 2) cell centres, first coordinate along columns, rows from low to high
+    lim: float,  # The grid covers [-lim, lim] in both coordinates
+    n: int,  # Cells along each
+    like: Tensor | None = None,  # Gives dtype and device; None is float32 on the CPU
+) -> Tensor:  # (n*n, 2) cell centres, first coordinate along columns, rows from low to high
     "Centres of the cells of a square grid."
     like = torch.zeros(()) if like is None else like
-    a = (torch.arange(n, device=like.device, dtype=like.dtype)+.5)*(2*lim/n)-lim
-    return torch.cartesian_prod(a, a).flip(1)
+    cells = torch.arange(n, device=like.device, dtype=like.dtype)
+    axis = (cells + 0.5) * (2 * lim / n) - lim
+    return torch.cartesian_prod(axis, axis).flip(1)
+
 
 def grid_log_z(
-    energy:Callable,  # E(x) -> (B,) for points (B, 2), in nats
-    lim:float,        # The grid covers [-lim, lim] in both coordinates
-    n:int=400,        # Cells along each
+    energy: Callable,  # E(x) -> (B,) for points (B, 2), in nats
+    lim: float,  # The grid covers [-lim, lim] in both coordinates
+    n: int = 400,  # Cells along each
     *,
-    like:Tensor|None=None, # Gives dtype and device
-    chunk:int=20_000, # Points at once
-)->tuple[float,Tensor]: # log Z, and (n, n) normalised log density at the centres, rows from low to high
-    "Normalise a two-dimensional energy on a grid. Source: book chapter 1."
-    with torch.no_grad(): e = torch.cat([energy(o) for o in grid(lim, n, like).split(chunk)]).double()
-    log_z = (torch.logsumexp(-e, 0) + 2*math.log(2*lim/n)).item()
-    return log_z,(-e-log_z).reshape(n, n).cpu()
+    like: Tensor | None = None,  # Gives dtype and device
+    chunk: int = 20_000,  # Points at once
+) -> tuple[float, Tensor]:  # log Z, and (n, n) normalised log density at the centres
+    """Normalise a two-dimensional energy on a grid.
+
+    Rows of the table are from low to high. Source: book chapter 1.
+    """
+    parts = grid(lim, n, like).split(chunk)
+    with torch.no_grad():
+        energies = torch.cat([energy(part) for part in parts]).double()
+    log_z = (torch.logsumexp(-energies, 0) + 2 * math.log(2 * lim / n)).item()
+    return log_z, (-energies - log_z).reshape(n, n).cpu()
 
 # %% ../nbs/01_mcmc.ipynb #c070
 def ais(
-    energy:Callable,  # Target E(*blocks) -> (B,), in nats
-    base:Callable,    # E_0(*blocks) -> (B,), in nats
-    x:State,          # Exact draws of exp(-E_0) if `betas` rise, of exp(-E) if they fall
-    betas:Sequence,   # Path, from 0 to 1 or from 1 to 0
-    kernel:Callable,  # kernel(energy, x) -> x; keeps exp(-energy) as it is, e.g. lambda e, x: hmc(e, x, .1, 2)[0]
-)->tuple[State,Tensor]: # End of the chains, and (B,) log weights
+    energy: Callable,  # Target E(*blocks) -> (B,), in nats
+    base: Callable,  # E_0(*blocks) -> (B,), in nats
+    x: State,  # Exact draws of exp(-E_0) if `betas` rise, of exp(-E) if they fall
+    betas: Sequence,  # Path, from 0 to 1 or from 1 to 0
+    kernel: Callable,  # kernel(energy, x) -> x; keeps exp(-energy) as it is
+) -> tuple[State, Tensor]:  # End of the chains, and (B,) log weights
     """Annealed importance sampling, label `eq-mcmc-ais`.
 
+    A kernel is, for example, lambda e, x: hmc(e, x, .1, 2)[0].
     Raises `ValueError` for a path that does not run from 0 to 1 or back. Source: Neal 2001.
     """
-    betas = [float(b) for b in betas]
-    if betas not in (sorted(betas), sorted(betas, reverse=True)) or {betas[0], betas[-1]}!={0., 1.}:
+    betas = [float(beta) for beta in betas]
+    monotone = betas in (sorted(betas), sorted(betas, reverse=True))
+    if not monotone or {betas[0], betas[-1]} != {0.0, 1.0}:
         raise ValueError("betas must rise from 0 to 1, or fall from 1 to 0")
-    log_w = 0.
-    for old,new in zip(betas, betas[1:]):
-        with torch.no_grad(): log_w = log_w + (new-old)*(base(*_blocks(x)).double()-energy(*_blocks(x)).double())
-        if new!=betas[-1]: x = kernel(tempered(energy, new, base), x)
+    log_w = 0.0
+    for old, new in zip(betas, betas[1:]):
+        with torch.no_grad():
+            change = base(*_blocks(x)).double() - energy(*_blocks(x)).double()
+            log_w = log_w + (new - old) * change
+        if new != betas[-1]:
+            x = kernel(tempered(energy, new, base), x)
     return x, log_w
 
+
 def log_mean_exp(
-    log_w:Tensor, # (B,) logarithms
-)->float:         # log of their mean
-    "Logarithm of a mean of exponentials; of forward `ais` weights a lower bound of log(Z/Z_0) on average, minus that of backward weights an upper one."
-    return (torch.logsumexp(log_w.double(), 0)-math.log(len(log_w))).item()
+    log_w: Tensor,  # (B,) logarithms
+) -> float:  # log of their mean
+    """Logarithm of a mean of exponentials.
+
+    Of forward `ais` weights it is a lower bound of log(Z/Z_0) on average, minus that of
+    backward weights an upper one.
+    """
+    return (torch.logsumexp(log_w.double(), 0) - math.log(len(log_w))).item()
 
 # %% ../nbs/01_mcmc.ipynb #c074
 def bf16(
-    energy:Callable, # E(*blocks) -> (B,), in nats
-)->Callable:         # The same, computed under automatic mixed precision; returns float32
-    "An energy whose forward and backward pass run in bfloat16; the state of the chain is left alone. Source: book chapter 1."
+    energy: Callable,  # E(*blocks) -> (B,), in nats
+) -> Callable:  # The same, computed under automatic mixed precision; returns float32
+    """An energy whose forward and backward pass run in bfloat16.
+
+    The state of the chain is left alone. Source: book chapter 1.
+    """
+
     def mixed(*x):
-        with torch.autocast(x[0].device.type, torch.bfloat16): return energy(*x).float()
+        with torch.autocast(x[0].device.type, torch.bfloat16):
+            return energy(*x).float()
+
     return mixed
 
-def keep_freed()->bool: # Whether the C library does it; False outside Linux
-    "Have the C library of Linux keep freed memory for the next tensor, for the rest of this process. Source: glibc manual, mallopt."
-    try: option = ctypes.CDLL(None).mallopt
-    except (AttributeError, OSError, TypeError): return False # another system
-    return option(_MMAP_MAX, 0)==1 and option(_TRIM_FROM, 2**31-1)==1
+# %% ../nbs/01_mcmc.ipynb #59b61d54
+# names of glibc's options, with the numbers that malloc.h gives them
+_MMAP_MAX = -4
+_TRIM_FROM = -1
 
-_MMAP_MAX,_TRIM_FROM = -4,-1 # as malloc.h has them
 
+def keep_freed() -> bool:  # Whether the C library does it; False outside Linux
+    """Have the C library of Linux keep freed memory for the next tensor.
+
+    Holds for the rest of this process. Source: glibc manual, mallopt.
+    """
+    try:
+        option = ctypes.CDLL(None).mallopt
+    except (AttributeError, OSError, TypeError):
+        return False  # another system
+    return option(_MMAP_MAX, 0) == 1 and option(_TRIM_FROM, 2**31 - 1) == 1
+
+# %% ../nbs/01_mcmc.ipynb #5021bc34
 def in_chunks(
-    draw:Callable,   # draw(m) -> (m, ...)
-    n:int,           # How many in total
-    chunk:int=512,   # How many at once, >= 1
+    draw: Callable,  # draw(m) -> (m, ...)
+    n: int,  # How many in total
+    chunk: int = 512,  # How many at once, >= 1
     *,
-    progress:bool=False, # Show a bar
-)->Tensor:           # (n, ...)
-    "Draw a large sample in parts of bounded memory. Raises `ValueError` for a chunk below 1."
-    if chunk<1: raise ValueError(f"chunk must be at least 1, got {chunk}")
+    progress: bool = False,  # Show a bar
+) -> Tensor:  # (n, ...)
+    """Draw a large sample in parts of bounded memory.
+
+    Raises `ValueError` for a chunk below 1.
+    """
+    if chunk < 1:
+        raise ValueError(f"chunk must be at least 1, got {chunk}")
     starts = tqdm(range(0, n, chunk), desc='samples', disable=not progress)
-    return torch.cat([draw(min(chunk, n-i)) for i in starts]) if n else draw(0)
+    return torch.cat([draw(min(chunk, n - i)) for i in starts]) if n else draw(0)

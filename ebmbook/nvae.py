@@ -4,13 +4,14 @@
 
 # %% auto #0
 __all__ = ['ROWS', 'bounded', 'log_gauss', 'gauss_kl', 'Gate', 'Corners', 'EncoderCell', 'DecoderCell', 'reading_mask', 'Shift',
-           'Latent', 'Pass', 'VAE', 'Encoder', 'Group', 'Decoder', 'NVAE', 'nvae', 'PointVAE', 'warm_up', 'alphas',
-           'balance', 'spectral_sum', 'norm_sum', 'penalty_weight', 'vae_loss', 'learning_rate', 'reduce_bits',
-           'reestimate']
+           'Latent', 'Generative', 'PriorPass', 'prior_pass', 'Pass', 'VAE', 'Encoder', 'Group', 'Decoder', 'NVAE',
+           'nvae', 'PointVAE', 'warm_up', 'alphas', 'balance', 'spectral_sum', 'norm_sum', 'penalty_weight', 'vae_loss',
+           'learning_rate', 'reduce_bits', 'reestimate']
 
 # %% ../nbs/06a_nvae.ipynb #c002
 import math
 from collections.abc import Callable
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
@@ -23,321 +24,517 @@ from .mcmc import Slice, frozen, normal
 
 # %% ../nbs/06a_nvae.ipynb #c006
 def bounded(
-    mu:Tensor, # (B, ...) raw mean
-    s:Tensor,  # Like mu, raw log standard deviation
-)->tuple[Tensor,Tensor]: # Mean in (-5, 5) and standard deviation in (0.0167, 148.4), at least float32
-    "Mean and standard deviation of a bounded normal, label `eq-nvae-bounded`. Source: released code of Vahdat and Kautz 2020."
+    mu: Tensor,  # (B, ...) raw mean
+    s: Tensor,  # Like mu, raw log standard deviation
+) -> tuple[Tensor, Tensor]:  # Mean in (-5, 5) and standard deviation in (0.0167, 148.4)
+    """Mean and standard deviation of a bounded normal, label `eq-nvae-bounded`.
+
+    Both are at least float32.
+    Source: released code of Vahdat and Kautz 2020.
+    """
     return _soft(mu), _soft(s).exp()+.01
 
-def _soft(u): return 5*torch.tanh(full(u)/5)
 
+def _soft(x): return 5*torch.tanh(full(x)/5)
+
+# %% ../nbs/06a_nvae.ipynb #2a13b4ab
 def log_gauss(
-    x:Tensor,     # (B, ...)
-    mu:Tensor,    # Broadcasts with x
-    sigma:Tensor, # Broadcasts with x, > 0
-)->Tensor:        # (B,) nats
+    x: Tensor,  # (B, ...)
+    mu: Tensor,  # Broadcasts with x
+    sigma: Tensor,  # Broadcasts with x, > 0
+) -> Tensor:  # (B,) nats
     "Log-density of independent normal numbers, summed over all but the first axis."
-    return -(((x-mu)/sigma).square()/2 + sigma.log() + math.log(2*math.pi)/2).flatten(1).sum(1)
+    each = ((x-mu)/sigma).square()/2 + sigma.log() + math.log(2*math.pi)/2
+    return -each.flatten(1).sum(1)
+
 
 def gauss_kl(
-    q:tuple, # Mean and standard deviation of the first normal, (B, ...)
-    p:tuple, # The same of the second
-)->Tensor:   # (B,) nats, >= 0
-    "Kullback-Leibler divergence between independent normals, summed over all but the first axis."
-    shift,ratio = (q[0]-p[0])/p[1], q[1]/p[1]
+    first: tuple,  # Mean and standard deviation of the first normal, (B, ...)
+    second: tuple,  # The same of the second
+) -> Tensor:  # (B,) nats, >= 0
+    "Kullback-Leibler divergence between independent normals, summed like `log_gauss`."
+    shift = (first[0]-second[0])/second[1]
+    ratio = first[1]/second[1]
     return ((shift.square()+ratio.square()-1)/2 - ratio.log()).flatten(1).sum(1)
 
 # %% ../nbs/06a_nvae.ipynb #c010
-def _conv(i, o, k, stride=1): return wnorm(nn.Conv2d(i, o, k, stride, k//2))
+def _conv(n_in, n_out, size, stride=1):
+    return wnorm(nn.Conv2d(n_in, n_out, size, stride, size//2))
 
 # %% ../nbs/06a_nvae.ipynb #c013
 def _norm(n): return nn.BatchNorm2d(n, eps=1e-5, momentum=.05)
 
-def _bare(i, o, k, groups=1): return nn.Conv2d(i, o, k, padding=k//2, groups=groups, bias=False)
+
+def _bare(n_in, n_out, size, groups=1):
+    return nn.Conv2d(n_in, n_out, size, padding=size//2, groups=groups, bias=False)
+
 
 class Gate(nn.Module):
-    "Squeeze-and-excitation: scale each channel by a number between 0 and 1 that depends on the means of all channels."
-    def __init__(self,
-        n:int, # Channels
+    """Squeeze-and-excitation.
+
+    Scale each channel by a number in (0, 1) that depends on the means of all channels.
+    """
+
+    def __init__(
+        self,
+        n: int,  # Channels
     ):
         super().__init__()
         hidden = max(n//16, 4)
-        self.squeeze,self.excite = nn.Linear(n, hidden), nn.Linear(hidden, n)
+        self.squeeze = nn.Linear(n, hidden)
+        self.excite = nn.Linear(hidden, n)
 
-    def forward(self,
-        x:Tensor, # (B, n, H, W)
-    )->Tensor:    # Like x
-        return x*self.excite(self.squeeze(x.mean((2, 3))).relu()).sigmoid()[:,:,None,None]
+    def forward(
+        self,
+        x: Tensor,  # (B, n, H, W)
+    ) -> Tensor:  # Like x
+        factor = self.excite(self.squeeze(x.mean((2, 3))).relu()).sigmoid()
+        return x*factor[:,:,None,None]
 
+# %% ../nbs/06a_nvae.ipynb #7ea26dc6
 class Corners(nn.Module):
-    "Halve an image: four 1x1 convolutions, one for each pixel of a 2x2 square, each giving a quarter of the channels."
-    def __init__(self,
-        n_in:int,  # Input channels
-        n_out:int, # Output channels
+    """Halve an image by four 1x1 convolutions, one for each pixel of a 2x2 square.
+
+    Each gives a quarter of the channels.
+    """
+
+    def __init__(
+        self,
+        n_in: int,  # Input channels
+        n_out: int,  # Output channels
     ):
         super().__init__()
-        q = n_out//4
-        self.convs = nn.ModuleList(_conv(n_in, o, 1, 2) for o in (q, q, q, n_out-3*q))
+        quarter = n_out//4
+        widths = (quarter, quarter, quarter, n_out-3*quarter)
+        self.convs = nn.ModuleList(_conv(n_in, width, 1, 2) for width in widths)
 
-    def forward(self,
-        x:Tensor, # (B, n_in, H, W), H and W even
-    )->Tensor:    # (B, n_out, H/2, W/2)
+    def forward(
+        self,
+        x: Tensor,  # (B, n_in, H, W), H and W even
+    ) -> Tensor:  # (B, n_out, H/2, W/2)
         x = F.silu(x)
-        return torch.cat([conv(x[:,:,i:,j:]) for conv,(i,j) in zip(self.convs, ((0, 0), (1, 1), (0, 1), (1, 0)))], 1)
+        places = ((0, 0), (1, 1), (0, 1), (1, 0))
+        parts = [conv(x[:,:,down:,right:]) for conv, (down, right) in zip(self.convs, places)]
+        return torch.cat(parts, 1)
 
 # %% ../nbs/06a_nvae.ipynb #c016
 class EncoderCell(nn.Module):
     "Residual cell of the encoder; halves the image where the number of channels grows."
-    def __init__(self,
-        n_in:int,  # Input channels
-        n_out:int, # Output channels; more than n_in means half the height and width
+
+    def __init__(
+        self,
+        n_in: int,  # Input channels
+        n_out: int,  # Output channels; more than n_in means half the height and width
     ):
         super().__init__()
         half = n_out!=n_in
-        self.norm1,self.conv1 = _norm(n_in), _conv(n_in, n_out, 3, 1+half)
-        self.norm2,self.conv2 = _norm(n_out), _conv(n_out, n_out, 3)
-        self.gate,self.skip = Gate(n_out), Corners(n_in, n_out) if half else nn.Identity()
+        self.norm1 = _norm(n_in)
+        self.conv1 = _conv(n_in, n_out, 3, 1+half)
+        self.norm2 = _norm(n_out)
+        self.conv2 = _conv(n_out, n_out, 3)
+        self.gate = Gate(n_out)
+        self.skip = Corners(n_in, n_out) if half else nn.Identity()
 
-    def forward(self,
-        x:Tensor, # (B, n_in, H, W)
-    )->Tensor:    # (B, n_out, H, W), or half of both sides
-        h = self.conv2(F.silu(self.norm2(self.conv1(F.silu(self.norm1(x))))))
-        return torch.add(self.skip(x), self.gate(h), alpha=.1)
+    def forward(
+        self,
+        x: Tensor,  # (B, n_in, H, W)
+    ) -> Tensor:  # (B, n_out, H, W), or half of both sides
+        hidden = self.conv1(F.silu(self.norm1(x)))
+        hidden = self.conv2(F.silu(self.norm2(hidden)))
+        return torch.add(self.skip(x), self.gate(hidden), alpha=.1)
 
+# %% ../nbs/06a_nvae.ipynb #d7f67ee5
 class DecoderCell(nn.Module):
     "Residual cell of the decoder; doubles the image where the number of channels shrinks."
-    def __init__(self,
-        n_in:int,   # Input channels
-        n_out:int,  # Output channels; fewer than n_in means twice the height and width
-        wide:int=6, # Expansion inside the branch
+
+    def __init__(
+        self,
+        n_in: int,  # Input channels
+        n_out: int,  # Output channels; fewer than n_in means twice the height and width
+        wide: int = 6,  # Expansion inside the branch
     ):
         super().__init__()
-        w = n_in*wide
+        hidden = n_in*wide
         self.double = n_out!=n_in
-        self.open,self.depth,self.close = _bare(n_in, w, 1), _bare(w, w, 5, w), _bare(w, n_out, 1)
-        self.norms = nn.ModuleList(_norm(o) for o in (n_in, w, w, n_out))
-        self.gate,self.skip = Gate(n_out), wnorm(nn.Conv2d(n_in, n_out, 1, bias=False)) if self.double else nn.Identity()
+        self.open = _bare(n_in, hidden, 1)
+        self.depth = _bare(hidden, hidden, 5, hidden)
+        self.close = _bare(hidden, n_out, 1)
+        self.norms = nn.ModuleList(_norm(n) for n in (n_in, hidden, hidden, n_out))
+        self.gate = Gate(n_out)
+        if self.double: self.skip = wnorm(nn.Conv2d(n_in, n_out, 1, bias=False))
+        else: self.skip = nn.Identity()
 
-    def forward(self,
-        x:Tensor, # (B, n_in, H, W)
-    )->Tensor:    # (B, n_out, H, W), or twice both sides
-        a,b,c,d = self.norms
-        h,skip = F.silu(b(self.open(a(x)))), self.skip(x)
-        if self.double: h,skip = F.interpolate(h, scale_factor=2), F.interpolate(skip, scale_factor=2, mode='bilinear', align_corners=True)
-        return torch.add(skip, self.gate(d(self.close(F.silu(c(self.depth(h)))))), alpha=.1)
+    def forward(
+        self,
+        x: Tensor,  # (B, n_in, H, W)
+    ) -> Tensor:  # (B, n_out, H, W), or twice both sides
+        norm_in, norm_open, norm_depth, norm_out = self.norms
+        hidden = F.silu(norm_open(self.open(norm_in(x))))
+        skip = self.skip(x)
+        if self.double:
+            hidden = F.interpolate(hidden, scale_factor=2)
+            skip = F.interpolate(skip, scale_factor=2, mode='bilinear', align_corners=True)
+        hidden = self.close(F.silu(norm_depth(self.depth(hidden))))
+        return torch.add(skip, self.gate(norm_out(hidden)), alpha=.1)
 
 # %% ../nbs/06a_nvae.ipynb #c019
 def reading_mask(
-    shape:tuple,   # (out, in, k, k) of a kernel; in = 1 means one group for each channel
-    own:bool,      # Whether a channel sees itself at its own pixel
-    mirror:bool,   # Read from the last pixel to the first; the order of channels stays
-)->Tensor:         # Ones where the kernel may look, zeros elsewhere
+    shape: tuple,  # (out, in, k, k) of a kernel; in = 1 means one group for each channel
+    own: bool,  # Whether a channel sees itself at its own pixel
+    mirror: bool,  # Read from the last pixel to the first; the order of channels stays
+) -> Tensor:  # Ones where the kernel may look, zeros elsewhere
     "Mask that lets a convolution see only what comes earlier in reading order."
-    o,i,k,_ = shape
-    n,mask = min(o, i), torch.zeros(shape)
-    mask[:,:,:k//2] = 1
-    mask[:,:,k//2,:k//2] = 1
-    late,early = (torch.arange(c)*n//c for c in (o, i))                     # blocks of neighbouring channels share a place in the order
-    centre = early[None]<=late[:,None] if own else early[None]<late[:,None]
-    mask[:,:,k//2,k//2] = centre.to(mask) if i>1 else float(own)
+    n_out, n_in, size, _ = shape
+    middle = size//2
+    mask = torch.zeros(shape)
+    mask[:,:,:middle] = 1
+    mask[:,:,middle,:middle] = 1
+    if n_in>1:
+        n = min(n_out, n_in)  # blocks of neighbouring channels share a place in the order
+        late = (torch.arange(n_out)*n//n_out)[:,None]
+        early = (torch.arange(n_in)*n//n_in)[None]
+        mask[:,:,middle,middle] = (early<=late if own else early<late).to(mask)
+    else: mask[:,:,middle,middle] = float(own)
     return mask.flip(2, 3) if mirror else mask
 
+# %% ../nbs/06a_nvae.ipynb #28b15b02
 class Shift(nn.Module):
-    "Subtract from each number a function of the earlier ones, label `eq-nvae-flow`; the volume is kept."
-    def __init__(self,
-        n:int,       # Channels
-        mirror:bool, # Direction of reading
-        wide:int=6,  # Expansion inside
+    """Subtract from each number a function of the earlier ones, label `eq-nvae-flow`.
+
+    The volume is kept.
+    """
+
+    def __init__(
+        self,
+        n: int,  # Channels
+        mirror: bool,  # Direction of reading
+        wide: int = 6,  # Expansion inside
     ):
         super().__init__()
-        hide = lambda conv, own: wnorm(conv, reading_mask(conv.weight.shape, own, mirror))
-        self.open = hide(nn.Conv2d(n, n*wide, 3, padding=1, bias=False), False)
-        self.depth = hide(nn.Conv2d(n*wide, n*wide, 5, padding=2, groups=n*wide, bias=False), True)
-        self.close = hide(nn.Conv2d(n*wide, n, 1), True)
-        with torch.no_grad(): self.close.parametrizations.weight.original0.sub_(math.log(10)) # a small shift to start with
 
-    def forward(self,
-        z:Tensor, # (B, n, H, W)
-    )->Tensor:    # Like z
-        return z - self.close(F.elu(F.elu(self.depth(F.elu(self.open(z))))))  # two in a row, as released
+        def masked(conv, own): return wnorm(conv, reading_mask(conv.weight.shape, own, mirror))
+
+        hidden = n*wide
+        self.open = masked(nn.Conv2d(n, hidden, 3, padding=1, bias=False), False)
+        depth = nn.Conv2d(hidden, hidden, 5, padding=2, groups=hidden, bias=False)
+        self.depth = masked(depth, True)
+        self.close = masked(nn.Conv2d(hidden, n, 1), True)
+        # a small shift to start with
+        with torch.no_grad(): self.close.parametrizations.weight.original0.sub_(math.log(10))
+
+    def forward(
+        self,
+        z: Tensor,  # (B, n, H, W)
+    ) -> Tensor:  # Like z
+        hidden = F.elu(F.elu(self.depth(F.elu(self.open(z)))))  # two in a row, as released
+        return z - self.close(hidden)
 
 # %% ../nbs/06a_nvae.ipynb #c022
 class Latent(nn.Module):
-    """The half that draws: noise in, data out. A subclass has `shape`, `shapes`, `dist` and `walk`.
+    """Noise and the way from it to data.
 
-    Batch norm makes images of a batch depend on each other in training mode; use evaluation mode, or `frozen`, for anything but training.
+    A subclass has `shape`, `shapes`, `dist` and `traverse`.
+    Batch norm makes images of a batch depend on each other in training mode; use evaluation
+    mode, or `frozen`, for anything but training.
     """
-    noisy = False # whether `sample` adds the decoder's own noise unless told otherwise
 
-    def latents(self, n:int)->tuple: # n examples
+    def latents(self, n: int) -> tuple:  # n examples
         "Shapes of the noise of all groups, each (n, ...)."
-        return tuple((n, *o) for o in self.shapes)
+        return tuple((n, *shape) for shape in self.shapes)
 
-    def noise(self, n:int, generator=None)->tuple: # n examples; source of the draws
+    def noise(self, n: int, generator=None) -> tuple:  # n examples; source of the draws
         "One standard normal tensor for each group."
-        return tuple(normal(next(self.parameters()).new_empty(o), generator) for o in self.latents(n))
+        like = next(self.parameters())
+        return tuple(normal(like.new_empty(shape), generator) for shape in self.latents(n))
 
-    def decode(self,
-        eps:tuple,      # One tensor for each group, as `latents` says
-        temp:float=1.,  # Temperature of all groups and of the result
-    )->tuple[Tensor,Tensor]: # Mean and standard deviation of x, (B, ...)
-        "Noise to the normal at the pixels, label `eq-nvae-chain`. Raises `ValueError` for wrong shapes."
-        said,n = tuple(tuple(o.shape) for o in eps),len(eps[0])
-        if said!=self.latents(n): raise ValueError(f"expected noise of shapes {self.latents(n)}, got {said}")
-        mu,sigma = self.walk(n, lambda l, h, mu, s: _draw(self.dist(mu, s), eps[l], temp))
+    def decode(
+        self,
+        eps: tuple,  # One tensor for each group, as `latents` says
+        temp: float = 1.,  # Temperature of all groups and of the result
+    ) -> tuple[Tensor, Tensor]:  # Mean and standard deviation of x, (B, ...)
+        """Noise to the normal at the pixels, label `eq-nvae-chain`.
+
+        Raises `ValueError` for wrong shapes.
+        """
+        given = tuple(tuple(block.shape) for block in eps)
+        n = len(eps[0])
+        if given!=self.latents(n):
+            raise ValueError(f"expected noise of shapes {self.latents(n)}, got {given}")
+
+        def pick(i, h, mu, s): return _draw(self.dist(mu, s), eps[i], temp)
+
+        mu, sigma = self.traverse(n, pick)
         return mu, temp*sigma
 
-    @torch.no_grad()
-    def sample(self,
-        n:int,                # How many
-        *,
-        temp:float=1.,        # Temperature; 1 draws from the model
-        noisy:bool|None=None, # Add the decoder's noise; None: not for images, whose mean is shown and scored, but for points
-        batch:int=256,        # Examples at a time
-        generator:torch.Generator|Slice|None=None, # Source of the draws
-    )->Tensor:                # (n, ...); images are clamped to [-1, 1]
-        "Draw in evaluation mode; batch statistics stay as they are."
-        noisy,parts = self.noisy if noisy is None else noisy, []
-        with frozen(self):
-            for i in range(0, n, batch):
-                mu,sigma = self.decode(self.noise(min(batch, n-i), generator), temp)
-                parts.append(mu+sigma*normal(mu, generator) if noisy else mu)
-        return torch.cat(parts).clamp(-1, 1) if len(self.shape)==3 else torch.cat(parts)
 
 def _draw(dist, eps, temp=1.): return dist[0] + temp*dist[1]*eps
+
+# %% ../nbs/06a_nvae.ipynb #cb0269a8
+class Generative(Latent):
+    "The half that draws: noise in, data out."
+
+    noisy = False  # whether `sample` adds the decoder's own noise unless told otherwise
+
+    @torch.no_grad()
+    def sample(
+        self,
+        n: int,  # How many
+        *,
+        temp: float = 1.,  # Temperature; 1 draws from the model
+        noisy: bool | None = None,  # Add the decoder's noise; None is the class's own rule
+        batch: int = 256,  # Examples at a time
+        generator: torch.Generator | Slice | None = None,  # Source of the draws
+    ) -> Tensor:  # (n, ...); images are clamped to [-1, 1]
+        """Draw in evaluation mode; batch statistics stay as they are.
+
+        Without a word on `noisy`, points get the decoder's noise and images do not: of an
+        image the mean is shown and scored.
+        """
+        noisy = self.noisy if noisy is None else noisy
+        parts = []
+        with frozen(self):
+            for i in range(0, n, batch):
+                eps = self.noise(min(batch, n-i), generator)
+                mu, sigma = self.decode(eps, temp)
+                parts.append(mu+sigma*normal(mu, generator) if noisy else mu)
+        x = torch.cat(parts)
+        return x.clamp(-1, 1) if len(self.shape)==3 else x
+
+# %% ../nbs/06a_nvae.ipynb #bce1b599
+class PriorPass(NamedTuple):
+    "What one way through all groups yields, without data."
+    mu: Tensor  # (B, ...) mean of the decoder
+    sigma: Tensor  # Like mu, its standard deviation
+    z: tuple  # One tensor for each group: the numbers that were chosen
+    prior: tuple  # One (mean, standard deviation) for each group, given those before it
+
+
+def prior_pass(
+    vae: Latent,  # Whose groups are drawn
+    n: int,  # Examples
+    choose: Callable,  # choose(i, mean, std) -> numbers of group i, (n, ...)
+) -> PriorPass:
+    "Go through all groups in their order and keep the prior of each."
+    z, prior = [], []
+
+    def pick(i, h, mu, s):
+        prior.append(vae.dist(mu, s))
+        z.append(choose(i, *prior[-1]))
+        return z[-1]
+
+    mu, sigma = vae.traverse(n, pick)
+    return PriorPass(mu, sigma, tuple(z), tuple(prior))
 
 # %% ../nbs/06a_nvae.ipynb #c024
 class Pass(NamedTuple):
     "What one pass of data through encoder and decoder yields."
-    mu:Tensor     # (B, ...) mean of the decoder
-    sigma:Tensor  # Like mu, its standard deviation
-    kl:Tensor     # (B, L) nats: divergence of each group, exact where the posterior is normal, else `ratio`
-    ratio:Tensor  # (B, L) nats: log q(z_l) - log p(z_l) of the drawn z
-    eps:tuple     # One tensor for each group: the noise from which the prior makes the drawn z
-    q:tuple       # One (mean, standard deviation) for each group, of the posterior before its flow
+    mu: Tensor  # (B, ...) mean of the decoder
+    sigma: Tensor  # Like mu, its standard deviation
+    kl: Tensor  # (B, L) nats, divergence of each group: exact without flow, else `ratio`
+    ratio: Tensor  # (B, L) nats: log q(z_l) - log p(z_l) of the drawn z
+    eps: tuple  # One tensor for each group: noise from which the prior makes the drawn z
+    posterior: tuple  # One (mean, standard deviation) for each group, before its flow
 
-class VAE(Latent):
-    "Both halves; a subclass also has `per_scale`, `features`, `correct` and `bend`."
-    def forward(self,
-        x:Tensor,        # (B, ...) images in [-1, 1], or points
-        generator:torch.Generator|Slice|None=None, # Source of the draws
-        mean:bool=False, # Take the middle of each posterior instead of a draw
-    )->Pass:
+
+def _check_batch(x, shape):
+    if tuple(x.shape[1:])!=shape:
+        want = ', '.join(map(str, shape))
+        raise ValueError(f"expected a batch (B, {want}), got {tuple(x.shape)}")
+
+# %% ../nbs/06a_nvae.ipynb #2e74729c
+class VAE(Generative):
+    "Both halves; a subclass also has `per_scale`, `features`, `correct` and `group_flow`."
+
+    def forward(
+        self,
+        x: Tensor,  # (B, ...) images in [-1, 1], or points
+        generator: torch.Generator | Slice | None = None,  # Source of the draws
+        mean: bool = False,  # Take the middle of each posterior instead of a draw
+    ) -> Pass:
         "Encode and decode. Raises `ValueError` for the wrong shape."
-        if tuple(x.shape[1:])!=self.shape: raise ValueError(f"expected a batch (B, {', '.join(map(str, self.shape))}), got {tuple(x.shape)}")
-        seen,rows = self.features(x),[]
-        def pick(l, h, mu, s):
-            d_mu,d_s = self.correct(l, seen[l], h).chunk(2, 1)
-            q,p = self.dist(mu+d_mu, s+d_s),self.dist(mu, s)
-            z = start = q[0] if mean else _draw(q, normal(q[0], generator))
-            if bent := self.bend(l): z = bent(start)
-            ratio = log_gauss(start, *q) - log_gauss(z, *p)
-            rows.append((ratio if bent else gauss_kl(q, p), ratio, (z-p[0])/p[1], q))
+        _check_batch(x, self.shape)
+        seen = self.features(x)
+        groups = []
+
+        def pick(i, h, mu, s):
+            d_mu, d_s = self.correct(i, seen[i], h).chunk(2, 1)
+            posterior = self.dist(mu+d_mu, s+d_s)
+            prior = self.dist(mu, s)
+            start = posterior[0] if mean else _draw(posterior, normal(posterior[0], generator))
+            flow = self.group_flow(i)
+            z = start if flow is None else flow(start)
+            ratio = log_gauss(start, *posterior) - log_gauss(z, *prior)
+            kl = gauss_kl(posterior, prior) if flow is None else ratio
+            groups.append((kl, ratio, (z-prior[0])/prior[1], posterior))
             return z
-        mu,sigma = self.walk(len(x), pick)
-        kl,ratio,eps,q = zip(*rows)
-        return Pass(mu, sigma, torch.stack(kl, 1), torch.stack(ratio, 1), eps, q)
+
+        mu, sigma = self.traverse(len(x), pick)
+        kl, ratio, eps, posterior = zip(*groups)
+        return Pass(mu, sigma, torch.stack(kl, 1), torch.stack(ratio, 1), eps, posterior)
 
     @torch.no_grad()
-    def encode(self, x:Tensor, generator=None, mean:bool=False)->tuple: # As in `forward`
-        "The noise behind given data, one tensor for each group, in evaluation mode; `decode` makes the reconstruction from it."
+    def encode(self, x: Tensor, generator=None, mean: bool = False) -> tuple:
+        "The noise behind data, in evaluation mode; `decode` makes it the reconstruction."
         with frozen(self): return self(x, generator, mean).eps
 
-    def log_weight(self, x:Tensor, generator=None)->Tensor: # As in `forward`; (B,) nats
-        "log p(x, z) - log q(z | x) of one draw for each example; the mean is the evidence lower bound, `core.metrics.iwae` takes many."
+    def log_weight(self, x: Tensor, generator=None) -> Tensor:  # (B,) nats
+        """log p(x, z) - log q(z | x) of one draw for each example.
+
+        The mean is the evidence lower bound; `core.metrics.iwae` takes many.
+        """
         out = self(x, generator)
         return log_gauss(x, out.mu, out.sigma) - out.ratio.sum(1)
 
+# %% ../nbs/06a_nvae.ipynb #895ba69e
+def _halving_cells(width, halvings):  # what comes before the first group
+    cells = []
+    for _ in range(halvings):
+        cells += [EncoderCell(width, width), EncoderCell(width, 2*width)]
+        width *= 2
+    return cells
+
+
+def _tower(width, per_scale, cells):  # cells of each group, the finest first, and their widths
+    tower, widths = nn.ModuleList(), []
+    for scale, n in enumerate(per_scale[::-1]):
+        for place in range(n):
+            halve = []
+            if scale and place==0:
+                halve = [EncoderCell(width, 2*width)]
+                width *= 2
+            same = [EncoderCell(width, width) for _ in range(cells)]
+            tower.append(nn.Sequential(*halve, *same))
+            widths.append(width)
+    return tower, widths
+
+
+def _shifts(latent, flows):  # pairs that read forwards, then backwards
+    return nn.Sequential(*(Shift(latent, mirror) for mirror in (False, True)*flows))
+
 # %% ../nbs/06a_nvae.ipynb #c026
 class Encoder(nn.Module):
-    "The climb from the image, and for each group a correction and a flow."
-    def __init__(self,
-        in_ch:int,        # Channels of the image
-        ch:int,           # Width at full resolution
-        per_scale:tuple,  # Groups on each grid, coarsest first
-        latent:int,       # Channels of a group
-        cells:int,        # Cells before each group
-        flows:int,        # Pairs of shifts after each group
-        halvings:int,     # Halvings before the first group
+    "The way up from the image, and for each group a correction and a flow."
+
+    def __init__(
+        self,
+        in_ch: int,  # Channels of the image
+        ch: int,  # Width at full resolution
+        per_scale: tuple,  # Groups on each grid, coarsest first
+        latent: int,  # Channels of a group
+        cells: int,  # Cells before each group
+        flows: int,  # Pairs of shifts after each group
+        halvings: int,  # Halvings before the first group
     ):
         super().__init__()
-        w,pre = ch, []
-        for _ in range(halvings): pre += [EncoderCell(w, w), EncoderCell(w, 2*w)]; w *= 2
-        self.enter,self.tower,widths = nn.Sequential(_conv(in_ch, ch, 3), *pre), nn.ModuleList(), []
-        for scale,n in enumerate(per_scale[::-1]):
-            for g in range(n):
-                down = [EncoderCell(w, 2*w)] if scale and not g else []
-                w *= 1+len(down)
-                self.tower.append(nn.Sequential(*down, *(EncoderCell(w, w) for _ in range(cells))))
-                widths.append(w)
+        halve = _halving_cells(ch, halvings)
+        self.enter = nn.Sequential(_conv(in_ch, ch, 3), *halve)
+        self.tower, widths = _tower(ch<<halvings, per_scale, cells)
         widths.reverse()
-        self.top = nn.Sequential(nn.ELU(), _conv(w, w, 1), nn.ELU())
-        self.join = nn.ModuleList(_conv(o, o, 1) for o in widths[1:])
-        self.heads = nn.ModuleList(_conv(o, 2*latent, 3) for o in widths)
-        self.flows = nn.ModuleList(nn.Sequential(*(Shift(latent, m) for m in (False, True)*flows)) for _ in widths)
+        top = widths[0]
+        self.top = nn.Sequential(nn.ELU(), _conv(top, top, 1), nn.ELU())
+        self.join = nn.ModuleList(_conv(width, width, 1) for width in widths[1:])
+        self.heads = nn.ModuleList(_conv(width, 2*latent, 3) for width in widths)
+        self.flows = nn.ModuleList(_shifts(latent, flows) for _ in widths)
 
-    def forward(self,
-        x:Tensor, # (B, in_ch, size, size) in [-1, 1]
-    )->list:      # For each group, coarsest first, what the image says
-        h,seen = self.enter(x), []
-        for part in self.tower: seen.append(h := part(h))
-        return [self.top(h), *seen[-2::-1]]
+    def forward(
+        self,
+        x: Tensor,  # (B, in_ch, size, size) in [-1, 1]
+    ) -> list:  # For each group, coarsest first, what the image says
+        hidden = self.enter(x)
+        seen = []
+        for cells in self.tower:
+            hidden = cells(hidden)
+            seen.append(hidden)
+        return [self.top(hidden), *seen[-2::-1]]
 
-    def correct(self, l, seen, h): return self.heads[l](seen + self.join[l-1](h) if l else seen)
+    def correct(self, i, seen, h):
+        return self.heads[i](seen+self.join[i-1](h) if i else seen)
 
 # %% ../nbs/06a_nvae.ipynb #c028
 class Group(nn.Module):
-    "One station of the decoder: cells, the head of the prior, and the merger of the drawn numbers."
-    def __init__(self,
-        w:int,       # Width
-        latent:int,  # Channels of the group
-        cells:list,  # Cells before it; [] for the first group, which has no head either
+    """One station of the decoder.
+
+    Cells, the head of the prior, and the merger of the drawn numbers.
+    """
+
+    def __init__(
+        self,
+        width: int,  # Channels of what the decoder knows
+        latent: int,  # Channels of the group
+        cells: list,  # Cells before it; [] for the first group, which has no head either
     ):
         super().__init__()
-        self.cells,self.head = nn.Sequential(*cells), nn.Sequential(nn.ELU(), _conv(w, 2*latent, 1)) if cells else None
-        self.join = _conv(w+latent, w, 1)
+        self.cells = nn.Sequential(*cells)
+        self.head = nn.Sequential(nn.ELU(), _conv(width, 2*latent, 1)) if cells else None
+        self.join = _conv(width+latent, width, 1)
 
     def prior(self, h, like): return self.head(h).chunk(2, 1) if self.head else (like, like)
+
+# %% ../nbs/06a_nvae.ipynb #a6b43e29
+def _groups(width, side, per_scale, latent, cells):  # stations, coarsest first, their shapes
+    groups, shapes = nn.ModuleList(), []
+    for scale, n in enumerate(per_scale):
+        for place in range(n):
+            double = []
+            if scale and place==0:
+                double = [DecoderCell(width, width//2)]
+                width, side = width//2, side*2
+            same = [DecoderCell(width, width) for _ in range(cells if shapes else 0)]
+            groups.append(Group(width, latent, [*double, *same]))
+            shapes.append((latent, side, side))
+    return groups, shapes
+
+
+def _doubling_cells(width, doublings):  # what comes after the last group
+    cells = []
+    for _ in range(doublings):
+        cells += [DecoderCell(width, width//2, 3), DecoderCell(width//2, width//2, 3)]
+        width //= 2
+    return cells
+
+
+def _check_decoder(size, times, std):
+    if std!='each' and not (isinstance(std, (int, float)) and std>0):
+        raise ValueError(f"std must be a number above 0 or 'each', got {std!r}")
+    if size%2**times or size<2**times:
+        raise ValueError(f"size {size} cannot be halved {times} times")
 
 # %% ../nbs/06a_nvae.ipynb #c030
 class Decoder(nn.Module):
     "The way down from a learned constant through all groups to the normal at the pixels."
-    def __init__(self,
-        size:int,         # Height and width of the image
-        in_ch:int,        # Channels of the image
-        ch:int,           # Width at full resolution
-        per_scale:tuple,  # Groups on each grid, coarsest first
-        latent:int,       # Channels of a group
-        cells:int,        # Cells before each group but the first
-        halvings:int,     # Doublings after the last group
-        std:float|str='each', # Spread at the pixels: a number stays fixed, 'each' learns one for each pixel
+
+    def __init__(
+        self,
+        size: int,  # Height and width of the image
+        in_ch: int,  # Channels of the image
+        ch: int,  # Width at full resolution
+        per_scale: tuple,  # Groups on each grid, coarsest first
+        latent: int,  # Channels of a group
+        cells: int,  # Cells before each group but the first
+        halvings: int,  # Doublings after the last group
+        std: float | str = 'each',  # Spread: a number is fixed, 'each' learns it by pixel
     ):
         super().__init__()
-        if std!='each' and not (isinstance(std, (int, float)) and std>0): raise ValueError(f"std must be a number above 0 or 'each', got {std!r}")
-        self.std = std
         times = halvings+len(per_scale)-1
-        if size%2**times or size<2**times: raise ValueError(f"size {size} cannot be halved {times} times")
-        w,side = ch<<times, size>>times
-        self.start,self.groups,self.shapes = nn.Parameter(torch.rand(w, side, side)), nn.ModuleList(), []
-        for scale,n in enumerate(per_scale):
-            for g in range(n):
-                up = [DecoderCell(w, w//2)] if scale and not g else []
-                if up: w,side = w//2,side*2
-                self.groups.append(Group(w, latent, [*up, *(DecoderCell(w, w) for _ in range(cells if self.shapes else 0))]))
-                self.shapes.append((latent, side, side))
-        post = []
-        for _ in range(halvings): post += [DecoderCell(w, w//2, 3), DecoderCell(w//2, w//2, 3)]; w //= 2
-        self.leave = nn.Sequential(*post, nn.ELU(), _conv(w, in_ch*(1+(std=='each')), 3))
+        _check_decoder(size, times, std)
+        self.std = std
+        width, side = ch<<times, size>>times
+        self.start = nn.Parameter(torch.rand(width, side, side))
+        self.groups, self.shapes = _groups(width, side, per_scale, latent, cells)
+        double = _doubling_cells(ch<<halvings, halvings)
+        last = _conv(ch, in_ch*(1+(std=='each')), 3)
+        self.leave = nn.Sequential(*double, nn.ELU(), last)
 
-    def forward(self,
-        n:int,          # Examples
-        pick:Callable,  # pick(l, h, mu, s) -> z_l, given the raw prior of group l
-    )->tuple[Tensor,Tensor]: # Mean and standard deviation at the pixels
+    def forward(
+        self,
+        n: int,  # Examples
+        pick: Callable,  # pick(i, h, mu, s) -> z of group i, given its raw prior
+    ) -> tuple[Tensor, Tensor]:  # Mean and standard deviation at the pixels
         h = self.start.expand(n, -1, -1, -1)
-        for l,group in enumerate(self.groups):
+        for i, group in enumerate(self.groups):
             h = group.cells(h)
-            mu,s = group.prior(h, h.new_zeros(n, *self.shapes[0]))
-            h = group.join(torch.cat((h, pick(l, h, mu, s).to(h.dtype)), 1))
+            mu, s = group.prior(h, h.new_zeros(n, *self.shapes[0]))
+            h = group.join(torch.cat((h, pick(i, h, mu, s).to(h.dtype)), 1))
         if self.std=='each': return bounded(*self.leave(h).chunk(2, 1))
         mu = _soft(self.leave(h))
         return mu, torch.full_like(mu, self.std)
@@ -346,231 +543,307 @@ class Decoder(nn.Module):
 class NVAE(VAE):
     """Deep hierarchical autoencoder of images.
 
-    Raises `ValueError` if the image cannot be halved often enough, or for a spread that is no such thing.
-    Source: Vahdat and Kautz 2020, with the Gaussian decoder of Xiao et al. 2021, completed from the released code.
+    Raises `ValueError` if the image cannot be halved often enough, or for another spread.
+    Source: Vahdat and Kautz 2020, with the Gaussian decoder of Xiao et al. 2021, completed
+    from the released code; a fixed spread is not in the paper.
     """
-    def __init__(self,
-        size:int=32,          # Height and width in pixels
-        in_ch:int=3,          # Channels of the image
-        ch:int=128,           # Width at full resolution; doubles at each halving
-        per_scale:tuple=(30,),# Groups on each grid, coarsest first
-        latent:int=20,        # Channels of a group
-        cells:int=2,          # Cells for each group, in the encoder and in the decoder
-        flows:int=1,          # Pairs of shifts in each posterior; 0 has the divergence in closed form
-        halvings:int=1,       # Halvings between the image and the finest group
-        std:float|str='each', # Spread at the pixels: 'each' learns one for each pixel, a number > 0 stays fixed (ours)
+
+    def __init__(
+        self,
+        size: int = 32,  # Height and width in pixels
+        in_ch: int = 3,  # Channels of the image
+        ch: int = 128,  # Width at full resolution; doubles at each halving
+        per_scale: tuple = (30,),  # Groups on each grid, coarsest first
+        latent: int = 20,  # Channels of a group
+        cells: int = 2,  # Cells for each group, in the encoder and in the decoder
+        flows: int = 1,  # Pairs of shifts in each posterior; at 0 its KL is in closed form
+        halvings: int = 1,  # Halvings between the image and the finest group
+        std: float | str = 'each',  # Spread: 'each' learns it by pixel, a number is fixed
     ):
         super().__init__()
-        self.shape,self.per_scale = (in_ch, size, size), tuple(per_scale)
-        self.decoder = Decoder(size, in_ch, ch, self.per_scale, latent, cells, halvings, std)
-        self.encoder = Encoder(in_ch, ch, self.per_scale, latent, cells, flows, halvings)
+        self.shape = (in_ch, size, size)
+        self.per_scale = tuple(per_scale)
+        widths = (in_ch, ch, self.per_scale, latent, cells)
+        self.decoder = Decoder(size, *widths, halvings, std)
+        self.encoder = Encoder(*widths, flows, halvings)
 
-    shapes = property(lambda self: self.decoder.shapes)
+    @property
+    def shapes(self): return self.decoder.shapes
+
     dist = staticmethod(bounded)
 
     def features(self, x): return self.encoder(x)
-    def correct(self, l, seen, h): return self.encoder.correct(l, seen, h)
-    def bend(self, l): return self.encoder.flows[l] if len(self.encoder.flows[l]) else None
-    def walk(self, n, pick): return self.decoder(n, pick)
+
+    def correct(self, i, seen, h): return self.encoder.correct(i, seen, h)
+
+    def group_flow(self, i): return self.encoder.flows[i] if len(self.encoder.flows[i]) else None
+
+    def traverse(self, n, pick): return self.decoder(n, pick)
 
 # %% ../nbs/06a_nvae.ipynb #c034
-ROWS = { # arguments of NVAE
-    'cifar10':        {},
-    'celeba64':       dict(size=64, ch=48, per_scale=(5, 5, 5)),
-    'lsun_church64':  dict(size=64, ch=48, per_scale=(5, 5, 5)),
+_SMALL = dict(cells=1, std=.2)
+_DIGITS = dict(size=8, per_scale=(2,), flows=0, **_SMALL)
+# fmt: off
+ROWS = {  # arguments of NVAE
+    'cifar10':        dict(),
+    'celeba64':       dict(size=64,  ch=48, per_scale=(5, 5, 5)),
+    'lsun_church64':  dict(size=64,  ch=48, per_scale=(5, 5, 5)),
     'celebahq256':    dict(size=256, ch=32, per_scale=(4, 4, 4, 4, 4), flows=2),
-    'digits':         dict(size=8, in_ch=1, ch=8, per_scale=(2,), latent=4, cells=1, flows=0, std=.2),
-    'stacked_digits': dict(size=8, in_ch=3, ch=32, per_scale=(2,), latent=16, cells=1, flows=0, std=.2),
-    'stacked_mnist':  dict(size=28, in_ch=3, ch=32, per_scale=(4, 4), latent=20, cells=1, flows=1, std=.2),
+    'digits':         dict(in_ch=1, ch=8,  latent=4,  **_DIGITS),
+    'stacked_digits': dict(in_ch=3, ch=32, latent=16, **_DIGITS),
+    'stacked_mnist':  dict(in_ch=3, ch=32, latent=20, size=28, per_scale=(4, 4), **_SMALL),
 }
+# fmt: on
+
 
 def nvae(
-    row:str, # One of `ROWS`
+    name: str,  # One of `ROWS`
     **over,  # Arguments to replace
-)->NVAE:
+) -> NVAE:
     "One of the known autoencoders. Raises `KeyError` for an unknown name."
-    if row not in ROWS: raise KeyError(f"no autoencoder {row!r}; known: {', '.join(ROWS)}")
-    return NVAE(**(ROWS[row] | over))
+    if name not in ROWS: raise KeyError(f"no autoencoder {name!r}; known: {', '.join(ROWS)}")
+    return NVAE(**(ROWS[name] | over))
 
 # %% ../nbs/06a_nvae.ipynb #c046
+def _check_spread(std):
+    if std in ('one', 'each') if isinstance(std, str) else std>0: return
+    raise ValueError(f"std must be a number above 0, 'one' or 'each', got {std!r}")
+
+
 class PointVAE(VAE):
     """Dense autoencoder of points with one group of latent numbers.
 
-    Raises `ValueError` for an unknown kind of spread.
-    Source: Xiao et al. 2021, section 5.4; activations and spread are ours.
+    `std` is the spread of the decoder: a number > 0 stays fixed, 'one' learns one number,
+    'each' one for each point. Raises `ValueError` for an unknown kind of spread.
+    Source: Xiao et al. 2021, section 5.4; activations and spread are not in the paper.
     """
+
     noisy = True
     per_scale = (1,)
-    dist = staticmethod(lambda mu, s: (full(mu), full(s).exp()))
 
-    def __init__(self,
-        dim:int=2,       # Coordinates of a point
-        latent:int=20,   # Latent numbers
-        width:int=256,   # Hidden units of a layer
-        depth:int=4,     # Hidden layers of the encoder, and of the decoder
-        std:float|str=.3,# Spread of the decoder: a number > 0 stays fixed, 'one' learns one number, 'each' one for each point
+    def __init__(
+        self,
+        dim: int = 2,  # Coordinates of a point
+        latent: int = 20,  # Latent numbers
+        width: int = 256,  # Hidden units of a layer
+        depth: int = 4,  # Hidden layers of the encoder, and of the decoder
+        std: float | str = .3,  # Spread of the decoder: a number > 0, 'one' or 'each'
     ):
         super().__init__()
-        if not (std in ('one', 'each') if isinstance(std, str) else std>0): raise ValueError(f"std must be a number above 0, 'one' or 'each', got {std!r}")
-        self.shape,self.shapes,self.kind = (dim,), [(latent,)], std
-        self.encoder,self.decoder = (mlp((i, *[width]*depth, o), nn.ReLU) for i,o in ((dim, 2*latent), (latent, dim*(1+(std=='each')))))
+        _check_spread(std)
+        self.shape, self.shapes, self.kind = (dim,), [(latent,)], std
+        hidden = [width]*depth
+        self.encoder = mlp((dim, *hidden, 2*latent), nn.ReLU)
+        self.decoder = mlp((latent, *hidden, dim*(1+(std=='each'))), nn.ReLU)
         log_std = torch.tensor(0. if isinstance(std, str) else math.log(std))
         if std=='one': self.log_std = nn.Parameter(log_std)
-        else: self.register_buffer('log_std', log_std) # 'each' does not read it
+        else: self.register_buffer('log_std', log_std)  # 'each' does not read it
+
+    @staticmethod
+    def dist(mu, s): return full(mu), full(s).exp()
 
     def features(self, x): return [self.encoder(x)]
-    def correct(self, l, seen, h): return seen
-    def bend(self, l): return None
 
-    def walk(self, n, pick):
+    def correct(self, i, seen, h): return seen
+
+    def group_flow(self, i): return None
+
+    def traverse(self, n, pick):
         zero = next(self.parameters()).new_zeros(n, *self.shapes[0])
         out = self.decoder(pick(0, None, zero, zero))
-        return self.dist(*(out.chunk(2, 1) if self.kind=='each' else (out, self.log_std.expand_as(out))))
+        if self.kind=='each': return self.dist(*out.chunk(2, 1))
+        return self.dist(out, self.log_std.expand_as(out))
 
 # %% ../nbs/06a_nvae.ipynb #c049
 def warm_up(
-    frac:float,      # Part of the training that is done, 0 to 1
-    part:float=.3,   # Part over which the weight rises; 0 gives full weight at once
-    wait:float=1e-4, # Part before it starts to rise
-)->float:            # beta, 1e-4 to 1
+    frac: float,  # Part of the training that is done, 0 to 1
+    part: float = .3,  # Part over which the weight rises; 0 gives full weight at once
+    wait: float = 1e-4,  # Part before it starts to rise
+) -> float:  # beta, 1e-4 to 1
     "Weight of the divergence, linear. Source: released code of Vahdat and Kautz 2020."
     return max(min((frac-wait)/part, 1.), 1e-4) if part else 1.
 
+# %% ../nbs/06a_nvae.ipynb #cf9f2167
 def alphas(
-    per_scale:tuple, # Groups on each grid, coarsest first
-)->Tensor:           # (L,) >= 1
+    per_scale: tuple,  # Groups on each grid, coarsest first
+) -> Tensor:  # (L,) >= 1
     "How much divergence each group is entitled to, label `eq-nvae-balance`."
-    a = torch.tensor([4.**i/n for i,n in enumerate(per_scale) for _ in range(n)])
-    return a/a.min()
+    share = torch.tensor([4.**i/n for i, n in enumerate(per_scale) for _ in range(n)])
+    return share/share.min()
+
 
 def balance(
-    kl:Tensor,    # (B, L) nats
-    alpha:Tensor, # (L,) from `alphas`
-)->Tensor:        # (L,) gamma, mean 1, without graph
+    kl: Tensor,  # (B, L) nats
+    alpha: Tensor,  # (L,) from `alphas`
+) -> Tensor:  # (L,) gamma, mean 1, without graph
     "Weights of the groups, label `eq-nvae-balance`."
-    g = (kl.detach().abs().mean(0)+.01)/alpha.to(kl)
-    return g/g.mean()
+    gamma = (kl.detach().abs().mean(0)+.01)/alpha.to(kl)
+    return gamma/gamma.mean()
 
 # %% ../nbs/06a_nvae.ipynb #c052
-def _kernels(net): # matrices of all convolutions, by shape
+def _kernels(net):  # matrices of all convolutions, by shape
     found = {}
-    for m in net.modules():
-        if isinstance(m, nn.Conv2d): found.setdefault((m.out_channels, m.weight[0].numel()), []).append(m.weight.flatten(1))
+    for layer in net.modules():
+        if isinstance(layer, nn.Conv2d):
+            matrix = layer.weight.flatten(1)
+            found.setdefault(tuple(matrix.shape), []).append(matrix)
     return found
 
-def spectral_sum(
-    net:nn.Module, # Any network; its convolutions count, other layers do not
-    state:dict,    # Vectors of the power method, one tensor for each shape; filled at the first call, renewed at each
-    n:int=4,       # Power iterations
-    first:int=40,  # Power iterations where `state` has no vectors yet
-    key:str='sr',  # Name in `state`
-)->Tensor:         # Sum of the largest singular values of all kernels; the gradient goes to the kernels
-    "Spectral regularisation, batched over kernels of one shape. Source: Vahdat and Kautz 2020, section 3.2."
-    total = 0.
-    for (o,i),ws in _kernels(net).items():
-        name = f'{key}/{len(ws)}x{o}x{i}'
-        with torch.autocast(ws[0].device.type, enabled=False):
-            ws = [full(k) for k in ws]
-            u,v = _power(torch.stack([k.detach() for k in ws]), state.get(name), n, first)
-            total = total + sum((a.mT@(k@b)).sum() for k,a,b in zip(ws, u, v))
-        state[name] = u
-    return total
 
 @torch.no_grad()
-def _power(w, u, n, first): # stacked matrices (N, o, i) and the left vectors so far (N, o, 1)
-    if u is None: u,n = F.normalize(torch.randn(w.shape[:2], generator=torch.Generator().manual_seed(0)), dim=1)[...,None], max(n, first)
-    u = u.to(w)
+def _power(kernels, left, n, first):  # kernels (N, o, i), left vectors so far (N, o, 1)
+    if left is None:
+        start = torch.randn(kernels.shape[:2], generator=torch.Generator().manual_seed(0))
+        left = F.normalize(start, dim=1)[...,None]
+        n = max(n, first)
+    left = left.to(kernels)
     for _ in range(n):
-        v = F.normalize(w.mT@u, dim=1, eps=1e-3)
-        u = F.normalize(w@v, dim=1, eps=1e-3)
-    return u, v
+        right = F.normalize(kernels.mT@left, dim=1, eps=1e-3)
+        left = F.normalize(kernels@right, dim=1, eps=1e-3)
+    return left, right
 
+# %% ../nbs/06a_nvae.ipynb #283eeaa7
+def spectral_sum(
+    net: nn.Module,  # Any network; its convolutions count, other layers do not
+    state: dict,  # Vectors of the power method, filled at the first call, renewed at each
+    n: int = 4,  # Power iterations
+    first: int = 40,  # Power iterations where `state` has no vectors yet
+    key: str = 'sr',  # Name in `state`
+) -> Tensor:  # Sum of the largest singular values of all kernels; the gradient is theirs
+    """Spectral regularisation, batched over kernels of one shape.
+
+    `state` gets one tensor for each shape.
+    Source: Vahdat and Kautz 2020, section 3.2.
+    """
+    total = 0.
+    for (n_out, n_in), kernels in _kernels(net).items():
+        name = f'{key}/{len(kernels)}x{n_out}x{n_in}'
+        with torch.autocast(kernels[0].device.type, enabled=False):
+            kernels = [full(kernel) for kernel in kernels]
+            stack = torch.stack([kernel.detach() for kernel in kernels])
+            lefts, rights = _power(stack, state.get(name), n, first)
+            values = [
+                (left.mT@(kernel@right)).sum()
+                for kernel, left, right in zip(kernels, lefts, rights)
+            ]
+            total = total+sum(values)
+        state[name] = lefts
+    return total
+
+# %% ../nbs/06a_nvae.ipynb #02cb5800
 def norm_sum(
-    net:nn.Module, # Any network
-)->Tensor:         # Sum over its batch norms of the largest absolute gain
+    net: nn.Module,  # Any network
+) -> Tensor:  # Sum over its batch norms of the largest absolute gain
     "The batch norms' part of the penalty."
-    return sum(m.weight.abs().amax() for m in net.modules() if isinstance(m, nn.BatchNorm2d))
+    norms = [layer for layer in net.modules() if isinstance(layer, nn.BatchNorm2d)]
+    return sum(norm.weight.abs().amax() for norm in norms)
 
 # %% ../nbs/06a_nvae.ipynb #c057
 def penalty_weight(
-    beta:float,              # Weight of the divergence, 0 to 1
-    last:float,              # lambda once beta is 1
-    start:float|None=None,   # lambda at beta 0; None keeps `last` throughout
-)->float:
+    beta: float,  # Weight of the divergence, 0 to 1
+    last: float,  # lambda once beta is 1
+    start: float | None = None,  # lambda at beta 0; None keeps `last` throughout
+) -> float:
     "Weight of the penalty, moving from `start` to `last` evenly in its logarithm."
-    return last if start is None else math.exp((1-beta)*math.log(start) + beta*math.log(last))
+    if start is None: return last
+    return math.exp((1-beta)*math.log(start) + beta*math.log(last))
 
+# %% ../nbs/06a_nvae.ipynb #c40517b4
 def vae_loss(
-    vae:VAE,             # In training mode
-    x:Tensor,            # (B, ...) data
-    frac:float,          # Part of the training that is done, 0 to 1
-    state:dict,          # Survives between steps; holds the vectors of the power method
+    vae: VAE,  # In training mode
+    x: Tensor,  # (B, ...) data
+    frac: float,  # Part of the training that is done, 0 to 1
+    state: dict,  # Survives between steps; holds the vectors of the power method
     *,
-    penalty:float=0.,    # lambda; 0 leaves spectral and batch norms alone
-    penalty_start:float|None=None, # lambda at the start of the warm-up; None is `penalty`
-    part:float=.3,       # Part of the training over which the divergence is warmed up
-    generator:torch.Generator|Slice|None=None, # Source of the draws
-)->tuple[Tensor,dict]:   # Loss in nats per example plus penalty, and what to log
+    penalty: float = 0.,  # lambda; 0 leaves spectral and batch norms alone
+    penalty_start: float | None = None,  # lambda when the warm-up starts; None is `penalty`
+    part: float = .3,  # Part of the training over which the divergence is warmed up
+    generator: torch.Generator | Slice | None = None,  # Source of the draws
+) -> tuple[Tensor, dict]:  # Loss in nats per example plus penalty, and what to log
     "The loss of the autoencoder, label `eq-nvae-loss`."
-    beta,extra = warm_up(frac, part),{}
+    beta = warm_up(frac, part)
+    norms = {}
     with parametrize.cached():
         out = vae(x, generator)
-        recon,each = -log_gauss(x, out.mu, out.sigma).mean(), out.kl.mean(0)
+        recon = -log_gauss(x, out.mu, out.sigma).mean()
+        each = out.kl.mean(0)
         gamma = balance(out.kl, alphas(vae.per_scale)) if beta<1 else torch.ones_like(each)
         loss = recon + beta*(gamma*each).sum()
         if penalty:
-            extra = dict(spectral=spectral_sum(vae, state), norms=norm_sum(vae))
-            loss = loss + penalty_weight(beta, penalty, penalty_start)*sum(extra.values())
-    logs = dict(elbo=-recon-each.sum(), recon=recon, kl=each.sum(), beta=beta, **extra)
-    return loss, {k: v.detach() if isinstance(v, Tensor) else v for k,v in logs.items()}
+            norms = dict(spectral=spectral_sum(vae, state), norms=norm_sum(vae))
+            weight = penalty_weight(beta, penalty, penalty_start)
+            loss = loss + weight*sum(norms.values())
+    logs = dict(elbo=-recon-each.sum(), recon=recon, kl=each.sum(), beta=beta, **norms)
+    for name, value in logs.items():
+        if isinstance(value, Tensor): logs[name] = value.detach()
+    return loss, logs
 
 # %% ../nbs/06a_nvae.ipynb #c060
 def learning_rate(
-    step:int,     # Optimiser steps done
-    total:int,    # All steps
-    warm:int,     # Steps of the linear rise
-    last:float,   # Final rate as a part of the base rate
-    every:int=1,  # Steps between changes in the cosine; the paper's is one epoch
-)->float:         # Factor on the base rate
-    "Linear rise, then a cosine from 1 to `last`. Source: released code of Vahdat and Kautz 2020."
-    if step<warm: return (step+1)/warm
-    at = min((step-warm)//every/max((total-warm)//every-1, 1), 1.)
-    return last + (1-last)*(1+math.cos(math.pi*at))/2
+    step: int,  # Optimiser steps done
+    total: int,  # All steps
+    warm: int,  # Steps of the linear rise
+    last: float,  # Final rate as a part of the base rate
+    every: int = 1,  # Steps between changes in the cosine; the paper's is one epoch
+) -> float:  # Factor on the base rate
+    """Linear rise, then a cosine from 1 to `last`.
 
+    Source: released code of Vahdat and Kautz 2020.
+    """
+    if step<warm: return (step+1)/warm
+    done = min((step-warm)//every/max((total-warm)//every-1, 1), 1.)
+    return last + (1-last)*(1+math.cos(math.pi*done))/2
+
+# %% ../nbs/06a_nvae.ipynb #fd0a7bef
 def reduce_bits(
-    x:Tensor,   # Images in [-1, 1] with 256 levels
-    bits:int,   # Bits to keep, 1 to 8
-)->Tensor:      # Images in [-1, 1] with 2^bits levels
-    "Drop the last bits of 8-bit images."
+    x: Tensor,  # Images in [-1, 1] with 256 levels
+    bits: int,  # Bits to keep, 1 to 8
+) -> Tensor:  # Images in [-1, 1] with 2^bits levels
+    "Drop the last bits of 8-bit images. Raises `ValueError` for another number of bits."
     if not 1<=bits<=8: raise ValueError(f"bits must lie in 1..8, got {bits}")
-    grey = ((x+1)*127.5).round()  # exact levels: a product just below an integer would otherwise lose a level
+    # exact levels: a product just below an integer would otherwise lose a level
+    grey = ((x+1)*127.5).round()
     return torch.floor(grey/2**(8-bits))*(2/(2**bits-1)) - 1
 
 # %% ../nbs/06a_nvae.ipynb #c063
+@contextmanager
+def _collecting(norms):  # plain averages, from nothing; modes and momenta come back
+    flags = [(norm.training, norm.momentum) for norm in norms]
+    try:
+        for norm in norms:
+            norm.reset_running_stats()
+            norm.train()
+            norm.momentum = None  # None is a plain average
+        yield
+    finally:
+        for norm, (mode, momentum) in zip(norms, flags):
+            norm.train(mode)
+            norm.momentum = momentum
+
+# %% ../nbs/06a_nvae.ipynb #406813d3
 @torch.no_grad()
 def reestimate(
-    vae:VAE,        # Its decoder's batch norms are changed; modes stay
-    n:int=500,      # Passes
-    batch:int=64,   # Examples in each
-    temp:float=1.,  # Temperature at which one wants to sample
-    generator:torch.Generator|Slice|None=None, # Source of the draws
-)->VAE:             # The same object
+    vae: VAE,  # Its decoder's batch norms are changed; modes stay
+    n: int = 500,  # Passes
+    batch: int = 64,  # Examples in each
+    temp: float = 1.,  # Temperature at which one wants to sample
+    generator: torch.Generator | Slice | None = None,  # Source of the draws
+) -> VAE:  # The same object
     """Collect the statistics of batch norm anew from samples.
 
-    Raises `FloatingPointError` if a statistic is not finite, with the old statistics restored.
+    Raises `FloatingPointError` if a statistic is not finite; the old ones are restored.
     Source: Vahdat and Kautz 2020.
     """
-    norms = [m for m in vae.decoder.modules() if isinstance(m, nn.BatchNorm2d)]
-    old = [([b.clone() for b in m.buffers()], m.training, m.momentum) for m in norms]
-    try:
-        for m in norms: m.reset_running_stats(); m.train(); m.momentum = None     # None is a plain average
-        with torch.autocast(next(vae.parameters()).device.type, enabled=False), parametrize.cached():
-            for _ in range(n): vae.decode(vae.noise(batch, generator), temp)
-        good = all(m.running_mean.isfinite().all() and m.running_var.isfinite().all() for m in norms)
-    finally:
-        for m,(_,mode,momentum) in zip(norms, old): m.train(mode); m.momentum = momentum
-    if not good:
-        for m,(buffers,_,_) in zip(norms, old):
-            for new,b in zip(m.buffers(), buffers): new.copy_(b)
-        raise FloatingPointError(f"statistics of batch norm are not finite after sampling at temperature {temp}; the old ones were kept")
-    return vae
+    norms = [layer for layer in vae.decoder.modules() if isinstance(layer, nn.BatchNorm2d)]
+    old = [[buffer.clone() for buffer in norm.buffers()] for norm in norms]
+    device = next(vae.parameters()).device.type
+    with _collecting(norms), torch.autocast(device, enabled=False), parametrize.cached():
+        for _ in range(n): vae.decode(vae.noise(batch, generator), temp)
+    found = [stat for norm in norms for stat in (norm.running_mean, norm.running_var)]
+    if all(stat.isfinite().all() for stat in found): return vae
+    for norm, buffers in zip(norms, old):
+        for new, buffer in zip(norm.buffers(), buffers): new.copy_(buffer)
+    raise FloatingPointError(
+        f"statistics of batch norm are not finite after sampling at temperature {temp}; "
+        "the old ones were kept"
+    )

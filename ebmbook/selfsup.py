@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['PRESETS', 'DEFAULT_ROW', 'STAGES', 'Views', 'boxes', 'crop', 'grey', 'turn_hue', 'jitter', 'augment', 'dequantise',
            'backbone', 'head', 'Encoder', 'nt_xent', 'norm_mse', 'byol_loss', 'momentum', 'follow', 'whiten',
-           'wmse_loss', 'Config', 'check_config', 'Nets', 'build', 'least', 'codes', 'rate', 'losses', 'optimisers',
-           'along', 'latent', 'place', 'read_features', 'nearest_labels', 'linear_probe', 'evaluate']
+           'wmse_loss', 'DataFields', 'NetFields', 'LossFields', 'OptimFields', 'Config', 'check_config', 'Nets',
+           'build', 'least', 'rate', 'codes', 'losses', 'optimisers', 'clel_loss', 'latent', 'place', 'read_features',
+           'nearest_labels', 'linear_probe', 'evaluate']
 
 # %% ../nbs/08a_selfsup.ipynb #c003
 import copy
@@ -28,498 +29,800 @@ from .mcmc import frozen, uniform
 # %% ../nbs/08a_selfsup.ipynb #c007
 @dataclass(frozen=True, kw_only=True)
 class Views:
-    "How views are made; the values of the released program for small images."
-    scale:tuple[float,...] = (.2, 1.)           # Smallest and largest part of the area that is cut out
-    ratio:tuple[float,...] = (3/4, 4/3)         # Smallest and largest width over height of the part
-    jitter:tuple[float,...] = (.4, .4, .4, .1)  # Reach of brightness, contrast, saturation; of hue, where 1 is the whole circle
-    p_jitter:float = .8       # Probability that colours are changed
-    p_grey:float = .1         # Probability that colours are taken away
-    flip:bool = True          # Mirror every second view
-    crop_first:bool = False   # Cut out before colours change, as most libraries do; contrast then refers to the part
+    """How views are made; the values of the released program for small images.
+
+    With `crop_first` a part is cut out before colours change, as most libraries do;
+    contrast then refers to the part.
+    """
+
+    scale: tuple[float, ...] = (0.2, 1.0)  # Least and largest part of the area to cut out
+    ratio: tuple[float, ...] = (3 / 4, 4 / 3)  # Its least and largest width over height
+    # Reach of brightness, contrast and saturation; of hue, where 1 is the whole circle
+    jitter: tuple[float, ...] = (0.4, 0.4, 0.4, 0.1)
+    p_jitter: float = 0.8  # Probability that colours are changed
+    p_grey: float = 0.1  # Probability that colours are taken away
+    flip: bool = True  # Mirror every second view
+    crop_first: bool = False  # Cut out before colours change
 
 # %% ../nbs/08a_selfsup.ipynb #c010
 def boxes(
-    u:Tensor,      # (B, 22) uniform in [0, 1): ten areas, ten shapes, two for the place
-    size:tuple,    # Height and width of the image
-    how:Views=Views(), # Uses scale and ratio
-)->Tensor:         # (B, 4) float: top, left, height, width in whole pixels
-    "A random part of each image, and the whole image if ten proposals do not fit. Source: the rule of torchvision's `RandomResizedCrop`, for square images."
-    area = (how.scale[0]+(how.scale[1]-how.scale[0])*u[:,:10])*size[0]*size[1]
-    shape = (math.log(how.ratio[0])+math.log(how.ratio[1]/how.ratio[0])*u[:,10:20]).exp()
-    h,w = (area/shape).sqrt().round(),(area*shape).sqrt().round()
-    fits = (h>0) & (h<=size[0]) & (w>0) & (w<=size[1])
-    first = fits.float().argmax(1, keepdim=True)
-    h,w = (torch.where(fits.any(1), o.gather(1, first)[:,0], float(n)) for o,n in ((h, size[0]), (w, size[1])))
-    top,left = (torch.minimum((u[:,20+i]*(n-o+1)).floor(), n-o) for i,(o,n) in enumerate(((h, size[0]), (w, size[1]))))
-    return torch.stack([top, left, h, w], 1)
+    u: Tensor,  # (B, 22) uniform in [0, 1): ten areas, ten shapes, two for the place
+    size: tuple,  # Height and width of the image
+    options: Views = Views(),  # Uses scale and ratio
+) -> Tensor:  # (B, 4) float: top, left, height, width in whole pixels
+    """A random part of each image, and the whole image if ten proposals do not fit.
 
-def _weights(start, length, size): # (B,) each -> (B, size, size): row i says how pixel i of the result is mixed; cubic, a = -1/2
-    j = torch.arange(size, device=start.device)+.5
-    t = (j-start[:,None,None]-j[:,None]*(length/size)[:,None,None]).abs()
-    k = torch.where(t<1, (1.5*t-2.5)*t*t+1, torch.where(t<2, ((2.5-.5*t)*t-4)*t+2, 0.))
-    inside = (j>start[:,None]) & (j<(start+length)[:,None])
-    k = k*inside[:,None]
-    return k/k.sum(2, keepdim=True)
+    Source: the rule of torchvision's `RandomResizedCrop`, for square images.
+    """
+    low, high = options.scale
+    area = (low + (high - low) * u[:, :10]) * size[0] * size[1]
+    low, high = options.ratio
+    ratio = (math.log(low) + math.log(high / low) * u[:, 10:20]).exp()
+    height, width = (area / ratio).sqrt().round(), (area * ratio).sqrt().round()
+    fits = (height > 0) & (height <= size[0]) & (width > 0) & (width <= size[1])
+    first = fits.float().argmax(1, keepdim=True)
+
+    def chosen(proposals, whole):
+        return torch.where(fits.any(1), proposals.gather(1, first)[:, 0], float(whole))
+
+    def start(u, length, whole):
+        return torch.minimum((u * (whole - length + 1)).floor(), whole - length)
+
+    height, width = chosen(height, size[0]), chosen(width, size[1])
+    top, left = start(u[:, 20], height, size[0]), start(u[:, 21], width, size[1])
+    return torch.stack([top, left, height, width], 1)
+
+# %% ../nbs/08a_selfsup.ipynb #c010c
+def _cubic_weights(start, length, size):
+    """How the pixels of one side of a part are mixed when it is enlarged.
+
+    Takes (B,) and (B,), gives (B, size, size): row i is for pixel i of the result.
+    """
+    centres = torch.arange(size, device=start.device) + 0.5
+    step = (length / size)[:, None, None]
+    gap = (centres - start[:, None, None] - centres[:, None] * step).abs()
+    # the cubic kernel with a = -1/2
+    near = (1.5 * gap - 2.5) * gap * gap + 1
+    far = ((2.5 - 0.5 * gap) * gap - 4) * gap + 2
+    weights = torch.where(gap < 1, near, torch.where(gap < 2, far, 0.0))
+    inside = (centres > start[:, None]) & (centres < (start + length)[:, None])
+    weights = weights * inside[:, None]
+    return weights / weights.sum(2, keepdim=True)
+
 
 def crop(
-    x:Tensor,   # (B, C, H, W)
-    box:Tensor, # (B, 4) top, left, height, width in whole pixels, inside the image
-)->Tensor:      # (B, C, H, W): each part, enlarged to the size of the image
-    "Cut a part of its own out of each image and enlarge it; cubic, so it may overshoot a little."
-    box = box.to(x)
-    rows,columns = (_weights(box[:,i], box[:,2+i], x.shape[2+i]) for i in (0, 1))
-    return rows[:,None]@x@columns[:,None].mT
+    x: Tensor,  # (B, C, H, W)
+    box: Tensor,  # (B, 4) top, left, height, width in whole pixels, inside the image
+) -> Tensor:  # (B, C, H, W): each part, enlarged to the size of the image
+    """Cut a part of its own out of each image and enlarge it.
+
+    The enlargement is cubic, so it may overshoot a little.
+    """
+    top, left, height, width = box.to(x).unbind(1)
+    rows = _cubic_weights(top, height, x.shape[2])
+    columns = _cubic_weights(left, width, x.shape[3])
+    return rows[:, None] @ x @ columns[:, None].mT
 
 # %% ../nbs/08a_selfsup.ipynb #c014
 def grey(
-    x:Tensor, # (B, 3 or 1, H, W)
-)->Tensor:    # (B, 1, H, W)
+    x: Tensor,  # (B, 3 or 1, H, W)
+) -> Tensor:  # (B, 1, H, W)
     "Luminance, with the weights of television."
-    return x if x.shape[1]==1 else (x*x.new_tensor([.2989, .587, .114])[:,None,None]).sum(1, keepdim=True)
+    if x.shape[1] == 1:
+        return x
+    weights = x.new_tensor([0.2989, 0.587, 0.114])[:, None, None]
+    return (x * weights).sum(1, keepdim=True)
+
 
 def turn_hue(
-    x:Tensor,     # (B, 3, H, W) in [0, 1]; one channel stays as it is
-    shift:Tensor, # (B, 1, 1, 1), 1 is the whole circle
-)->Tensor:        # Like x
+    x: Tensor,  # (B, 3, H, W) in [0, 1]; one channel stays as it is
+    shift: Tensor,  # (B, 1, 1, 1), 1 is the whole circle
+) -> Tensor:  # Like x
     "Turn the hue of every pixel; brightest and darkest channel keep their values."
-    if x.shape[1]==1: return x
-    top,spread = x.amax(1, keepdim=True),x.amax(1, keepdim=True)-x.amin(1, keepdim=True)
-    r,g,b = (x/torch.where(spread>0, spread, 1.)).split(1, 1)
-    at = torch.where(x[:,:1]==top, g-b, torch.where(x[:,1:2]==top, 2+b-r, 4+r-g)) # sixths of the circle
-    k = (at+6*shift+x.new_tensor([5., 3., 1.])[:,None,None])%6
-    return top-spread*torch.minimum(k, 4-k).clamp(0, 1)
+    if x.shape[1] == 1:
+        return x
+    top = x.amax(1, keepdim=True)
+    spread = top - x.amin(1, keepdim=True)
+    red, green, blue = (x / torch.where(spread > 0, spread, 1.0)).split(1, 1)
+    # in sixths of the circle
+    hue = torch.where(x[:, 1:2] == top, 2 + blue - red, 4 + red - green)
+    hue = torch.where(x[:, :1] == top, green - blue, hue)
+    turned = (hue + 6 * shift + x.new_tensor([5.0, 3.0, 1.0])[:, None, None]) % 6
+    return top - spread * torch.minimum(turned, 4 - turned).clamp(0, 1)
 
+# %% ../nbs/08a_selfsup.ipynb #c014j
 def jitter(
-    x:Tensor,      # (B, 3 or 1, H, W) in [0, 1]
-    factor:Tensor, # (B, 4) of brightness, contrast, saturation, where 1 changes nothing; of hue, where 0 does
-    order:Tensor,  # (B, 4) int64, which of the four comes first, second, third, last
-)->Tensor:         # Like x, in [0, 1]
-    "Change the colours of each image in its own way and order, label `eq-selfsup-blend`."
-    for op in order.T:
-        f,op = factor.gather(1, op[:,None])[:,:,None,None],op[:,None,None,None]
-        g = grey(x)
-        r = torch.where(op==0, 0., torch.where(op==1, g.mean((2, 3), keepdim=True), g))
-        x = torch.where(op==3, turn_hue(x, f), (f*x+(1-f)*r).clamp(0, 1))
+    x: Tensor,  # (B, 3 or 1, H, W) in [0, 1]
+    factor: Tensor,  # (B, 4) of brightness, contrast, saturation; of hue, a shift
+    order: Tensor,  # (B, 4) int64, which of the four comes first, second, third, last
+) -> Tensor:  # Like x, in [0, 1]
+    """Change the colours of each image in its own way and order.
+
+    Label `eq-selfsup-blend`. A factor of 1 changes nothing, and a shift of 0.
+    """
+    for kind in order.T:
+        amount = factor.gather(1, kind[:, None])[:, :, None, None]
+        kind = kind[:, None, None, None]
+        luminance = grey(x)
+        mean = luminance.mean((2, 3), keepdim=True)
+        less = torch.where(kind == 0, 0.0, torch.where(kind == 1, mean, luminance))
+        mixed = (amount * x + (1 - amount) * less).clamp(0, 1)
+        x = torch.where(kind == 3, turn_hue(x, amount), mixed)
     return x
 
 # %% ../nbs/08a_selfsup.ipynb #c017
 def augment(
-    x:Tensor,          # (B, C, H, W) images in [-1, 1], C is 1 or 3
-    how:Views=Views(), # What is changed, and how much
-    generator=None,    # Source of every draw; a `Slice` draws for the whole batch
-)->Tensor:             # Like x, in [-1, 1]; one view of each image
+    x: Tensor,  # (B, C, H, W) images in [-1, 1], C is 1 or 3
+    options: Views = Views(),  # What is changed, and how much
+    generator=None,  # Source of every draw; a `Slice` draws for the whole batch
+) -> Tensor:  # Like x, in [-1, 1]; one view of each image
     """Operation V (i): a random view of each image.
 
     Raises `ValueError` for another shape.
-    Source: released program of Ermolov et al. 2021, which works on bytes and rounds after each step.
+    Source: released program of Ermolov et al. 2021, which works on bytes and rounds after
+    each step.
     """
-    if x.ndim!=4 or x.shape[1] not in (1, 3): raise ValueError(f"expected images (B, 1 or 3, H, W), got {tuple(x.shape)}")
-    u = uniform(len(x)*33, x, generator).view(-1, 33)
-    pick = lambda column, p: (u[:,column]<p)[:,None,None,None]
-    reach = x.new_tensor(how.jitter)
-    factor = torch.cat([((1-reach[:3]).clamp(min=0), x.new_zeros(1)-reach[3:])[i] for i in (0, 1)])
-    factor = factor+u[:,22:26]*(torch.cat([1+reach[:3], reach[3:]])-factor)
-    def paint(v):
-        v = torch.where(pick(30, how.p_jitter), jitter(v, factor, u[:,26:30].argsort(1)), v)
-        return torch.where(pick(31, how.p_grey), grey(v), v)
-    def cut(v): return crop(v, boxes(u[:,:22], v.shape[2:], how)).clamp(0, 1)
-    with torch.autocast(x.device.type, enabled=False): # eight bits of a mantissa would be visible
-        v = x/2+.5
-        v = paint(cut(v)) if how.crop_first else cut(paint(v))
-    return random_flip(2*v-1, u[:,32]) if how.flip else 2*v-1
+    if x.ndim != 4 or x.shape[1] not in (1, 3):
+        raise ValueError(f"expected images (B, 1 or 3, H, W), got {tuple(x.shape)}")
+    u = uniform(len(x) * 33, x, generator).view(-1, 33)
+    reach = x.new_tensor(options.jitter)
+    low = torch.cat([(1 - reach[:3]).clamp(min=0), x.new_zeros(1) - reach[3:]])
+    high = torch.cat([1 + reach[:3], reach[3:]])
+    factor = low + u[:, 22:26] * (high - low)
 
+    def pick(column, probability):
+        return (u[:, column] < probability)[:, None, None, None]
+
+    def paint(image):
+        changed = jitter(image, factor, u[:, 26:30].argsort(1))
+        image = torch.where(pick(30, options.p_jitter), changed, image)
+        return torch.where(pick(31, options.p_grey), grey(image), image)
+
+    def cut(image):
+        return crop(image, boxes(u[:, :22], image.shape[2:], options)).clamp(0, 1)
+
+    # eight bits of a mantissa would be visible
+    with torch.autocast(x.device.type, enabled=False):
+        view = x / 2 + 0.5
+        view = paint(cut(view)) if options.crop_first else cut(paint(view))
+    return random_flip(2 * view - 1, u[:, 32]) if options.flip else 2 * view - 1
+
+# %% ../nbs/08a_selfsup.ipynb #c017d
 def dequantise(
-    x:Tensor,       # (B, C, H, W) images in [-1, 1], of 256 levels
-    generator=None, # Source of the noise
-)->Tensor:          # Like x
-    "Operation V (ii): a level k becomes a number in [k, k+1)/256, all on the scale from 0 to 1. Source: LIEBM, section 3.1; the transform is CLEL's."
-    return (x*255+2*uniform(x.numel(), x, generator).view_as(x)-1)/256
+    x: Tensor,  # (B, C, H, W) images in [-1, 1], of 256 levels
+    generator=None,  # Source of the noise
+) -> Tensor:  # Like x
+    """Operation V (ii): a level k becomes a number in [k, k+1)/256, on the scale of [0, 1].
+
+    Source: LIEBM, section 3.1; the transform is CLEL's.
+    """
+    return (x * 255 + 2 * uniform(x.numel(), x, generator).view_as(x) - 1) / 256
 
 # %% ../nbs/08a_selfsup.ipynb #c022
 def backbone(
-    shape:tuple,            # (C, H, W) of one image
-    widths:tuple[int,...]=(), # Ours, for small images: channels of 3x3 convolutions, each after the first halves the image; () is a ResNet-18
-)->tuple[nn.Module,int]:    # (B, C, H, W) -> (B, features), and how many features
-    "Image to features, with the first layers that its size asks for. Source: torchvision, with the changes of the released program of Ermolov et al. 2021."
-    from torchvision.models import resnet18
-    if widths:
-        conv = lambda i,o,s: [nn.Conv2d(i, o, 3, s, 1, bias=False), nn.BatchNorm2d(o), nn.ReLU()]
-        parts = [m for n,(i,o) in enumerate(zip((shape[0], *widths), widths)) for m in conv(i, o, 2 if n else 1)]
-        return nn.Sequential(*parts, nn.AdaptiveAvgPool2d(1), nn.Flatten()),widths[-1]
-    net,size = resnet18(weights=None),max(shape[1:])
-    if size<=64: net.conv1 = nn.Conv2d(shape[0], 64, 3, 1, 1, bias=False)
-    elif shape[0]!=3: net.conv1 = nn.Conv2d(shape[0], 64, 7, 2, 3, bias=False)
-    if size<=32: net.maxpool = nn.Identity()
-    net.fc = nn.Identity()
-    return net,512
+    shape: tuple,  # (C, H, W) of one image
+    widths: tuple[int, ...] = (),  # Channels of a small network; () is a ResNet-18
+) -> tuple[nn.Module, int]:  # (B, C, H, W) -> (B, features), and how many features
+    """Image to features, with the first layers that its size asks for.
 
+    `widths` are the channels of 3x3 convolutions, each after the first halves the image;
+    these are ours, for small images.
+    Source: torchvision, with the changes of the released program of Ermolov et al. 2021.
+    """
+    from torchvision.models import resnet18
+
+    if widths:
+        return _small_backbone(shape, widths), widths[-1]
+    net = resnet18(weights=None)
+    size = max(shape[1:])
+    if size <= 64:
+        net.conv1 = nn.Conv2d(shape[0], 64, 3, 1, 1, bias=False)
+    elif shape[0] != 3:
+        net.conv1 = nn.Conv2d(shape[0], 64, 7, 2, 3, bias=False)
+    if size <= 32:
+        net.maxpool = nn.Identity()
+    net.fc = nn.Identity()
+    return net, 512
+
+
+def _small_backbone(shape, widths):
+    layers = []
+    for i, (n_in, n_out) in enumerate(zip((shape[0], *widths), widths)):
+        conv = nn.Conv2d(n_in, n_out, 3, 2 if i else 1, 1, bias=False)
+        layers += [conv, nn.BatchNorm2d(n_out), nn.ReLU()]
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten())
+
+# %% ../nbs/08a_selfsup.ipynb #c022h
 def head(
-    n_in:int,   # Features
-    hidden:int, # Units of the hidden layer
-    emb:int,    # Numbers of a code
-)->nn.Sequential:
+    n_in: int,  # Features
+    hidden: int,  # Units of the hidden layer
+    emb: int,  # Numbers of a code
+) -> nn.Sequential:
     "Projection head, and the predictor of BYOL: linear, batch norm, rectifier, linear."
-    return nn.Sequential(nn.Linear(n_in, hidden), nn.BatchNorm1d(hidden), nn.ReLU(), nn.Linear(hidden, emb))
+    return nn.Sequential(
+        nn.Linear(n_in, hidden), nn.BatchNorm1d(hidden), nn.ReLU(), nn.Linear(hidden, emb)
+    )
 
 # %% ../nbs/08a_selfsup.ipynb #c025
 class Encoder(nn.Module):
-    "Image to code: range and channels normalised, backbone, head, and for SimCLR the batch norm behind it."
-    def __init__(self,
-        shape:tuple,              # (C, H, W) of one image
-        widths:tuple[int,...]=(), # As in `backbone`
-        hidden:int=1024,          # Hidden units of the head
-        emb:int=64,               # Numbers of a code
+    "Image to code: normalised range and channels, backbone, head, SimCLR's batch norm."
+
+    def __init__(
+        self,
+        shape: tuple,  # (C, H, W) of one image
+        widths: tuple[int, ...] = (),  # As in `backbone`
+        hidden: int = 1024,  # Hidden units of the head
+        emb: int = 64,  # Numbers of a code
         *,
-        last:bool=True,              # Batch norm behind the head
-        mean:tuple[float,...]=(.5,), # Subtracted from each channel on the scale from 0 to 1
-        std:tuple[float,...]=(.5,),  # What it is divided by
+        last: bool = True,  # Batch norm behind the head
+        mean: tuple[float, ...] = (0.5,),  # Subtracted from each channel, on [0, 1]
+        std: tuple[float, ...] = (0.5,),  # What it is divided by
     ):
         super().__init__()
         self.shape = tuple(shape)
-        self.backbone,self.width = backbone(shape, widths)
-        self.head,self.last = head(self.width, hidden, emb),nn.BatchNorm1d(emb) if last else nn.Identity()
-        for k,v in dict(mean=mean, std=std).items(): self.register_buffer(k, torch.tensor(v).view(-1, 1, 1)) # stored with the weights: others would make another h
+        self.backbone, self.width = backbone(shape, widths)
+        self.head = head(self.width, hidden, emb)
+        self.last = nn.BatchNorm1d(emb) if last else nn.Identity()
+        # stored with the weights: others would make another h
+        self.register_buffer('mean', torch.tensor(mean).view(-1, 1, 1))
+        self.register_buffer('std', torch.tensor(std).view(-1, 1, 1))
 
-    def features(self,
-        x:Tensor, # (B, C, H, W) in [-1, 1]
-    )->Tensor:    # (B, width)
-        "What the backbone sees; the only place where a range is converted. Raises `ValueError` for another shape."
-        if tuple(x.shape[1:])!=self.shape: raise ValueError(f"expected images (B, {', '.join(map(str, self.shape))}), got {tuple(x.shape)}")
-        return self.backbone((x/2+.5-self.mean)/self.std)
+    def features(
+        self,
+        x: Tensor,  # (B, C, H, W) in [-1, 1]
+    ) -> Tensor:  # (B, width)
+        """What the backbone sees; the only place where a range is converted.
 
-    def code(self, b): return full(self.last(self.head(b))) # (B, width) -> (B, emb), at least float32
+        Raises `ValueError` for another shape.
+        """
+        if tuple(x.shape[1:]) != self.shape:
+            expected = ', '.join(map(str, self.shape))
+            raise ValueError(f"expected images (B, {expected}), got {tuple(x.shape)}")
+        return self.backbone((x / 2 + 0.5 - self.mean) / self.std)
 
-    def forward(self,
-        x:Tensor, # (B, C, H, W) in [-1, 1]
-    )->Tensor:    # (B, emb), of any length, at least float32
+    def code(self, features):
+        "(B, width) -> (B, emb), at least float32."
+        return full(self.last(self.head(features)))
+
+    def forward(
+        self,
+        x: Tensor,  # (B, C, H, W) in [-1, 1]
+    ) -> Tensor:  # (B, emb), of any length, at least float32
         return self.code(self.features(x))
 
 # %% ../nbs/08a_selfsup.ipynb #c029
 def nt_xent(
-    a:Tensor,        # (N, emb) codes of one view of each image, of any length
-    b:Tensor,        # (N, emb) codes of another view
-    temp:float=.5,   # Temperature t
-    others:Tensor|None=None, # (M, emb) codes of more images, partners of nobody
-)->Tensor:           # () nats
+    first: Tensor,  # (N, emb) codes of one view of each image, of any length
+    second: Tensor,  # (N, emb) codes of another view
+    temp: float = 0.5,  # Temperature t
+    others: Tensor | None = None,  # (M, emb) codes of more images, partners of nobody
+) -> Tensor:  # () nats
     "Recognise the partner among all other codes of both views, label `eq-selfsup-ntxent`."
-    z,n = F.normalize(torch.cat([full(a), full(b)]), dim=1),len(a)
-    all_of = z if others is None else torch.cat([z, F.normalize(full(others), dim=1)])
-    with torch.autocast(z.device.type, enabled=False): logits = z@all_of.mT/temp
-    logits = logits.masked_fill(torch.eye(2*n, len(all_of), dtype=torch.bool, device=z.device), -math.inf)
-    return F.cross_entropy(logits, torch.arange(2*n, device=z.device).roll(n))
+    z = F.normalize(torch.cat([full(first), full(second)]), dim=1)
+    among = z
+    if others is not None:
+        among = torch.cat([z, F.normalize(full(others), dim=1)])
+    with torch.autocast(z.device.type, enabled=False):
+        logits = z @ among.mT / temp
+    n = len(first)
+    itself = torch.eye(2 * n, len(among), dtype=torch.bool, device=z.device)
+    partner = torch.arange(2 * n, device=z.device).roll(n)
+    return F.cross_entropy(logits.masked_fill(itself, -math.inf), partner)
 
 # %% ../nbs/08a_selfsup.ipynb #c032
 def norm_mse(
-    a:Tensor, # (N, emb)
-    b:Tensor, # (N, emb)
-)->Tensor:    # (), between 0 and 4
+    first: Tensor,  # (N, emb)
+    second: Tensor,  # (N, emb)
+) -> Tensor:  # (), between 0 and 4
     "Mean squared distance of directions, label `eq-selfsup-nmse`."
-    return 2-2*F.cosine_similarity(full(a), full(b)).mean()
+    return 2 - 2 * F.cosine_similarity(full(first), full(second)).mean()
+
 
 def byol_loss(
-    guesses:list, # Predictions of each view, (N, emb) each
-    targets:list, # Codes of the target for each view, (N, emb) each; no gradient enters them
-)->Tensor:        # ()
-    "Guess the target's code of the other view, label `eq-selfsup-byol`; mean over pairs of views."
-    d = lambda i,j: norm_mse(guesses[i], targets[j].detach())
-    pairs = list(combinations(range(len(guesses)), 2))
-    return sum(d(i, j)+d(j, i) for i,j in pairs)/len(pairs)
+    guesses: list,  # Predictions of each view, (N, emb) each
+    targets: list,  # Codes of the target for each view, (N, emb) each; without gradient
+) -> Tensor:  # ()
+    """Guess the target's code of the other view, mean over pairs of views.
 
+    Label `eq-selfsup-byol`. No gradient enters the codes of the target.
+    """
+    pairs = list(combinations(range(len(guesses)), 2))
+    total = 0
+    for i, other in pairs:
+        there = norm_mse(guesses[i], targets[other].detach())
+        back = norm_mse(guesses[other], targets[i].detach())
+        total = total + (there + back)
+    return total / len(pairs)
+
+# %% ../nbs/08a_selfsup.ipynb #c032m
 def momentum(
-    frac:float, # Part of the epochs that is done, from 0 to 1
-    start:float=.99, # Momentum at the start
-)->float:
+    frac: float,  # Part of the epochs that is done, from 0 to 1
+    start: float = 0.99,  # Momentum at the start
+) -> float:
     "How much of the target stays, label `eq-selfsup-byol`."
-    return 1-(1-start)*(math.cos(math.pi*frac)+1)/2
+    return 1 - (1 - start) * (math.cos(math.pi * frac) + 1) / 2
+
 
 @torch.no_grad()
 def follow(
-    target:nn.Module, # Changed in place
-    online:nn.Module, # Of the same shape
-    tau:float,        # What stays of the target
+    target: nn.Module,  # Changed in place
+    online: nn.Module,  # Of the same shape
+    tau: float,  # What stays of the target
 ):
     "Let parameters of the target follow; its buffers are its own."
-    for t,o in zip(target.parameters(), online.parameters(), strict=True): t.lerp_(o, 1-tau)
+    for mine, theirs in zip(target.parameters(), online.parameters(), strict=True):
+        mine.lerp_(theirs, 1 - tau)
 
 # %% ../nbs/08a_selfsup.ipynb #c035
 def whiten(
-    x:Tensor,      # (..., n, emb) groups of n codes
-    eps:float=0.,  # Part of the covariance that is replaced by the unit matrix
-)->Tensor:         # Like x, at least float32: mean 0 and covariance 1 in each group
-    "Whiten each group by Cholesky factors, label `eq-selfsup-white`. Raises `ValueError` if a group is too small."
-    x = full(x)
-    n,d = x.shape[-2:]
-    if n<=d: raise ValueError(f"{n} codes of {d} numbers have no invertible covariance")
-    with torch.autocast(x.device.type, enabled=False):
-        x = x-x.mean(-2, keepdim=True)
-        cov = (1-eps)*x.mT@x/(n-1)+eps*torch.eye(d, dtype=x.dtype, device=x.device)
-        return torch.linalg.solve_triangular(torch.linalg.cholesky(cov), x.mT, upper=False).mT
+    x: Tensor,  # (..., n, emb) groups of n codes
+    eps: float = 0.0,  # Part of the covariance that is replaced by the unit matrix
+) -> Tensor:  # Like x, at least float32: mean 0 and covariance 1 in each group
+    """Whiten each group by Cholesky factors, label `eq-selfsup-white`.
 
+    Raises `ValueError` if a group is too small.
+    """
+    x = full(x)
+    n, emb = x.shape[-2:]
+    if n <= emb:
+        raise ValueError(f"{n} codes of {emb} numbers have no invertible covariance")
+    with torch.autocast(x.device.type, enabled=False):
+        x = x - x.mean(-2, keepdim=True)
+        unit = torch.eye(emb, dtype=x.dtype, device=x.device)
+        cov = (1 - eps) * x.mT @ x / (n - 1) + eps * unit
+        factors = torch.linalg.cholesky(cov)
+        return torch.linalg.solve_triangular(factors, x.mT, upper=False).mT
+
+# %% ../nbs/08a_selfsup.ipynb #c035w
 def wmse_loss(
-    z:list,         # Codes of each view, (N, emb) each
-    w:int,          # Images in a group
+    z: list,  # Codes of each view, (N, emb) each
+    w: int,  # Images in a group
     *,
-    n_iter:int=1,   # Partitions over which the loss is averaged
-    eps:float=0.,   # As in `whiten`
-    generator=None, # Source of the partitions
-)->Tensor:          # ()
-    "Distance of whitened codes, label `eq-selfsup-white`; mean over pairs of views. Raises `ValueError` if groups do not fill the batch."
+    n_iter: int = 1,  # Partitions over which the loss is averaged
+    eps: float = 0.0,  # As in `whiten`
+    generator=None,  # Source of the partitions
+) -> Tensor:  # ()
+    """Distance of whitened codes, label `eq-selfsup-white`; mean over pairs of views.
+
+    Raises `ValueError` if groups do not fill the batch.
+    """
     n = len(z[0])
-    if n%w: raise ValueError(f"a batch of {n} images does not divide into groups of {w}")
-    total,pairs = 0.,list(combinations(range(len(z)), 2))
+    if n % w:
+        raise ValueError(f"a batch of {n} images does not divide into groups of {w}")
+    pairs = list(combinations(range(len(z)), 2))
+    total = 0.0
     for _ in range(n_iter):
         order = uniform(n, z[0], generator).argsort().view(-1, w)
-        white = [whiten(o[order], eps).flatten(0, 1) for o in z]
-        total = total+sum(norm_mse(white[i], white[j]) for i,j in pairs)/len(pairs)
-    return total/n_iter
+        white = [whiten(codes[order], eps).flatten(0, 1) for codes in z]
+        gaps = [norm_mse(white[left], white[right]) for left, right in pairs]
+        total = total + sum(gaps) / len(pairs)
+    return total / n_iter
 
 # %% ../nbs/08a_selfsup.ipynb #c039
 @dataclass(frozen=True, kw_only=True)
-class Config(Views, Loop):
-    "Numbers that differ between rows; views and the loop's settings are inherited."
-    data:str                  # Name in `ebmbook.data.DATASETS`, or folder:PATH
-    shape:tuple[int,...]      # Shape of one example, (C, H, W)
-    n_iters:int               # Optimiser steps
-    epoch:int                 # Optimiser steps in one pass over the data
-    method:str = 'simclr'     # 'simclr', 'byol' or 'wmse'
-    n_views:int = 2           # Views of each image, V
-    widths:tuple[int,...] = () # As in `backbone`; () is a ResNet-18
-    hidden:int = 1024         # Hidden units of head and predictor
-    emb:int = 64              # Numbers of a code
-    mean:tuple[float,...] = (.5,) # Subtracted from each channel on the scale from 0 to 1
-    std:tuple[float,...] = (.5,)  # What it is divided by
-    temp:float = .5           # SimCLR: temperature t
-    tau:float = .99           # BYOL: momentum at the start
-    w:int = 128               # W-MSE: images in a group
-    w_iter:int = 1            # W-MSE: partitions in one loss
-    eps:float = 0.            # W-MSE: part of the covariance that is replaced by the unit matrix
-    lr:float = 3e-3           # Adam step size
-    weight_decay:float = 1e-6 # Coupled, on all parameters
-    warm:int = 500            # Steps over which the rate rises
-    drops:tuple[int,...] = () # Steps before the end at which the rate is divided by 5
-    ema:float = 0.            # No average of the weights
+class DataFields:
+    "What is learned from, and for how long."
+
+    data: str  # Name in `ebmbook.data.DATASETS`, or folder:PATH
+    shape: tuple[int, ...]  # Shape of one example, (C, H, W)
+    n_iters: int  # Optimiser steps
+    epoch: int  # Optimiser steps in one pass over the data
+
+
+@dataclass(frozen=True, kw_only=True)
+class NetFields:
+    "The encoder."
+
+    widths: tuple[int, ...] = ()  # As in `backbone`; () is a ResNet-18
+    hidden: int = 1024  # Hidden units of head and predictor
+    emb: int = 64  # Numbers of a code
+    mean: tuple[float, ...] = (0.5,)  # Subtracted from each channel, on [0, 1]
+    std: tuple[float, ...] = (0.5,)  # What it is divided by
+
+# %% ../nbs/08a_selfsup.ipynb #c039b
+@dataclass(frozen=True, kw_only=True)
+class LossFields:
+    "The loss of each method."
+
+    method: str = 'simclr'  # 'simclr', 'byol' or 'wmse'
+    n_views: int = 2  # Views of each image, V
+    temp: float = 0.5  # SimCLR: temperature t
+    tau: float = 0.99  # BYOL: momentum at the start
+    w: int = 128  # W-MSE: images in a group
+    w_iter: int = 1  # W-MSE: partitions in one loss
+    eps: float = 0.0  # W-MSE: part of the covariance replaced by the unit matrix
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimFields:
+    "The optimiser."
+
+    lr: float = 3e-3  # Adam step size
+    weight_decay: float = 1e-6  # Coupled, on all parameters
+    warm: int = 500  # Steps over which the rate rises
+    drops: tuple[int, ...] = ()  # Steps before the end at which the rate is divided by 5
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config(Loop, Views, DataFields, NetFields, LossFields, OptimFields):
+    "Numbers that differ between presets, all in one flat list."
+
+    ema: float = 0.0  # No average of the weights
 
 # %% ../nbs/08a_selfsup.ipynb #c040
-def _paper(data, epochs, batch=512, *, drops=(50, 25), **more): # epochs -> optimiser steps; a last incomplete batch does not count
-    epoch = DATASETS[data].n[0]//batch
-    return Config(data=data, shape=DATASETS[data].shape, batch=batch, epoch=epoch, n_iters=epochs*epoch, drops=tuple(o*epoch for o in drops), **more)
+def _preset(data, epochs, batch=512, *, drops=(50, 25), **more):
+    """Settings whose lengths are given in epochs.
 
-_SMALL = dict(batch=256, widths=(32, 64, 128), hidden=128, emb=16, w=64, warm=20, log_every=10, save_every=250)
-_LARGE = dict(emb=128, w=256, w_iter=4, lr=2e-3) # the released settings for STL-10
+    An epoch has as many steps as there are whole batches in the data.
+    """
+    epoch = DATASETS[data].n[0] // batch
+    return Config(
+        data=data,
+        shape=DATASETS[data].shape,
+        batch=batch,
+        epoch=epoch,
+        n_iters=epochs * epoch,
+        drops=tuple(n * epoch for n in drops),
+        **more,
+    )
 
-PRESETS = {
-    # embedded data; all numbers ours
-    'digits':      _paper('digits', 200, drops=(20, 10), **_SMALL, scale=(.5, 1.), flip=False),
-    'shapes':      _paper('shapes', 20, drops=(4, 2), **_SMALL | dict(widths=(32, 64, 64, 128)), scale=(.6, 1.), temp=.1),
-    # full-size digits, and CIFAR-10 with a narrow network; ours
-    'mnist':       _paper('mnist', 20, drops=(4, 2), **_SMALL | dict(hidden=256, emb=32), scale=(.5, 1.), flip=False),
-    'cifar10-small': _paper('cifar10', 10, drops=(2, 1), **_SMALL | dict(widths=(32, 64, 128, 256), hidden=256, emb=64, w=128), mean=(.4914, .4822, .4465), std=(.2023, .1994, .2010)),
-    # the released program
-    'cifar10':     _paper('cifar10', 1000, mean=(.4914, .4822, .4465), std=(.2023, .1994, .2010)),
-    # sizes as LIEBM's parameter counts say, settings of the released program for CIFAR-10 or STL-10
-    'imagenet32':  _paper('imagenet32', 100, drops=(10, 5), mean=(.485, .456, .406), std=(.229, .224, .225)), # epochs, drops, mean and std ours
-    'celeba64':    _paper('celeba64', 300, drops=(30, 15), **_LARGE),                                         # epochs, drops, mean and std ours
-    'celebahq256': _paper('celebahq256', 400, 256, drops=(40, 20), **_LARGE),                        # epochs, batch, drops, mean and std ours
+
+_CIFAR = dict(mean=(0.4914, 0.4822, 0.4465), std=(0.2023, 0.1994, 0.2010))
+_IMAGENET = dict(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
+_SMALL = dict(batch=256, warm=20, log_every=10, save_every=250)
+_DIGIT_VIEWS = dict(scale=(0.5, 1.0), flip=False)  # a mirrored digit is another sign
+_LARGE = dict(emb=128, w=256, w_iter=4, lr=2e-3)  # the released settings for STL-10
+
+# %% ../nbs/08a_selfsup.ipynb #c040p
+# fmt: off
+_SMALL_PRESETS = {  # all numbers ours
+    # embedded data
+    'digits':        _preset('digits',  200, drops=(20, 10), widths=(32, 64, 128),
+                             **_SMALL, **_DIGIT_VIEWS, hidden=128, emb=16, w=64),
+    'shapes':        _preset('shapes',   20, drops=(4, 2),   widths=(32, 64, 64, 128),
+                             **_SMALL, scale=(.6, 1.), hidden=128, emb=16, w=64, temp=.1),
+    # full-size digits, and CIFAR-10 with a narrow network
+    'mnist':         _preset('mnist',    20, drops=(4, 2),   widths=(32, 64, 128),
+                             **_SMALL, **_DIGIT_VIEWS, hidden=256, emb=32, w=64),
+    'cifar10-small': _preset('cifar10',  10, drops=(2, 1),   widths=(32, 64, 128, 256),
+                             **_SMALL, **_CIFAR, hidden=256, emb=64, w=128),
 }
-PRESETS |= {f'{k}-{o}': replace(PRESETS[k], method=o) for k in ('digits', 'shapes', 'cifar10') for o in ('byol', 'wmse')}
-PRESETS['cifar10-wmse4'] = _paper('cifar10', 1000, 256, method='wmse', n_views=4, mean=PRESETS['cifar10'].mean, std=PRESETS['cifar10'].std)
-DEFAULT_ROW = {o: o for o in PRESETS if o in DATASETS}
+_PAPER_PRESETS = {
+    # the released program
+    'cifar10':       _preset('cifar10',    1000, drops=(50, 25), **_CIFAR),
+    # sizes as LIEBM's parameter counts say, settings of the released program for CIFAR-10
+    # or STL-10; ours are epochs, drops, mean and std, and the batch of celebahq256
+    'imagenet32':    _preset('imagenet32',  100, drops=(10, 5),  **_IMAGENET),
+    'celeba64':      _preset('celeba64',    300, drops=(30, 15), **_LARGE),
+    'celebahq256':   _preset('celebahq256', 400, drops=(40, 20), **_LARGE, batch=256),
+}
+# fmt: on
+_METHOD_PRESETS = {
+    f'{name}-{method}': replace((_SMALL_PRESETS | _PAPER_PRESETS)[name], method=method)
+    for name in ('digits', 'shapes', 'cifar10')
+    for method in ('byol', 'wmse')
+}
+PRESETS = {
+    **_SMALL_PRESETS,
+    **_PAPER_PRESETS,
+    **_METHOD_PRESETS,
+    'cifar10-wmse4': _preset('cifar10', 1000, 256, method='wmse', n_views=4, **_CIFAR),
+}
+DEFAULT_ROW = {name: name for name in PRESETS if name in DATASETS}
 
 # %% ../nbs/08a_selfsup.ipynb #c041
 def check_config(
-    cfg:Config, # Resolved settings
-    spec=None,  # What `require` said of the data set; None looks its name up
-)->Config:      # The same
+    cfg: Config,  # Resolved settings
+    spec=None,  # What `require` returned for the data set; None looks its name up
+) -> Config:  # The same
     """Refuse settings that contradict each other.
 
     Raises `ValueError` naming the field.
     """
     check_words(cfg, dict(method=('simclr', 'byol', 'wmse')))
-    if cfg.n_views<2: raise ValueError(f"n_views must be at least 2, got {cfg.n_views}")
-    if cfg.micro!=1: raise ValueError(f"micro must be 1: the images of a batch are compared with each other, got {cfg.micro}")
-    if cfg.method=='wmse' and cfg.batch%cfg.w: raise ValueError(f"a batch of {cfg.batch} images does not divide into groups of w={cfg.w}")
-    if cfg.method=='wmse' and cfg.w<2*cfg.emb: raise ValueError(f"w={cfg.w} is too small to whiten emb={cfg.emb} numbers; take at least {2*cfg.emb}")
-    if len(cfg.shape)!=3 or cfg.shape[0] not in (1, 3): raise ValueError(f"views are made of images with 1 or 3 channels, but shape={tuple(cfg.shape)}")
-    if {len(cfg.mean), len(cfg.std)}-{1, cfg.shape[0]}: raise ValueError(f"mean and std need one number, or one for each of {cfg.shape[0]} channels")
-    if cfg.epoch<1: raise ValueError(f"epoch must be at least 1, got {cfg.epoch}")
+    if cfg.n_views < 2:
+        raise ValueError(f"n_views must be at least 2, got {cfg.n_views}")
+    if cfg.micro != 1:
+        raise ValueError(
+            "micro must be 1: the images of a batch are compared with each other, "
+            f"got {cfg.micro}"
+        )
+    if cfg.method == 'wmse':
+        _check_groups(cfg)
+    if len(cfg.shape) != 3 or cfg.shape[0] not in (1, 3):
+        raise ValueError(
+            "views are made of images with 1 or 3 channels, "
+            f"but shape={tuple(cfg.shape)}"
+        )
+    if {len(cfg.mean), len(cfg.std)} - {1, cfg.shape[0]}:
+        raise ValueError(
+            f"mean and std need one number, or one for each of {cfg.shape[0]} channels"
+        )
+    if cfg.epoch < 1:
+        raise ValueError(f"epoch must be at least 1, got {cfg.epoch}")
     check_shape(cfg.data, cfg.shape, spec)
     return cfg
 
+
+def _check_groups(cfg):
+    if cfg.batch % cfg.w:
+        raise ValueError(
+            f"a batch of {cfg.batch} images does not divide into groups of w={cfg.w}"
+        )
+    if cfg.w < 2 * cfg.emb:
+        raise ValueError(
+            f"w={cfg.w} is too small to whiten emb={cfg.emb} numbers; "
+            f"take at least {2 * cfg.emb}"
+        )
+
 # %% ../nbs/08a_selfsup.ipynb #c044
 class Nets(nn.Module, PyTorchModelHubMixin):
-    "Encoder, and for BYOL predictor and target; `save_pretrained` and `from_pretrained` keep them with their settings."
-    def __init__(self,
-        cfg:Config, # Resolved settings
+    """Encoder, and for BYOL predictor and target.
+
+    `save_pretrained` and `from_pretrained` keep them with their settings.
+    """
+
+    def __init__(
+        self,
+        cfg: Config,  # Resolved settings
     ):
         super().__init__()
         self.cfg = check_config(cfg)
-        self.encoder = Encoder(cfg.shape, cfg.widths, cfg.hidden, cfg.emb, last=cfg.method=='simclr', mean=cfg.mean, std=cfg.std)
-        if cfg.method=='byol':
+        self.encoder = Encoder(
+            cfg.shape,
+            cfg.widths,
+            cfg.hidden,
+            cfg.emb,
+            last=cfg.method == 'simclr',
+            mean=cfg.mean,
+            std=cfg.std,
+        )
+        if cfg.method == 'byol':
             self.predictor = head(cfg.emb, cfg.hidden, cfg.emb)
             self.target = copy.deepcopy(self.encoder).requires_grad_(False)
 
+
 def build(
-    cfg:Config, # Resolved settings
-)->Nets:        # Fresh networks from torch's global seed
-    "Networks of a row."
+    cfg: Config,  # Resolved settings
+) -> Nets:  # Fresh networks from torch's global seed
+    "Networks of a preset."
     return Nets(cfg).to(memory_format=torch.channels_last)
 
 # %% ../nbs/08a_selfsup.ipynb #c046
 def least(
-    cfg, # Uses method, w
-)->int:  # Images
-    "Smallest batch that a loss can be computed with: images to compare, and batch norms with a mean."
-    return cfg.w if cfg.method=='wmse' else 2
+    cfg,  # Uses method, w
+) -> int:  # Images
+    """Smallest batch that a loss can be computed with.
+
+    There must be images to compare, and batch norms need a mean.
+    """
+    return cfg.w if cfg.method == 'wmse' else 2
+
+
+def rate(
+    step: int,  # Optimiser steps done
+    cfg,  # Uses warm, drops, n_iters
+) -> float:  # Factor on the learning rate
+    "A linear rise, then a constant that is divided by 5 at each of `drops`."
+    rise = min(1.0, (step + 1) / max(cfg.warm, 1))
+    passed = sum(step >= cfg.n_iters - drop for drop in cfg.drops)
+    return rise * 0.2**passed
 
 # %% ../nbs/08a_selfsup.ipynb #c048
 def codes(
-    nets:Nets,  # The networks, in training mode
-    views:list, # Views, (N, C, H, W) each
-)->list:        # (N, emb) for each view
-    "Codes of all views, with the batch-norm statistics of the released program: backbones see one view, heads see all, except in BYOL."
-    if nets.cfg.method=='byol': return [nets.encoder(v) for v in views]
-    return list(nets.encoder.code(torch.cat([nets.encoder.features(v) for v in views])).chunk(len(views)))
+    nets: Nets,  # The networks, in training mode
+    views: list,  # Views, (N, C, H, W) each
+) -> list:  # (N, emb) for each view
+    """Codes of all views, with the batch-norm statistics of the released program.
 
-def rate(
-    step:int, # Optimiser steps done
-    cfg,      # Uses warm, drops, n_iters
-)->float:     # Factor on the learning rate
-    "A linear rise, then a constant that is divided by 5 at each of `drops`."
-    return min(1., (step+1)/max(cfg.warm, 1))*.2**sum(step>=cfg.n_iters-o for o in cfg.drops)
+    Backbones see one view, heads see all, except in BYOL.
+    """
+    if nets.cfg.method == 'byol':
+        return [nets.encoder(view) for view in views]
+    features = torch.cat([nets.encoder.features(view) for view in views])
+    return list(nets.encoder.code(features).chunk(len(views)))
 
+# %% ../nbs/08a_selfsup.ipynb #c048l
 def losses(
-    nets,        # The networks
-    batch:dict,  # x (B, C, H, W)
-    cfg,         # Resolved settings
-    ctx,         # Step, generator
-):               # Yields ('encoder', loss, logs)
-    "One step of the row's method. Source: released program of Ermolov et al. 2021."
+    nets,  # The networks
+    batch: dict,  # x (B, C, H, W)
+    cfg,  # Resolved settings
+    ctx,  # Step, generator
+):  # Yields ('encoder', loss, logs)
+    """One step of the preset's method.
+
+    Source: released program of Ermolov et al. 2021.
+    """
     nets.train()
     views = [augment(batch['x'], cfg, ctx.generator) for _ in range(cfg.n_views)]
     z = codes(nets, views)
-    pairs = list(combinations(range(len(z)), 2))
-    if cfg.method=='simclr': loss = sum(nt_xent(z[i], z[j], cfg.temp) for i,j in pairs)/len(pairs)
-    elif cfg.method=='wmse': loss = wmse_loss(z, cfg.w, n_iter=cfg.w_iter, eps=cfg.eps, generator=ctx.generator)
-    else:
-        with torch.no_grad(): targets = [nets.target(v) for v in views]
-        loss = byol_loss([nets.predictor(o) for o in z], targets)
-    one = [F.normalize(o.detach(), dim=1) for o in z]
-    yield 'encoder', loss, dict(match=(one[0]*one[1]).sum(1).mean(), spread=(1-one[0].mean(0).square().sum()).clamp(min=0).sqrt())
-    if cfg.method=='byol': follow(nets.target, nets.encoder, momentum(ctx.step//cfg.epoch*cfg.epoch/cfg.n_iters, cfg.tau)) # after the step
+    yield 'encoder', _loss(nets, views, z, cfg, ctx.generator), _spread(z)
+    if cfg.method == 'byol':  # after the step
+        epoch_start = ctx.step // cfg.epoch * cfg.epoch
+        tau = momentum(epoch_start / cfg.n_iters, cfg.tau)
+        follow(nets.target, nets.encoder, tau)
 
+
+def _loss(nets, views, z, cfg, generator):
+    if cfg.method == 'simclr':
+        pairs = list(combinations(range(len(z)), 2))
+        return sum(nt_xent(z[i], z[other], cfg.temp) for i, other in pairs) / len(pairs)
+    if cfg.method == 'wmse':
+        return wmse_loss(z, cfg.w, n_iter=cfg.w_iter, eps=cfg.eps, generator=generator)
+    with torch.no_grad():
+        targets = [nets.target(view) for view in views]
+    return byol_loss([nets.predictor(code) for code in z], targets)
+
+
+def _spread(z):
+    "Whether codes agree, and whether they collapse."
+    first, second = (F.normalize(codes.detach(), dim=1) for codes in z[:2])
+    match = (first * second).sum(1).mean()
+    spread = (1 - first.mean(0).square().sum()).clamp(min=0).sqrt()
+    return dict(match=match, spread=spread)
+
+# %% ../nbs/08a_selfsup.ipynb #c048o
 def optimisers(
-    nets,       # The networks
-    cfg,        # Learning rate
-)->dict:        # Group name -> Group
-    "Adam on all that learns by gradient. Source: released program of Ermolov et al. 2021."
-    adam = torch.optim.Adam([p for p in nets.parameters() if p.requires_grad], cfg.lr, weight_decay=cfg.weight_decay)
+    nets,  # The networks
+    cfg,  # Learning rate
+) -> dict:  # Group name -> Group
+    """Adam on all that learns by gradient.
+
+    Source: released program of Ermolov et al. 2021.
+    """
+    learned = [weight for weight in nets.parameters() if weight.requires_grad]
+    adam = torch.optim.Adam(learned, cfg.lr, weight_decay=cfg.weight_decay)
     return dict(encoder=Group(adam, lambda step: rate(step, cfg)))
+
 
 STAGES = (Stage('encoder', losses, optimisers, lambda cfg: cfg.n_iters, least=least),)
 
 # %% ../nbs/08a_selfsup.ipynb #e7d31091
-def along(
-    nets:Nets,      # A SimCLR
-    x:Tensor,       # (B, C, H, W) data in [-1, 1]
-    fake:Tensor,    # (B, C, H, W) ends of chains in [-1, 1]
-    cfg,            # Resolved settings
-    generator=None, # Source of the views
-)->Tensor:          # (), with graph
-    "SimCLR with ends of chains among the others. Source: CLEL, as LIEBM's ablation without pretraining."
+def clel_loss(
+    nets: Nets,  # A SimCLR
+    x: Tensor,  # (B, C, H, W) data in [-1, 1]
+    fake: Tensor,  # (B, C, H, W) ends of chains in [-1, 1]
+    cfg,  # Resolved settings
+    generator=None,  # Source of the views
+) -> Tensor:  # (), with graph
+    """SimCLR with ends of chains among the others.
+
+    Source: CLEL, as LIEBM's ablation without pretraining.
+    """
     nets.train()
-    a,b,c = codes(nets, [augment(o, cfg, generator) for o in (x, x, fake.clamp(-1, 1))])
-    return nt_xent(a, b, cfg.temp, others=c)
+    images = (x, x, fake.clamp(-1, 1))
+    views = [augment(each, cfg, generator) for each in images]
+    first, second, others = codes(nets, views)
+    return nt_xent(first, second, cfg.temp, others=others)
 
 # %% ../nbs/08a_selfsup.ipynb #c051
 def latent(
-    nets:Nets, # Trained networks; only the encoder is used
-    x:Tensor,  # (B, C, H, W) in [-1, 1]
-)->Tensor:     # (B, emb) of length one, at least float32
+    nets: Nets,  # Trained networks; only the encoder is used
+    x: Tensor,  # (B, C, H, W) in [-1, 1]
+) -> Tensor:  # (B, emb) of length one, at least float32
     "The place h(x) of each image on the sphere; the gradient reaches x and no parameter."
-    with frozen(nets.encoder): return F.normalize(nets.encoder(x), dim=1)
+    with frozen(nets.encoder):
+        return F.normalize(nets.encoder(x), dim=1)
+
 
 @torch.no_grad()
 def place(
-    nets:Nets, # Trained networks
-    x:Tensor,  # (B, C, H, W) in [-1, 1]
-)->Tensor:     # (B, emb) of length one
+    nets: Nets,  # Trained networks
+    x: Tensor,  # (B, C, H, W) in [-1, 1]
+) -> Tensor:  # (B, emb) of length one
     "The same as a target, without gradient."
     return latent(nets, x)
 
 # %% ../nbs/08a_selfsup.ipynb #c054
 @torch.no_grad()
 def read_features(
-    nets:Nets,  # The networks
-    data,       # Examples, or images (N, C, H, W) in [-1, 1]
+    nets: Nets,  # The networks
+    data,  # Examples, or images (N, C, H, W) in [-1, 1]
     *,
-    n:int|None=None,  # How many from the start; None is all
-    chunk:int=500,    # Images at once
-)->Tensor:            # (n, width)
+    n: int | None = None,  # How many from the start; None is all
+    chunk: int = 500,  # Images at once
+) -> Tensor:  # (n, width)
     "Features of the backbone in evaluation mode."
-    own,n = next(nets.parameters()),len(data) if n is None else min(n, len(data))
-    take = lambda i: data[i:min(i+chunk, n)] if isinstance(data, Tensor) else data.batch(range(i, min(i+chunk, n)))['x']
-    with frozen(nets.encoder): return torch.cat([full(nets.encoder.features(take(i).to(own))) for i in range(0, n, chunk)])
+    like = next(nets.parameters())
+    n = len(data) if n is None else min(n, len(data))
+
+    def take(start):
+        stop = min(start + chunk, n)
+        if isinstance(data, Tensor):
+            return data[start:stop]
+        return data.batch(range(start, stop))['x']
+
+    with frozen(nets.encoder):
+        parts = [nets.encoder.features(take(i).to(like)) for i in range(0, n, chunk)]
+        return torch.cat([full(part) for part in parts])
+
 
 def nearest_labels(
-    x:Tensor,    # (M, D) features of training images
-    y:Tensor,    # (M,) labels, or (M, A) attributes of 0 and 1
-    q:Tensor,    # (N, D) features to be labelled
+    x: Tensor,  # (M, D) features of training images
+    y: Tensor,  # (M,) labels, or (M, A) attributes of 0 and 1
+    query: Tensor,  # (N, D) features to be labelled
     *,
-    k:int=5,     # Neighbours
-    chunk:int=500, # Rows of q at once
-)->Tensor:       # (N,) or (N, A) int64
-    "Majority among the nearest training images by Euclidean distance; ties go to the smaller label."
+    n_neighbours: int = 5,  # How many images vote
+    chunk: int = 500,  # Rows of the query at once
+) -> Tensor:  # (N,) or (N, A) int64
+    """Majority among the nearest training images by Euclidean distance.
+
+    Ties go to the smaller label.
+    """
     y = y.to(x.device)
-    def vote(part): # of an even number of neighbours, half is not a majority
-        near = y[torch.cdist(part, x).topk(k, largest=False).indices]
-        return (2*near.sum(1)>k).long() if y.ndim==2 else F.one_hot(near, int(y.max())+1).sum(1).argmax(1)
-    return torch.cat([vote(o) for o in q.split(chunk)])
+
+    def vote(part):
+        nearest = torch.cdist(part, x).topk(n_neighbours, largest=False).indices
+        if y.ndim == 2:  # of an even number of neighbours, half is not a majority
+            return (2 * y[nearest].sum(1) > n_neighbours).long()
+        return F.one_hot(y[nearest], int(y.max()) + 1).sum(1).argmax(1)
+
+    return torch.cat([vote(part) for part in query.split(chunk)])
 
 # %% ../nbs/08a_selfsup.ipynb #c056
-@torch.enable_grad() # whoever asks, this trains
+@torch.enable_grad()  # whoever asks, this trains
 def linear_probe(
-    x:Tensor,      # (M, D) features of training images
-    y:Tensor,      # (M,) labels, or (M, A) attributes of 0 and 1
-    q:Tensor,      # (N, D) features to be read
+    x: Tensor,  # (M, D) features of training images
+    y: Tensor,  # (M,) labels, or (M, A) attributes of 0 and 1
+    query: Tensor,  # (N, D) features to be read
     *,
-    n_epochs:int=500, # Passes over the features
-    batch:int=1000,   # Features in one step
-    seed:int=0,       # Of the order and of the first weights
-)->Tensor:            # (N, K) logits of the classes, or (N, A) of the attributes
-    "One linear layer on fixed features. Source: released program of Ermolov et al. 2021."
+    n_epochs: int = 500,  # Passes over the features
+    batch: int = 1000,  # Features in one step
+    seed: int = 0,  # Of the order and of the first weights
+) -> Tensor:  # (N, K) logits of the classes, or (N, A) of the attributes
+    """One linear layer on fixed features.
+
+    Source: released program of Ermolov et al. 2021.
+    """
     y = y.to(x.device)
+    n_out = y.shape[1] if y.ndim == 2 else int(y.max()) + 1
+
+    def loss(logits, labels):
+        if y.ndim == 2:
+            return F.binary_cross_entropy_with_logits(logits, labels.to(x))
+        return F.cross_entropy(logits, labels)
+
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        read = nn.Linear(x.shape[1], y.shape[1] if y.ndim==2 else int(y.max())+1).to(x)
-        opt = torch.optim.Adam(read.parameters(), 1e-2, weight_decay=5e-6)
-        fall = torch.optim.lr_scheduler.ExponentialLR(opt, 1e-4**(1/n_epochs))
+        layer = nn.Linear(x.shape[1], n_out).to(x)
+        adam = torch.optim.Adam(layer.parameters(), 1e-2, weight_decay=5e-6)
+        fall = torch.optim.lr_scheduler.ExponentialLR(adam, 1e-4 ** (1 / n_epochs))
         for _ in range(n_epochs):
             for i in torch.randperm(len(x)).split(batch):
-                loss = F.binary_cross_entropy_with_logits(read(x[i]), y[i].to(x)) if y.ndim==2 else F.cross_entropy(read(x[i]), y[i])
-                opt.zero_grad()
-                loss.backward()
-                opt.step()
+                adam.zero_grad()
+                loss(layer(x[i]), y[i]).backward()
+                adam.step()
             fall.step()
-    with torch.no_grad(): return read(q)
+    with torch.no_grad():
+        return layer(query)
 
 # %% ../nbs/08a_selfsup.ipynb #c058
 def evaluate(
-    nets:Nets,   # Trained networks
-    cfg:Config,  # Resolved settings; uses data
+    nets: Nets,  # Trained networks
+    cfg: Config,  # Resolved settings; uses data
     *,
-    seed:int=0,      # Seed of the linear layer
-    n:int|None=None, # Test images; None is all of them
-    n_epochs:int=500,# Of the linear layer
-)->dict:             # metric -> (value, number of test images, '')
-    """Share of right answers of five neighbours (`knn`) and of a linear layer (`top1`; `top5` where there are more than five classes); for attributes, their mean.
+    seed: int = 0,  # Seed of the linear layer
+    n: int | None = None,  # Test images; None is all of them
+    n_epochs: int = 500,  # Of the linear layer
+) -> dict:  # metric -> (value, number of test images, '')
+    """Share of right answers of five neighbours (`knn`) and of a linear layer.
 
+    The layer has `top1`, and `top5` where there are more than five classes; for
+    attributes, it is their mean.
     Raises `ValueError` if the data set has no labels.
     """
-    a,b = (load(cfg.data, split=o) for o in ('train', 'test'))
-    if a.y is None: raise ValueError(f"the data set {cfg.data!r} has no labels that an encoder could be tested on")
-    x,q = read_features(nets, a),read_features(nets, b, n=n)
-    y,m = b.y[:len(q)].to(q.device),len(q)
-    logits = linear_probe(x, a.y, q, n_epochs=n_epochs, seed=seed)
-    out = dict(knn=nearest_labels(x, a.y, q)==y, top1=((logits>0) if y.ndim==2 else logits.argmax(1))==y)
-    if y.ndim==1 and logits.shape[1]>5: out['top5'] = (logits.topk(5).indices==y[:,None]).any(1)
-    return {k: (v.double().mean().item(), m, '') for k,v in out.items()}
+    known, test = load(cfg.data, split='train'), load(cfg.data, split='test')
+    if known.y is None:
+        raise ValueError(
+            f"the data set {cfg.data!r} has no labels that an encoder could be tested on"
+        )
+    x, query = read_features(nets, known), read_features(nets, test, n=n)
+    y = test.y[: len(query)].to(query.device)
+    logits = linear_probe(x, known.y, query, n_epochs=n_epochs, seed=seed)
+    answer = (logits > 0) if y.ndim == 2 else logits.argmax(1)
+    right = dict(knn=nearest_labels(x, known.y, query) == y, top1=answer == y)
+    if y.ndim == 1 and logits.shape[1] > 5:
+        right['top5'] = (logits.topk(5).indices == y[:, None]).any(1)
+    return {
+        name: (share.double().mean().item(), len(query), '') for name, share in right.items()
+    }

@@ -15,105 +15,158 @@ from .core.nets import full, wnorm
 
 # %% ../nbs/06b_vaebm_nets.ipynb #c006
 def swish(
-    x:Tensor, # Any shape
-)->Tensor:    # Like x
+    x: Tensor,  # Any shape
+) -> Tensor:  # Like x
     "x times its sigmoid, divided by 1.1, so that the slope nowhere exceeds one."
-    return F.silu(x).div_(1.1) # in place: the derivative of silu needs its input only
+    return F.silu(x).div_(1.1)  # in place: the derivative of silu needs its input only
+
 
 class Block(nn.Module):
-    "Two 3x3 convolutions and a shortcut, a 2x2 average where the image is halved, an activation at the end."
-    def __init__(self,
-        n_in:int,   # Input channels
-        n_out:int,  # Output channels
-        half:bool,  # Halve height and width
+    """Residual block: two 3x3 convolutions and a shortcut.
+
+    A 2x2 average where the image is halved, and an activation at the end.
+    """
+
+    def __init__(
+        self,
+        n_in: int,  # Input channels
+        n_out: int,  # Output channels
+        half: bool,  # Halve height and width
     ):
         super().__init__()
         self.half = half
-        self.first,self.second = wnorm(nn.Conv2d(n_in, n_out, 3, padding=1)), wnorm(nn.Conv2d(n_out, n_out, 3, padding=1))
-        self.skip = wnorm(nn.Conv2d(n_in, n_out, 1, bias=False)) if half or n_in!=n_out else None
+        self.first = wnorm(nn.Conv2d(n_in, n_out, 3, padding=1))
+        self.second = wnorm(nn.Conv2d(n_out, n_out, 3, padding=1))
+        own_shortcut = half or n_in != n_out
+        self.skip = wnorm(nn.Conv2d(n_in, n_out, 1, bias=False)) if own_shortcut else None
 
-    def forward(self,
-        x:Tensor, # (B, n_in, H, W)
-    )->Tensor:    # (B, n_out, H, W), or half of both sides
-        h = self.second(swish(self.first(x))) + (x if self.skip is None else self.skip(x))
-        return swish(F.avg_pool2d(h, 2) if self.half else h)
+    def forward(
+        self,
+        x: Tensor,  # (B, n_in, H, W)
+    ) -> Tensor:  # (B, n_out, H, W), or half of both sides
+        branch = self.second(swish(self.first(x)))
+        out = branch + (x if self.skip is None else self.skip(x))
+        return swish(F.avg_pool2d(out, 2) if self.half else out)
 
 # %% ../nbs/06b_vaebm_nets.ipynb #c009
-ROWS = { # size of the image, its channels, width of the first convolution, blocks
-    'cifar10':      (32,  3, 128, '128/2 128 256/2 256 256/2 256'),
-    'celeba64':     (64,  3, 64,  '64/2 64 128/2 128 128/2 256 256/2 256'),
-    'lsun_church64':(64,  3, 64,  '64/2 64 128/2 128 128 128/2 256 256 256/2 256'),
-    'celebahq256':  (256, 3, 64,  '64/2 64 128/2 128 128/2 128 256/2 256 256/2 256 512/2 512'),
-    'mnist':        (32,  3, 64,  '64/2 64 128/2 128'), # in the program, not in the paper; named for digits, counted with three channels
+# Size of the image, its channels, width of the first convolution, blocks.
+# 'mnist' is in the program, not in the paper; named for digits, but of three channels here.
+# fmt: off
+ROWS = {
+    'cifar10':       ( 32, 3, 128, '128/2 128 256/2 256 256/2 256'),
+    'celeba64':      ( 64, 3,  64, '64/2 64 128/2 128 128/2 256 256/2 256'),
+    'lsun_church64': ( 64, 3,  64, '64/2 64 128/2 128 128 128/2 256 256 256/2 256'),
+    'celebahq256':   (256, 3,  64, '64/2 64 128/2 128 128/2 128 256/2 256 '
+                                   '256/2 256 512/2 512'),
+    'mnist':         ( 32, 3,  64, '64/2 64 128/2 128'),
 }
+# fmt: on
+
+# %% ../nbs/06b_vaebm_nets.ipynb #a31dce37
+def _read_blocks(text, width, size):  # '128/2 64' -> [(128, True), (64, False)], scaled
+    parts = []
+    for word in text.split():
+        parts.append((_scaled(word.removesuffix('/2'), width), word.endswith('/2')))
+    times = sum(half for _, half in parts)
+    if size%2**times: raise ValueError(f"size {size} cannot be halved {times} times")
+    return parts
+
+
+def _scaled(n, width): return max(1, round(width*int(n)))
+
+
+def _check_images(x, shape):
+    if x.shape[1:] != shape:
+        want = ', '.join(map(str, shape))
+        raise ValueError(f"expected images (B, {want}), got {tuple(x.shape)}")
 
 # %% ../nbs/06b_vaebm_nets.ipynb #c010
 class EnergyNet(nn.Module):
-    """Energy of an image: a first convolution, residual blocks, a sum over pixels, a linear layer.
+    """Energy of an image: a convolution, residual blocks, a sum over pixels, a linear one.
 
-    Raises `ValueError` if the image cannot be halved as often as the blocks say, or has another shape.
+    Raises `ValueError` if the image cannot be halved as often as the blocks say, or has
+    another shape.
     Source: Xiao et al. 2021, Table 7, with the lists of the released code.
     """
-    def __init__(self,
-        size:int=32,      # Height and width in pixels
-        in_ch:int=3,      # Channels of the image
-        first:int=128,    # Width of the first convolution
-        blocks:str='128/2 128 256/2 256 256/2 256', # Width of each block; /2 halves the image
-        width:float=1.,   # Multiplies every width
+
+    def __init__(
+        self,
+        size: int = 32,  # Height and width in pixels
+        in_ch: int = 3,  # Channels of the image
+        first: int = 128,  # Width of the first convolution
+        blocks: str = '128/2 128 256/2 256 256/2 256',  # Width of each block; /2 halves
+        width: float = 1.,  # Multiplies every width
     ):
         super().__init__()
-        scale = lambda w: max(1, round(width*int(w)))
-        parts = [(scale(o.removesuffix('/2')), o.endswith('/2')) for o in blocks.split()]
-        if size%2**(times := sum(half for _,half in parts)): raise ValueError(f"size {size} cannot be halved {times} times")
-        self.shape,self.blocks,w = (in_ch, size, size), nn.ModuleList(), scale(first)
-        self.enter = wnorm(nn.Conv2d(in_ch, w, 3, padding=1))
-        for o,half in parts: self.blocks.append(Block(w, o, half)); w = o
-        self.head = nn.Linear(w, 1)
+        parts = _read_blocks(blocks, width, size)
+        self.shape = (in_ch, size, size)
+        self.blocks = nn.ModuleList()
+        n_in = _scaled(first, width)
+        self.enter = wnorm(nn.Conv2d(in_ch, n_in, 3, padding=1))
+        for n_out, half in parts:
+            self.blocks.append(Block(n_in, n_out, half))
+            n_in = n_out
+        self.head = nn.Linear(n_in, 1)
 
-    def features(self,
-        x:Tensor, # (B, in_ch, size, size) in [-1, 1]
-    )->Tensor:    # (B, width of the last block), at least float32
+    def features(
+        self,
+        x: Tensor,  # (B, in_ch, size, size) in [-1, 1]
+    ) -> Tensor:  # (B, width of the last block), at least float32
         "Last feature map, summed over pixels."
-        h = swish(self.enter(x/2+.5)) # the paper's images lie in [0, 1]
-        for b in self.blocks: h = b(h)
-        return full(h).sum((2, 3))
+        hidden = swish(self.enter(x/2+.5))  # the paper's images lie in [0, 1]
+        for block in self.blocks: hidden = block(hidden)
+        return full(hidden).sum((2, 3))
 
-    def forward(self,
-        x:Tensor, # (B, in_ch, size, size) in [-1, 1]
-    )->Tensor:    # (B,) energy in nats, low where data should be
-        if x.shape[1:]!=self.shape: raise ValueError(f"expected images (B, {', '.join(map(str, self.shape))}), got {tuple(x.shape)}")
-        return (self.features(x)*self.head.weight[0]).sum(1) + self.head.bias # not by the layer: autocast would round the energy
+    def forward(
+        self,
+        x: Tensor,  # (B, in_ch, size, size) in [-1, 1]
+    ) -> Tensor:  # (B,) energy in nats, low where data should be
+        _check_images(x, self.shape)
+        # not by the layer itself: autocast would round the energy
+        return (self.features(x)*self.head.weight[0]).sum(1) + self.head.bias
 
 # %% ../nbs/06b_vaebm_nets.ipynb #c011
 def energy_net(
-    row:str,        # One of `ROWS`
-    width:float=1., # Multiplies every width; 1 is the paper's network
-)->EnergyNet:
+    name: str,  # One of `ROWS`
+    width: float = 1.,  # Multiplies every width; 1 is the paper's network
+) -> EnergyNet:
     "One of the paper's networks. Raises `KeyError` for an unknown name."
-    if row not in ROWS: raise KeyError(f"no network {row!r}; known: {', '.join(ROWS)}")
-    return EnergyNet(*ROWS[row], width=width)
+    if name not in ROWS:
+        raise KeyError(f"no network {name!r}; known: {', '.join(ROWS)}")
+    return EnergyNet(*ROWS[name], width=width)
 
 # %% ../nbs/06b_vaebm_nets.ipynb #c021
+def _set_gain(conv, x, std):  # label `eq-vaebmnets-init`, for one convolution and its input
+    weight = conv.parametrizations.weight
+    length = weight.original1.flatten(1).norm(dim=1)+1e-5
+    direction = weight.original1/length[:,None,None,None]
+    out = F.conv2d(x, direction, None, conv.stride, conv.padding)
+    spread, mean = torch.std_mean(out, dim=(0, 2, 3), correction=0)
+    if not (spread > 1e-6).all():
+        raise ValueError("a channel is constant on this batch; give varied training images")
+    scale = spread/std+1e-5
+    weight.original0.copy_(-scale.log())
+    if conv.bias is not None: conv.bias.copy_(-mean/scale)
+
+# %% ../nbs/06b_vaebm_nets.ipynb #30c959ab
 @torch.no_grad()
 def data_init(
-    net:nn.Module, # Network whose convolutions went through `wnorm`
-    x:Tensor,      # (B, ...) training images in [-1, 1]; the paper takes 160
-    std:float=.2,  # Standard deviation that every output channel shall have
-)->nn.Module:      # `net` itself, gains and biases replaced
-    """Set log lengths and biases so that each output channel of each convolution has mean 0 and the given spread on `x`.
+    net: nn.Module,  # Network whose convolutions went through `wnorm`
+    x: Tensor,  # (B, ...) training images in [-1, 1]; the paper takes 160
+    std: float = .2,  # Standard deviation that every output channel shall have
+) -> nn.Module:  # `net` itself, gains and biases replaced
+    """Set log lengths and biases of all convolutions from data.
 
+    Afterwards each output channel of each convolution has mean 0 and spread `std` on `x`.
     Raises `ValueError` if a channel does not vary on `x`.
     Source: released code of Xiao et al. 2021, label `eq-vaebmnets-init`.
     """
-    def fit(conv, args): # runs just before the convolution, when all that come earlier are already set
-        weight = conv.parametrizations.weight
-        v = weight.original1/(weight.original1.flatten(1).norm(dim=1)+1e-5)[:,None,None,None]
-        s,m = torch.std_mean(F.conv2d(args[0], v, None, conv.stride, conv.padding), dim=(0, 2, 3), correction=0)
-        if not (s>1e-6).all(): raise ValueError("a channel is constant on this batch; give varied training images")
-        weight.original0.copy_(-(s/std+1e-5).log())
-        if conv.bias is not None: conv.bias.copy_(-m/(s/std+1e-5))
-    hooks = [m.register_forward_pre_hook(fit) for m in net.modules() if parametrize.is_parametrized(m, 'weight')]
+    # the hook runs just before a convolution, when all that come earlier are already set
+    def fit(conv, args): _set_gain(conv, args[0], std)
+
+    layers = [m for m in net.modules() if parametrize.is_parametrized(m, 'weight')]
+    hooks = [layer.register_forward_pre_hook(fit) for layer in layers]
     try: net(x)
     finally:
-        for h in hooks: h.remove()
+        for hook in hooks: hook.remove()
     return net

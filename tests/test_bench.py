@@ -1,6 +1,8 @@
-"""The bench: candidates do the same work, the fast options sample the same law, and the numbers have a shape that can be trusted.
+"""The bench: candidates do the same work, the fast options sample the same law, and the numbers
+have a shape that can be trusted.
 
-Timings on a shared machine say little, so the ordinary tests compare them loosely; `ebmbook bench` states the verdicts.
+Timings on a shared machine say little, so the ordinary tests compare them loosely;
+`ebmbook bench` states the verdicts.
 """
 import json
 import os
@@ -24,10 +26,10 @@ ROOT = Path(__file__).resolve().parents[1]
 
 @pytest.fixture(scope='module')
 def gaussian():
-    "A Gaussian energy whose gradient runs through a matrix product, so that autocast has something to round."
+    "A Gaussian energy whose gradient runs through a matrix product, which autocast rounds."
     gen = torch.Generator().manual_seed(0)
-    q,_ = torch.linalg.qr(torch.randn(8, 8, generator=gen))
-    precision = (q*torch.linspace(.5, 4, 8)) @ q.T
+    axes,_ = torch.linalg.qr(torch.randn(8, 8, generator=gen))
+    precision = (axes*torch.linspace(.5, 4, 8)) @ axes.T
     half = nn.Linear(8, 8)
     half.weight.data = torch.linalg.cholesky(precision).T.contiguous()
     half.bias.data = -half.weight.data @ torch.linspace(-1, 1, 8)             # the mean is not zero
@@ -40,23 +42,31 @@ def moments(energy, eta, n=20_000, steps=150):
     return x.mean(0),x.T.cov()
 
 def test_bf16_samples_the_same_gaussian(gaussian):
-    "Mean and covariance of bfloat16 and of float32 chains lie within five standard errors of the exact discrete law, and of each other."
+    """Mean and covariance of bfloat16 and of float32 chains.
+
+    They lie within five standard errors of the exact discrete law, and of each other.
+    """
     half,precision,mean = gaussian
-    eta,n = .1,20_000
-    energy = lambda x: half(x).float().square().sum(1)/2
+    eta = .1
+    n = 20_000
+    def energy(x): return half(x).float().square().sum(1)/2
     exact = torch.linalg.inv(precision @ (torch.eye(8)-eta*precision/2))       # stationary covariance at this step
     assert 0 < (bf16(energy)(mean[None]+1)-energy(mean[None]+1)).abs().item()  # autocast does round
-    results = [moments(e, eta, n) for e in (energy, bf16(energy))]
+    results = [moments(one, eta, n) for one in (energy, bf16(energy))]
     var = exact.diagonal()
-    mean_error,cov_error = (var/n)**.5,((var[:,None]*var+exact**2)/n)**.5
-    for m,c in results:
-        assert ((m-mean).abs() < 5*mean_error).all()
-        assert ((c-exact).abs() < 5*cov_error).all()
+    mean_error = (var/n)**.5
+    cov_error = ((var[:,None]*var+exact**2)/n)**.5
+    for found_mean,found_cov in results:
+        assert ((found_mean-mean).abs() < 5*mean_error).all()
+        assert ((found_cov-exact).abs() < 5*cov_error).all()
     assert ((results[0][0]-results[1][0]).abs() < 5*mean_error).all()
     assert ((results[0][1]-results[1][1]).abs() < 5*cov_error).all()
 
 def test_a_bf16_state_would_lose_the_update():
-    "Why the state stays in float32: what a paper's step adds to a pixel is below half of a bfloat16's last digit."
+    """Why the state stays in float32.
+
+    What a paper's step adds to a pixel is below half of a bfloat16's last digit.
+    """
     x = torch.ones(1, dtype=torch.bfloat16)
     assert (x-1e-4*torch.tensor(3., dtype=torch.bfloat16)).item()==1.
     assert langevin(bf16(lambda x: 3*x.sum(1)), torch.ones(1, 1), ula(1e-4, 0.), 1).item()<1.
@@ -66,9 +76,11 @@ def test_bf16_keeps_the_direction_of_an_image_gradient():
     def pull(energy):
         x = case.x.clone().requires_grad_()
         return torch.autograd.grad(energy(x).sum(), x)[0].flatten(1)
-    with frozen(case.net): a,b = pull(case.net),pull(bf16(case.net))
-    assert torch.cosine_similarity(a, b).min()>.99
-    assert abs((b.norm()/a.norm()).item()-1)<.02
+    with frozen(case.net):
+        exact = pull(case.net)
+        rounded = pull(bf16(case.net))
+    assert torch.cosine_similarity(exact, rounded).min()>.99
+    assert abs((rounded.norm()/exact.norm()).item()-1)<.02
 
 
 # --- candidates
@@ -78,24 +90,29 @@ TINY = [lambda: B.vaebm_case(1/32, 2), lambda: B.cdrl_case(2, ch=8, mult=(1, 2),
 @pytest.mark.parametrize('make', TINY, ids=['vaebm', 'cdrl', 'points'])
 def test_torchebm_runs_the_same_chain(make):
     pytest.importorskip('torchebm')
-    case,ends = make(),{}
+    case = make()
+    ends = {}
     for name in ('float32', 'torchebm', 'torchebm, frozen'):
-        with B.ARMS[name](case)() as f:
+        with B.ARMS[name](case)() as run_chain:
             torch.manual_seed(3)
-            ends[name] = f()
+            ends[name] = run_chain()
     assert torch.allclose(ends['float32'], ends['torchebm'], atol=2e-6)
     assert torch.allclose(ends['float32'], ends['torchebm, frozen'], atol=2e-6)
 
 @pytest.mark.parametrize('make', TINY[:2], ids=['vaebm', 'cdrl'])
 def test_weights_are_normalised_once_per_chain(make):
     "Within the timed chain no parametrization runs; the other candidates run them at every step."
-    case,counts = make(),{}
+    case = make()
+    counts = {}
     for name in ('float32', 'norm at each step', 'textbook loop', 'floor'):
         calls = []
         old = parametrize.ParametrizationList.forward
-        with B.ARMS[name](case)() as f:
-            parametrize.ParametrizationList.forward = lambda self: calls.append(1) or old(self)
-            try: f()
+        def counted(self):
+            calls.append(1)
+            return old(self)
+        with B.ARMS[name](case)() as run_chain:
+            parametrize.ParametrizationList.forward = counted
+            try: run_chain()
             finally: parametrize.ParametrizationList.forward = old
         counts[name] = len(calls)
     n = sum(parametrize.is_parametrized(m) for m in case.net.modules())
@@ -124,7 +141,8 @@ def ebmbook(*args):
     return subprocess.run([sys.executable, '-m', 'ebmbook.core.cli', *args], cwd=ROOT, text=True, capture_output=True, timeout=300)
 
 def test_quick_bench_prints_lines_and_stores_nothing():
-    stored = B.bench_path().read_bytes() if B.bench_path().is_file() else None
+    def stored(): return B.bench_path().read_bytes() if B.bench_path().is_file() else None
+    before = stored()
     res = ebmbook('bench', '--quick', '--json', '--device', 'cpu')
     assert res.returncode==0, res.stderr
     lines = [json.loads(o) for o in res.stdout.splitlines()]
@@ -133,7 +151,7 @@ def test_quick_bench_prints_lines_and_stores_nothing():
     timed = [o for o in rows if 'rounds' in o]
     assert all(o['seconds']>0 and o['floor']>0 and o['threads']>=1 and o['torch']==torch.__version__ for o in timed)
     assert [o['samples'] for o in lines if 'samples' in o]==[4, 8, 4]
-    assert (B.bench_path().read_bytes() if B.bench_path().is_file() else None)==stored
+    assert stored()==before
 
 def test_the_stored_result_can_be_read():
     if not B.bench_path().is_file(): pytest.skip('make bench has not been run in this clone')
@@ -158,12 +176,15 @@ def test_compiled_or_a_reason():
 @pytest.mark.slow
 @pytest.mark.skipif(not os.path.exists('/proc/self/clear_refs'), reason='peak memory can be reset on Linux only')
 def test_memory_is_flat_beyond_a_chunk():
-    "A sample of eight chunks needs no more than one of one chunk; drawn at once it needs several times as much."
+    """A sample of eight chunks needs no more than one of one chunk.
+
+    Drawn at once it needs several times as much.
+    """
     chunked = [o['mb'] for o in B.memory((32, 256), 32)]
     whole = B.memory((256,), 0)[0]['mb']
     assert chunked[1]<1.3*chunked[0] and whole>3*chunked[0]
 
 def test_a_process_that_ends_is_an_error(capfd): # of a candidate that runs elsewhere
-    with B._as_it_comes(replace(B.points_case(4, 4), key='none'), 'float32')() as f:
-        with pytest.raises(RuntimeError, match='has ended'): f()
+    with B._as_it_comes(replace(B.points_case(4, 4), key='none'), 'float32')() as run_chain:
+        with pytest.raises(RuntimeError, match='has ended'): run_chain()
     assert 'KeyError' in capfd.readouterr().err

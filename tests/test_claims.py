@@ -108,7 +108,7 @@ def test_rendering(judge):
     assert 'cooperation: REPRODUCED' in text and 'without 6.47' in text and '2 claims: 1 reproduced, 1 not run' in text
     assert len(as_markdown(list(got.values())).splitlines())==4
 
-@pytest.mark.parametrize('old,new,told', [
+@pytest.mark.parametrize('old,new,message', [
     ('  metric: fid\n', '', 'which metric'),
     ('id: inpainting', 'id: cooperation', 'given twice'),
     ('{row: small}', '{rows: small}', "unknown key 'rows'"),
@@ -121,13 +121,13 @@ def test_rendering(judge):
     ('- id: cooperation', '- id: 3', 'id must be text'),
     ('{equal: half, to: 0.0', '{equal: half, to: half', 'must differ'),
 ])
-def test_refusals(tmp_path, old, new, told):
+def test_refusals(tmp_path, old, new, message):
     assert old in FILE
     (tmp_path/'claims.yaml').write_text(FILE.replace(old, new, 1))
-    with pytest.raises(ValueError, match=re.escape(told)): read_claims(tmp_path/'claims.yaml')
+    with pytest.raises(ValueError, match=re.escape(message)): read_claims(tmp_path/'claims.yaml')
 
 def test_the_books_claims():
-    "Every claim cites a known work, names rows that exist, and can be told apart in the ledger."
+    "Every claim cites a known work, names presets that exist, and can be told apart in the ledger."
     from ebmbook.core.cli import resolve
     claims = read_claims(ROOT/'results'/'claims.yaml')
     known = set(re.findall(r'^@\w+\{([^,]+),', (ROOT/'nbs'/'references.bib').read_text(encoding='utf-8'), re.M))

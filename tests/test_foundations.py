@@ -1,7 +1,9 @@
 """Checks of the foundations that take too long for their notebook.
 
-Where the checks of the fact sheet stand: 1 (gradient), 3 (short-run bias), 4 (delta filter), 6 (filters), 7 (adjoint) and 9 (conditional)
-are test cells of the notebook; 2, 5, 8, 10 and 11 are here, as are the rest of 4 and the checks 4 and 5 of the sheet on latent energies.
+The gradient of the likelihood, the bias of short runs, the learned theta of a delta filter,
+the filters, the adjoint and the conditional energies are test cells of the notebook. Here
+are Langevin chains on Gaussians, what FRAME learns, latent models in which everything is
+linear, and densities in the plane.
 """
 import math
 import types
@@ -25,11 +27,12 @@ def within(got, want, errors, n=5): # a statistic agrees with its expectation to
     assert (torch.as_tensor(got)-torch.as_tensor(want)).abs().max()<=n*torch.as_tensor(errors).max(), (got, want)
 
 
-# --- check 2: Langevin on Gaussians
+# --- Langevin on Gaussians
 
 @pytest.mark.parametrize('prec,delta', [(1., .5), (4., .3), (4., .8), (.25, 1.)])
 def test_stationary_variance(prec, delta):
-    n,v = 30_000,1/(prec*(1-delta**2*prec/4))
+    n = 30_000
+    v = 1/(prec*(1-delta**2*prec/4))
     assert variance_after(1., prec, ula(delta**2/2), math.inf)==pytest.approx(v)
     x = langevin(lambda x: prec*x[:,0]**2/2, v**.5*torch.randn(n, 1, generator=gen()), ula(delta**2/2), 8, generator=gen(1))
     within(x.var(), v, v*(2/n)**.5)
@@ -40,8 +43,11 @@ def test_stable_only_below_four(prec, stable):
     assert (x.abs().max()<1e-3)==stable and math.isfinite(variance_after(1., prec, ula(.5), math.inf))==stable
 
 def test_mala_removes_the_bias():
-    n,prec,energy = 4_000,4.,lambda x: 2*x[:,0]**2
-    start,rates = .5*torch.randn(n, 1, generator=gen()),[]
+    n = 4_000
+    prec = 4.
+    def energy(x): return 2*x[:,0]**2
+    start = .5*torch.randn(n, 1, generator=gen())
+    rates = []
     for delta in (.8, .2, .05):
         x,accept = mala(energy, start, delta**2/2, 30, generator=gen(1))
         within(x.var(), 1/prec, 1/prec*(2/n)**.5)
@@ -50,43 +56,54 @@ def test_mala_removes_the_bias():
     assert rates[0]<rates[1]<rates[2] and rates[2]>.998
 
 
-# --- checks 4, 5, 8: FRAME
+# --- FRAME
 
 def abs_moments(t): # E|x| and Var|x| under exp(t|x| - x^2/2)
     ratio = math.exp(-t*t/2)/(2*math.pi)**.5/(.5*math.erfc(-t/2**.5))
     return t+ratio,1-ratio*(t+ratio)
 
 def test_spread_of_a_learned_theta():
-    t,n,runs = .5,400,1_500
+    t = .5
+    n = 400
+    runs = 1_500
     u = torch.linspace(0, 9, 20_001, dtype=torch.float64)
     cdf = torch.exp(t*u-u**2/2).cumsum(0)
-    x = u[torch.searchsorted(cdf/cdf[-1], torch.rand(runs*n, generator=gen(), dtype=torch.float64)).clamp(max=20_000)].view(runs, n)
+    places = torch.searchsorted(cdf/cdf[-1], torch.rand(runs*n, generator=gen(), dtype=torch.float64))
+    x = u[places.clamp(max=20_000)].view(runs, n)
     within(x.mean(), abs_moments(t)[0], (abs_moments(t)[1]/x.numel())**.5)
     grid = np.linspace(-1, 2, 3_001)
-    learned = np.interp(x.mean(1).numpy(), [abs_moments(o)[0] for o in grid], grid) # where the statistics agree
+    learned = np.interp(x.mean(1).numpy(), [abs_moments(theta)[0] for theta in grid], grid) # where the statistics agree
     want = 1/(n*abs_moments(t)[1])
     assert abs(learned.var()/want-1)<5*(2/runs)**.5
 
 def square_field(kernels, w, size): # exact statistics of the Gaussian field with precision 1 + sum w |H|^2
-    power = torch.stack([torch.fft.fft2(torch.zeros(size, size).index_put_((torch.arange(len(h)).repeat_interleave(len(h)), torch.arange(len(h)).repeat(len(h))), h.flatten())).abs()**2
-                         for h in kernels])
+    placed = torch.zeros(len(kernels), size, size)
+    for image,kernel in zip(placed, kernels): image[:len(kernel),:len(kernel)] = kernel
+    power = torch.fft.fft2(placed).abs()**2
     return -.5*(power/(1+(w[:,None,None]*power).sum(0))).mean((1, 2))[:,None]
 
 def test_square_statistics():
-    kernels,w = [f.gabor(4, 0.), f.dog(1.4)],torch.tensor([1., .5])
-    h,kept,errors = square_field(kernels, w, 32),[],[]
+    kernels = [f.gabor(4, 0.), f.dog(1.4)]
+    w = torch.tensor([1., .5])
+    h = square_field(kernels, w, 32)
+    kept = []
+    errors = []
     model = f.Frame(kernels, 32, 'square')
-    f.fit_texture(model, None, target=h, size=32, n_iters=150, n_steps=10, n_chains=6, delta=.15, rate=.8, generator=gen(),
-                  on_iter=lambda i,x: (kept.append(model.phi.theta[:,0].detach().clone()), errors.append((f.statistics(model, x)-h).abs().sum().item())))
+    def watch(i, x):
+        kept.append(model.phi.theta[:,0].detach().clone())
+        errors.append((f.statistics(model, x)-h).abs().sum().item())
+    f.fit_texture(model, None, target=h, size=32, n_iters=150, n_steps=10, n_chains=6, delta=.15, rate=.8, generator=gen(), on_iter=watch)
     got = torch.stack(kept[100:]).mean(0)
     assert (got/w-1).abs().max()<.12, got
-    assert np.mean(errors[:3])>4*np.mean(errors[100:])                 # check 8: the error falls
+    assert np.mean(errors[:3])>4*np.mean(errors[100:])                 # the error falls
 
-def test_two_starts_one_answer(): # check 8: the likelihood is concave in theta
-    kernels,h = [f.gabor(4, 0.), f.dog(1.4)],torch.tensor([[.5], [1.2]]) # white noise has 0.8
+def test_two_starts_one_answer(): # the likelihood is concave in theta
+    kernels = [f.gabor(4, 0.), f.dog(1.4)]
+    h = torch.tensor([[.5], [1.2]]) # white noise has 0.8
     ends = []
     for seed,start in ((3, torch.tensor([[-1.], [1.]])), (5, torch.tensor([[.8], [-.6]]))):
-        model,kept = f.Frame(kernels, 32),[]
+        model = f.Frame(kernels, 32)
+        kept = []
         with torch.no_grad(): model.phi.theta.copy_(start)
         f.fit_texture(model, None, target=h, size=32, n_iters=120, n_steps=8, n_chains=6, delta=.2, rate=.6, generator=gen(seed),
                       on_iter=lambda i,x: kept.append(model.phi.theta[:,0].detach().clone())) # noqa: B023 - used within this iteration only
@@ -94,12 +111,13 @@ def test_two_starts_one_answer(): # check 8: the likelihood is concave in theta
     assert (ends[0]-ends[1]).abs().max()<.03 and ends[0].abs().min()>.1, ends
 
 
-# --- check 10 and, of the sheet on latent energies, checks 4 and 5: everything linear
+# --- latent models in which everything is linear
 
 class Linear(nn.Module):
     def __init__(self, w, prec):
         super().__init__()
-        self.w,self.prec = nn.Parameter(w.clone()),nn.Parameter(prec.clone())
+        self.w = nn.Parameter(w.clone())
+        self.prec = nn.Parameter(prec.clone())
     def tilt(self, z): return (z.square()*(self.prec-1)).sum(1)/2
     def decoder(self, z): return z@self.w.T
 
@@ -112,50 +130,65 @@ def points(mean, cov): # 2d points (B, 2d, d) with exactly this mean and covaria
 
 def test_gradient_of_the_marginal_likelihood():
     torch.manual_seed(0)
-    nets,sigma = Linear(torch.randn(4, 2), torch.tensor([1.5, .6])).double(),.7
+    nets = Linear(torch.randn(4, 2), torch.tensor([1.5, .6])).double()
+    sigma = .7
     x = torch.randn(30, 4, dtype=torch.float64)
     cov = nets.w@torch.diag(1/nets.prec)@nets.w.T+sigma**2*torch.eye(4, dtype=torch.float64)
-    exact = torch.autograd.grad(-torch.distributions.MultivariateNormal(torch.zeros(4, dtype=torch.float64), cov).log_prob(x).mean(), [nets.prec, nets.w])
+    marginal = torch.distributions.MultivariateNormal(torch.zeros(4, dtype=torch.float64), cov)
+    exact = torch.autograd.grad(-marginal.log_prob(x).mean(), [nets.prec, nets.w])
     post = torch.diag(nets.prec)+nets.w.T@nets.w/sigma**2
     mean = torch.linalg.solve(post, nets.w.T@x.T/sigma**2).T.detach()
     seen = points(mean, torch.linalg.inv(post).detach())
     dreamt = points(torch.zeros(1, 2, dtype=torch.float64), torch.diag(1/nets.prec).detach())
-    loss = f.cd_loss(nets.tilt, seen.flatten(0, 1), dreamt.flatten(0, 1)) + ((x[:,None]-nets.decoder(seen)).square().sum(2)/(2*sigma**2)).mean()
+    error = ((x[:,None]-nets.decoder(seen)).square().sum(2)/(2*sigma**2)).mean()
+    loss = f.cd_loss(nets.tilt, seen.flatten(0, 1), dreamt.flatten(0, 1)) + error
     for a,b in zip(torch.autograd.grad(loss, [nets.prec, nets.w]), exact): assert torch.allclose(a, b, atol=1e-10)
 
 def test_learned_covariance():
     w = torch.tensor([[1.2, 0.], [.5, .8], [0., -.6]])
-    n,cfg = 20_000,settings(sigma=.5, prior_steps=30, prior_delta=.4, post_steps=60, post_delta=.17)
+    n = 20_000
+    cfg = settings(sigma=.5, prior_steps=30, prior_delta=.4, post_steps=60, post_delta=.17)
     x = torch.randn(n, 2, generator=gen())*torch.tensor([1.5, .7])@w.T+cfg.sigma*torch.randn(n, 3, generator=gen(1))
-    nets,kept = Linear(.5*torch.randn(3, 2, generator=gen(2)), torch.ones(2)),[]
+    nets = Linear(.5*torch.randn(3, 2, generator=gen(2)), torch.ones(2))
+    kept = []
     opts = dict(prior=torch.optim.SGD([nets.prec], .1), decoder=torch.optim.SGD([nets.w], .05))
     ctx = types.SimpleNamespace(generator=gen(4))
     for i in range(200):
         for name,loss,_ in f.losses(nets, dict(x=x[torch.randint(n, (400,), generator=ctx.generator)]), cfg, ctx):
-            for o in opts.values(): o.zero_grad()
+            for opt in opts.values(): opt.zero_grad()
             loss.backward()
             opts[name].param_groups[0]['lr'] *= .994
             opts[name].step()
-        # learning matches the chain, so its variance counts and not 1/prec; the two differ by a few per cent
+        # learning matches the chain, so its variance counts and not 1/prec;
+        # the two differ by a few per cent
         v = torch.tensor([variance_after(1., p, ula(cfg.prior_delta**2/2), cfg.prior_steps) for p in nets.prec.tolist()])
         if i>=90: kept.append((nets.w@torch.diag(v)@nets.w.T).detach()+cfg.sigma**2*torch.eye(3))
-    got,want = torch.stack(kept).mean(0),x.T.cov()
+    got = torch.stack(kept).mean(0)
+    want = x.T.cov()
     assert (got-want).norm()/want.norm()<.1, (got, want)
 
-def test_noise_weight_and_flat_tilt(): # with f = 0 and s = 0.5 the variance is 1.0667, and a noise weight w multiplies it by w^2
-    n,flat = 40_000,types.SimpleNamespace(tilt=lambda z: torch.zeros(len(z)))
+def test_noise_weight_and_flat_tilt():
+    "With f = 0 and s = 0.5 the variance is 1.0667, and a noise weight w multiplies it by w^2."
+    n = 40_000
+    flat = types.SimpleNamespace(tilt=lambda z: torch.zeros(len(z)))
     for w in (1., .5, 1.5):
         v = w**2/(1-.5**2/4)
         z = langevin(f.prior_energy(flat), v**.5*torch.randn(n, 1, generator=gen()), Rates(.125, .5*w), 15, generator=gen(1))
         within(z.var(), v, v*(2/n)**.5)
     assert 1/(1-.5**2/4)==pytest.approx(1.0667, abs=5e-5)
 
-def two_blocks(): # x = A z_a + B z_s + noise; joint energy of both latents, and the exact posterior
+def two_blocks():
+    "x = A z_a + B z_s + noise: joint energy of both latents, and the exact posterior."
     torch.manual_seed(1)
-    a,b,sigma,x = torch.randn(5, 2)/2,torch.randn(5, 2)/2,.5,torch.randn(5)
+    a = torch.randn(5, 2)/2
+    b = torch.randn(5, 2)/2
+    sigma = .5
+    x = torch.randn(5)
     w = torch.cat([a, b], 1)
     prec = torch.eye(4)+w.T@w/sigma**2
-    energy = lambda u,v: (u.square().sum(1)+v.square().sum(1))/2+(x-u@a.T-v@b.T).square().sum(1)/(2*sigma**2)
+    def energy(u, v):
+        miss = (x-u@a.T-v@b.T).square().sum(1)
+        return (u.square().sum(1)+v.square().sum(1))/2+miss/(2*sigma**2)
     return energy,prec,torch.linalg.solve(prec, w.T@x/sigma**2)
 
 @pytest.mark.parametrize('kernel', [langevin, alternate])
@@ -180,17 +213,21 @@ def test_noise_off_is_the_posterior_mean(kernel):
 
 def test_batch_size_never_changes_a_chain():
     torch.manual_seed(0)
-    nets,cfg,x = Linear(torch.randn(4, 2), torch.ones(2)),settings(),torch.randn(6, 4)
+    nets = Linear(torch.randn(4, 2), torch.ones(2))
+    cfg = settings()
+    x = torch.randn(6, 4)
     z = torch.randn(6, 2)
-    walk = lambda k: langevin(f.posterior_energy(nets, x[:k], cfg.sigma), z[:k], Rates(.05, 0.), 20)
-    with frozen(nets): assert torch.allclose(walk(6)[:2], walk(2), atol=1e-6)
+    def chains(n): return langevin(f.posterior_energy(nets, x[:n], cfg.sigma), z[:n], Rates(.05, 0.), 20)
+    with frozen(nets): assert torch.allclose(chains(6)[:2], chains(2), atol=1e-6)
     whole = torch.cat([f.draw_posterior(nets, x, settings(post_steps=0), generator=gen())])
     assert torch.equal(whole, torch.randn(6, 2, generator=gen()))
 
 
-# --- check 11: densities in the plane
+# --- densities in the plane
 
-CENTRES,WEIGHTS,STD = torch.tensor([[-2., 0.], [1.2, 1.8], [1.2, -1.8]]),torch.tensor([.5, .3, .2]),.7
+CENTRES = torch.tensor([[-2., 0.], [1.2, 1.8], [1.2, -1.8]])
+WEIGHTS = torch.tensor([.5, .3, .2])
+STD = .7
 
 def mixture(n, g): return CENTRES[torch.multinomial(WEIGHTS, n, replacement=True, generator=g)]+STD*torch.randn(n, 2, generator=g)
 
@@ -199,10 +236,11 @@ def log_mixture(x):
 
 def learned_kl(start, n_steps, n_iters, delta):
     torch.manual_seed(0)
-    g,net = gen(),f.PlaneEnergy(32, 3., unit=2.)
+    g = gen()
+    net = f.PlaneEnergy(32, 3., unit=2.)
     opt = torch.optim.Adam(net.parameters(), 5e-3, betas=(.8, .99))
     fall = torch.optim.lr_scheduler.LambdaLR(opt, lambda i: min(1., 2.02-2*i/n_iters))
-    fresh = lambda n: 3*torch.randn(n, 2, generator=g)
+    def fresh(n): return 3*torch.randn(n, 2, generator=g)
     f.learn(net, lambda n: mixture(n, g), opt, ula(delta**2/2), n_iters=n_iters, n_steps=n_steps, start=start, batch=300, fresh=fresh,
             buffer=fresh(2_000) if start=='persistent' else None, restart=.01, generator=g, on_iter=lambda *_: fall.step())
     log_z,_ = grid_log_z(net, 9., 150)
@@ -210,26 +248,27 @@ def learned_kl(start, n_steps, n_iters, delta):
     with torch.no_grad(): return (log_mixture(x)+net(x)+log_z).mean().item()
 
 def test_density_in_the_plane():
-    long,short = learned_kl('persistent', 20, 400, .35),learned_kl('noise', 20, 100, .1)
+    long = learned_kl('persistent', 20, 400, .35)
+    short = learned_kl('noise', 20, 100, .1)
     assert -.01<long<.05, long
     assert short>.2, short
 
 
 # --- the system
 
-def test_a_row_trains_and_comes_back(tmp_path):
+def test_a_preset_trains_and_comes_back(tmp_path):
     cfg = replace(f.PRESETS['digits'], n_iters=6, width=16, prior_width=8, prior_steps=3, post_steps=3, log_every=2)
     system = types.SimpleNamespace(build=f.build, STAGES=f.STAGES)
     runs = [train(system, cfg, open_run('foundations', 'digits', cfg, f.PRESETS['digits'], out=tmp_path/k, device='cpu'), progress=False) for k in 'ab']
-    for a,b in zip(*(o.state_dict().values() for o in runs)): assert torch.equal(a, b)
+    for a,b in zip(*(nets.state_dict().values() for nets in runs)): assert torch.equal(a, b)
     back = f.Nets.from_pretrained(tmp_path/'a'/'weights').eval()
     assert torch.equal(f.sample(back, 5, back.cfg, generator=gen()), f.sample(runs[0], 5, cfg, generator=gen()))
 
-@pytest.mark.parametrize('row', f.PRESETS)
-def test_rows_build(row):
-    nets = f.build(f.PRESETS[row])
-    assert f.sample(nets, 2, f.PRESETS[row], n_steps=1, generator=gen()).shape==(2, *f.PRESETS[row].shape)
+@pytest.mark.parametrize('preset', f.PRESETS)
+def test_presets_build(preset):
+    cfg = f.PRESETS[preset]
+    assert f.sample(f.build(cfg), 2, cfg, n_steps=1, generator=gen()).shape==(2, *cfg.shape)
 
-def test_claims_name_rows_that_exist():
-    for c in read_claims():
-        if c.system=='foundations': assert all(a.row in f.PRESETS for a in c.arms.values())
+def test_claims_name_presets_that_exist():
+    for claim in read_claims():
+        if claim.system=='foundations': assert all(arm.row in f.PRESETS for arm in claim.arms.values())

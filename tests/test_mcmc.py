@@ -11,38 +11,67 @@ from ebmbook.core.config import choose
 from ebmbook.core.runs import open_run
 from ebmbook.core.train import Group, Stage, train
 from ebmbook import cdrl
-from ebmbook.mcmc import (Rates, Trace, ais, alternate, bf16, double_well, frozen, funnel, hmc, langevin, leapfrog, log_mean_exp, mala, normal,
-                          recall, ring, ula, variance_after)
+from ebmbook.mcmc import (
+    Rates,
+    Trace,
+    ais,
+    alternate,
+    bf16,
+    double_well,
+    frozen,
+    funnel,
+    hmc,
+    langevin,
+    leapfrog,
+    log_mean_exp,
+    mala,
+    normal,
+    recall,
+    ring,
+    ula,
+    variance_after,
+)
 
 def gen(seed=0): return torch.Generator().manual_seed(seed)
 
 def law(log_density, low, high, n=20_001):
     "Distribution function and exact draws of one coordinate, by integration."
-    a = np.linspace(low, high, n)
-    cdf = integrate.cumulative_trapezoid(np.exp(log_density(a)), a, initial=0)
+    grid = np.linspace(low, high, n)
+    cdf = integrate.cumulative_trapezoid(np.exp(log_density(grid)), grid, initial=0)
     cdf /= cdf[-1]
-    return (lambda v: np.interp(v, a, cdf)), lambda m, seed: torch.tensor(np.interp(np.random.default_rng(seed).random(m), cdf, a), dtype=torch.float32)
+    def draw(size, seed):
+        uniform = np.random.default_rng(seed).random(size)
+        return torch.tensor(np.interp(uniform, cdf, grid), dtype=torch.float32)
+    return (lambda values: np.interp(values, grid, cdf)), draw
 
 N = 4_000
 well_cdf,well_draw = law(lambda a: -(a**2-2.25)**2*.6-.3*a, -4, 4)
 ring_cdf,ring_draw = law(lambda r: np.log(np.maximum(r, 1e-9))-(r-2)**2/.02, 1, 3)
 
 def well_start(): return well_draw(N, 1)[:,None]
+
 def ring_start():
-    r,angle = ring_draw(N, 2),torch.rand(N, generator=gen(3))*2*math.pi
+    r = ring_draw(N, 2)
+    angle = torch.rand(N, generator=gen(3))*2*math.pi
     return torch.stack([r*angle.cos(), r*angle.sin()], 1)
+
 def funnel_start():
     v = 1.5*torch.randn(N, generator=gen(4))
     return torch.stack([v, (v/2).exp()*torch.randn(N, generator=gen(5))], 1)
 
-TARGETS = { # energy, exact start, statistics with their distribution functions, MALA's step, HMC's step
-    'double well': (double_well, well_start, [(lambda x: x[:,0], well_cdf)], .06, .3),
-    'ring': (ring, ring_start, [(lambda x: x.norm(dim=1), ring_cdf), (lambda x: torch.atan2(x[:,1], x[:,0]), stats.uniform(-math.pi, 2*math.pi).cdf)], .006, .12),
-    'funnel': (funnel, funnel_start, [(lambda x: x[:,0], stats.norm(0, 1.5).cdf), (lambda x: x[:,1]*(-x[:,0]/2).exp(), stats.norm.cdf)], .15, .4),
+# statistics of each target with their distribution functions
+WELL_LAW = [(lambda x: x[:,0], well_cdf)]
+RING_LAW = [(lambda x: x.norm(dim=1), ring_cdf), (lambda x: torch.atan2(x[:,1], x[:,0]), stats.uniform(-math.pi, 2*math.pi).cdf)]
+FUNNEL_LAW = [(lambda x: x[:,0], stats.norm(0, 1.5).cdf), (lambda x: x[:,1]*(-x[:,0]/2).exp(), stats.norm.cdf)]
+
+TARGETS = { # energy, exact start, law, MALA's step, HMC's step
+    'double well': (double_well, well_start, WELL_LAW, .06, .3),
+    'ring': (ring, ring_start, RING_LAW, .006, .12),
+    'funnel': (funnel, funnel_start, FUNNEL_LAW, .15, .4),
 }
 
 def pvalues(name, x):
-    return [stats.kstest(f(x).numpy(), cdf).pvalue for f,cdf in TARGETS[name][2]]
+    return [stats.kstest(statistic(x).numpy(), cdf).pvalue for statistic,cdf in TARGETS[name][2]]
 
 @pytest.mark.parametrize('name', TARGETS)
 def test_metropolis_keeps_the_law(name):
@@ -77,25 +106,28 @@ def test_stationary_variance_of_the_unadjusted_chain():
         x = langevin(lambda x: (P*x.square()).sum(1)/2, x, ula(eta), 25, generator=gen(1))
         assert ((x.var(0)/exact-1).abs()<5*(2/40_000)**.5).all()
     # stable exactly below eta P = 2
-    x = torch.ones(1, 1)
-    assert langevin(lambda x: x.square().sum(1)/2, x, Rates(1.99, 0.), 200).abs()<1<langevin(lambda x: x.square().sum(1)/2, x, Rates(2.01, 0.), 200).abs()
+    below,above = (langevin(lambda x: x.square().sum(1)/2, torch.ones(1, 1), Rates(a, 0.), 200) for a in (1.99, 2.01))
+    assert below.abs()<1<above.abs()
     assert variance_after(0., 2., ula(.2), 10**4)==pytest.approx(1/(2*(1-.2)))
 
 def test_mala_removes_the_bias_and_accepts_all_small_steps():
     x = torch.randn(40_000, 1, generator=gen())
-    E = lambda x: 2*x.square().sum(1)
+    def E(x): return 2*x.square().sum(1)
     y,_ = mala(E, x, .3, 60, generator=gen(1))
-    assert abs(y.var().item()-.25)<.01 and abs(langevin(E, x, ula(.3), 60, generator=gen(1)).var().item()-.25)>.1
+    unadjusted = langevin(E, x, ula(.3), 60, generator=gen(1))
+    assert abs(y.var().item()-.25)<.01 and abs(unadjusted.var().item()-.25)>.1
     accepts = [mala(E, y, eta, 5, generator=gen(2))[1].mean().item() for eta in (.5, .1, .01, .0001)]
     assert accepts==sorted(accepts) and accepts[-1]>.999
 
 def test_leapfrog_runs_backwards_and_keeps_volume():
-    x,p = torch.randn(6, 2, generator=gen()).double(),torch.randn(6, 2, generator=gen(1)).double()
+    x = torch.randn(6, 2, generator=gen()).double()
+    p = torch.randn(6, 2, generator=gen(1)).double()
     y,q,_ = leapfrog(funnel, x, p, .1, 25)
     back,r,_ = leapfrog(funnel, y, -q, .1, 25)
     assert torch.allclose(back, x, atol=1e-9) and torch.allclose(-r, p, atol=1e-9)
-    flow = lambda s: torch.cat(leapfrog_graph(s[:2], s[2:], .1, 5))
-    assert abs(torch.linalg.det(torch.autograd.functional.jacobian(flow, torch.tensor([.3, -.4, .5, .2], dtype=torch.float64))).item()-1)<1e-9
+    def flow(s): return torch.cat(leapfrog_graph(s[:2], s[2:], .1, 5))
+    at = torch.tensor([.3, -.4, .5, .2], dtype=torch.float64)
+    assert abs(torch.linalg.det(torch.autograd.functional.jacobian(flow, at)).item()-1)<1e-9
 
 def leapfrog_graph(x, p, h, n): # the same motion with its graph kept, for the Jacobian
     def grad(x): return torch.autograd.grad(funnel(x[None]).sum(), x, create_graph=True)[0]
@@ -105,18 +137,25 @@ def leapfrog_graph(x, p, h, n): # the same motion with its graph kept, for the J
         p = p-h*grad(x)*(.5 if k==n-1 else 1)
     return x,p
 
-SAMPLERS = {'langevin': lambda E,x,g: langevin(E, x, ula(.05), 5, generator=g), 'mala': lambda E,x,g: mala(E, x, .05, 5, generator=g)[0],
-            'hmc': lambda E,x,g: hmc(E, x, .1, 3, n_leap=3, generator=g)[0],
-            'alternate': lambda E,x,g: alternate(lambda a,b: E(torch.cat([a, b], 1)), tuple(x.chunk(2, 1)), ula(.05), 3, generator=g)[0]}
+def halves(E, x, g): # the first of two blocks
+    return alternate(lambda a,b: E(torch.cat([a, b], 1)), tuple(x.chunk(2, 1)), ula(.05), 3, generator=g)[0]
+
+SAMPLERS = {
+    'langevin': lambda E,x,g: langevin(E, x, ula(.05), 5, generator=g),
+    'mala': lambda E,x,g: mala(E, x, .05, 5, generator=g)[0],
+    'hmc': lambda E,x,g: hmc(E, x, .1, 3, n_leap=3, generator=g)[0],
+    'alternate': halves,
+}
 
 @pytest.mark.parametrize('name', SAMPLERS)
 def test_every_sampler(name):
     run = SAMPLERS[name]
     net = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.SiLU(), torch.nn.Linear(8, 1))
-    E = lambda x: net(x)[:,0]+x.square().sum(1)
+    def E(x): return net(x)[:,0]+x.square().sum(1)
     x = torch.randn(6, 4, generator=gen())
     keep = x.clone()
-    a,b = run(E, x, gen(1)),run(E, x, gen(1))
+    a = run(E, x, gen(1))
+    b = run(E, x, gen(1))
     assert torch.equal(a, b) and torch.equal(x, keep) and not a.requires_grad
     assert all(p.grad is None and p.requires_grad for p in net.parameters())
     with frozen(net): assert torch.equal(run(E, x, gen(1)), a)
@@ -130,39 +169,47 @@ def test_the_batch_size_changes_no_chain(sampler):
     for n in (1, 3, 16): assert torch.allclose(sampler(ring, x[:n]), whole[:n], atol=1e-12)
 
 def test_a_chain_sees_its_own_noise_whatever_the_batch_does():
-    "Row i draws row i of the noise: the others' states do not matter."
+    "Chain i draws row i of the noise: the others' states do not matter."
     x = torch.randn(8, 2, generator=gen())
-    other = x.clone(); other[4:] += 5
+    other = x.clone()
+    other[4:] += 5
     for run in (lambda x: langevin(ring, x, ula(.002), 6, generator=gen(2)), lambda x: hmc(ring, x, .05, 4, generator=gen(2))[0]):
         assert torch.equal(run(x)[:4], run(other)[:4])
 
 def test_latent_energy_prior_and_the_tempered_chain():
-    "Gaussian prior through exp(-E) p0, and the weight w of the noise (nerf_lebm 7.4)."
+    "Gaussian prior through exp(-E) p0, and the weight w of the noise."
+    def base(z): return z.square().sum(1)/2
     s = .5
-    x = langevin(lambda z: z.square().sum(1)/2, torch.randn(60_000, 1, generator=gen()), Rates(s*s/2, s), 80, generator=gen(1))
+    start = torch.randn(60_000, 1, generator=gen())
+    x = langevin(base, start, Rates(s*s/2, s), 80, generator=gen(1))
     assert abs(x.var().item()-1/(1-s*s/4))<5*1.07*(2/60_000)**.5   # 1.0667
     w = .3
-    y = langevin(lambda z: z.square().sum(1)/2, w*torch.randn(60_000, 1, generator=gen()), Rates(s*s/2, w*s), 80, generator=gen(1))
+    y = langevin(base, w*start, Rates(s*s/2, w*s), 80, generator=gen(1))
     assert y.var().item()==pytest.approx(w*w/(1-s*s/4), rel=.04)
     L = torch.tensor([[2., .6], [.6, 1.]], dtype=torch.float64)
-    tilt = lambda z: torch.einsum('bi,ij,bj->b', z, L-torch.eye(2), z)/2   # -f(z), with base N(0, I)
-    z = langevin(lambda z: tilt(z)+z.square().sum(1)/2, torch.randn(60_000, 2, generator=gen(), dtype=torch.float64), ula(.1), 120, generator=gen(1))
+    def tilt(z): return torch.einsum('bi,ij,bj->b', z, L-torch.eye(2), z)/2   # -f(z), with base N(0, I)
+    start = torch.randn(60_000, 2, generator=gen(), dtype=torch.float64)
+    z = langevin(lambda z: tilt(z)+base(z), start, ula(.1), 120, generator=gen(1))
     exact = torch.linalg.inv(L)@torch.linalg.inv(torch.eye(2)-.1*L/2)
     assert (torch.cov(z.T)-exact).abs().max()<.02
 
 def test_bf16_gradients_do_not_change_the_moments():
     lin = torch.nn.Linear(8, 8, bias=False)
     torch.nn.init.orthogonal_(lin.weight)
-    E = lambda x: lin(x).square().sum(1)/2
-    runs = [langevin(e, torch.randn(20_000, 8, generator=gen()), ula(.05), 100, generator=gen(1)) for e in (E, bf16(E))]
+    def E(x): return lin(x).square().sum(1)/2
+    runs = [langevin(energy, torch.randn(20_000, 8, generator=gen()), ula(.05), 100, generator=gen(1)) for energy in (E, bf16(E))]
     error = (2/(20_000*8))**.5
-    assert all(r.dtype==torch.float32 and abs(r.var().item()-1/(1-.025))<5*error and abs(r.mean().item())<5/(160_000)**.5 for r in runs)
+    for x in runs:
+        assert x.dtype==torch.float32
+        assert abs(x.var().item()-1/(1-.025))<5*error and abs(x.mean().item())<5/(160_000)**.5
     assert 0<(runs[0]-runs[1]).abs().max()<.2                 # other numbers, the same law
 
 def test_annealed_importance_sampling_bounds_a_known_constant():
-    g,base = gen(3),lambda x: x.square().sum(1)/(2*4.)
-    move = lambda e,x: hmc(e, x, .15, 1, n_leap=4, generator=g)[0]
-    truth = math.log(integrate.quad(lambda a: math.exp(-(a*a-2.25)**2*.6-.3*a), -4, 4)[0])-.5*math.log(2*math.pi*4)
+    g = gen(3)
+    def base(x): return x.square().sum(1)/(2*4.)
+    def move(energy, x): return hmc(energy, x, .15, 1, n_leap=4, generator=g)[0]
+    z = integrate.quad(lambda a: math.exp(-(a*a-2.25)**2*.6-.3*a), -4, 4)[0]
+    truth = math.log(z)-.5*math.log(2*math.pi*4)
     path = torch.linspace(0, 1, 41)
     up = ais(double_well, base, 2*torch.randn(N, 1, generator=gen()), path, move)[1]
     down = ais(double_well, base, well_start(), path.flip(0), move)[1]
@@ -170,10 +217,11 @@ def test_annealed_importance_sampling_bounds_a_known_constant():
     assert log_mean_exp(up)==pytest.approx(truth, abs=.05) and -log_mean_exp(down)==pytest.approx(truth, abs=.05)
 
 def test_trace_sees_every_sampler():
-    for run in (lambda t: langevin(ring, torch.ones(3, 2), ula(.01), 6, on_step=t), lambda t: hmc(ring, torch.ones(3, 2), .1, 6, on_step=t)):
-        t = Trace(every=2, keep_states=True)
-        run(t)
-        assert len(t.energies)==len(t.moved)==len(t.states)==3 and t.energies[0].shape==(3,) and t.moved[0].abs().max()==0
+    for sampler,rates in ((langevin, ula(.01)), (hmc, .1)):
+        trace = Trace(every=2, keep_states=True)
+        sampler(ring, torch.ones(3, 2), rates, 6, on_step=trace)
+        assert len(trace.energies)==len(trace.moved)==len(trace.states)==3
+        assert trace.energies[0].shape==(3,) and trace.moved[0].abs().max()==0
 
 
 # --- persistent chains in a checkpoint
@@ -188,11 +236,13 @@ def persistent_losses(nets, batch, cfg, ctx): # contrastive learning of points w
     yield 'energy', (nets.energy(x, lam)-nets.energy(end, lam)).mean(), {}
 
 def test_persistent_chains_survive_a_stop(tmp_path):
-    stage = Stage('persistent', persistent_losses, lambda nets,cfg: dict(energy=Group(torch.optim.Adam(nets.energy.parameters(), 1e-3))), lambda cfg: cfg.n_iters)
+    def optimisers(nets, cfg): return dict(energy=Group(torch.optim.Adam(nets.energy.parameters(), 1e-3)))
+    stage = Stage('persistent', persistent_losses, optimisers, lambda cfg: cfg.n_iters)
     system = SimpleNamespace(build=cdrl.build, STAGES=(stage,))
-    row,cfg = choose(cdrl.PRESETS, cdrl.DEFAULT_ROW, 'checkerboard', over=dict(ch=8, init_ch=8, batch=16, n_iters=20, save_every=5, log_every=1, warmup=0))
+    over = dict(ch=8, init_ch=8, batch=16, n_iters=20, save_every=5, log_every=1, warmup=0)
+    preset,cfg = choose(cdrl.PRESETS, cdrl.DEFAULT_ROW, 'checkerboard', over=over)
     def go(out, stop=None):
-        run = open_run('cdrl', row, cfg, cdrl.PRESETS[row], out=out, device='cpu')
+        run = open_run('cdrl', preset, cfg, cdrl.PRESETS[preset], out=out, device='cpu')
         def on_step(step, nets):
             if step==stop: raise InterruptedError
         return train(system, cfg, run, progress=False, on_step=on_step)

@@ -1,8 +1,9 @@
-"""Checks of NeRF-LEBM that take too long for its notebook, an iteration written out in plain PyTorch beside the chapter's, and the chapter run as a user runs it.
+"""Checks of NeRF-LEBM that take too long for its notebook.
 
-Numbers of checks refer to section 7 of the chapter's fact sheet. 1 to 3, 7 and 8 are of the page of the field, 4, 5, 6, 9, 10 and 11 are test cells of the chapter.
-Here are 11 through the loop of the book, and what a training leaves behind.
+An iteration written out in plain PyTorch beside the chapter's, switches through the loop of
+the book, what a training leaves behind, and the chapter run as a user runs it.
 """
+
 import copy
 import os
 import pickle
@@ -13,9 +14,9 @@ from dataclasses import replace
 import pytest
 import torch
 import yaml
-
 from chapters import ROOT, claims_can_be_measured, ends_without_data, trains_in_full
-from ebmbook import nerf_lebm as l
+
+from ebmbook import nerf_lebm as lebm
 from ebmbook.core.config import choose
 from ebmbook.core.cost import seconds_per_iteration
 from ebmbook.core.runs import load_checkpoint, open_run
@@ -25,292 +26,521 @@ from ebmbook.data import load
 from ebmbook.mcmc import Slice
 from ebmbook.nerf_lebm import PRESETS
 
-TINY = replace(PRESETS['cars'], batch=4, n_iters=4, rays=12, n_depths=6, width=16, depth=2, mapping=0, prior_steps=2, post_steps=2, n_neg=5, save_every=2, log_every=1, focus=1.)
-KINDS = dict(amortised={}, mcmc=dict(inference='mcmc', gen_steps=2), persistent=dict(inference='persistent', data='cars_masked', views=2), vmf=dict(pose='vmf', field='siren', mapping=8, anneal=(3., 3)), half=dict(pose='vmf', half=True, tilt=(10., 60.), warm=(1, 2)), plain=dict(prior='gaussian'), fine=dict(n_fine=3))
+TINY = replace(
+    PRESETS['cars'],
+    batch=4,
+    n_iters=4,
+    rays=12,
+    n_depths=6,
+    width=16,
+    depth=2,
+    mapping=0,
+    prior_steps=2,
+    post_steps=2,
+    n_neg=5,
+    save_every=2,
+    log_every=1,
+    focus=1.0,
+)
+KINDS = {
+    'amortised': {},
+    'mcmc': dict(inference='mcmc', gen_steps=2),
+    'persistent': dict(inference='persistent', data='cars_masked', views=2),
+    'vmf': dict(pose='vmf', field='siren', mapping=8, anneal=(3.0, 3)),
+    'half': dict(pose='vmf', half=True, tilt=(10.0, 60.0), warm=(1, 2)),
+    'plain': dict(prior='gaussian'),
+    'fine': dict(n_fine=3),
+}
 
-def gen(seed=0): return torch.Generator().manual_seed(seed)
-def trained(cfg, folder, **how): return train(l, cfg, open_run('nerf_lebm', 'cars', cfg, out=folder, device='cpu'), progress=False, **how)
+
+def gen(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def trained(cfg, folder, **options):
+    run = open_run('nerf_lebm', 'cars', cfg, out=folder, device='cpu')
+    return train(lebm, cfg, run, progress=False, **options)
+
+
 def built(cfg, seed=0):
     torch.manual_seed(seed)
-    return l.build(cfg)
-def context(step=0, seed=0): return Context(step, 0., gen(seed))
+    return lebm.build(cfg)
 
 
-# --- rows
+def context(step=0, seed=0):
+    return Context(step, 0.0, gen(seed))
 
-@pytest.mark.parametrize('row', PRESETS)
-def test_a_row_can_be_chosen_checked_and_sent(row):
-    cfg = choose(PRESETS, l.DEFAULT_ROW, PRESETS[row].data, row, 'sigma: 0.1')[1]
-    assert l.check_config(cfg)==replace(PRESETS[row], sigma=.1) and pickle.loads(pickle.dumps(cfg))==cfg
 
-def test_every_experiment_names_a_row():
-    files = sorted((ROOT/'experiments').glob('nerf_lebm_*.yaml'))
-    assert {o.stem.removeprefix('nerf_lebm_') for o in files}=={o for o in PRESETS if not o.endswith('-claim')}
-    for o in files:
-        said = yaml.safe_load(o.read_text())
-        l.check_config(choose(PRESETS, l.DEFAULT_ROW, said['dataset'], said['preset'], said['over'])[1])
+def cars(n=4, data='cars'):
+    return load(data).batch(range(n))
 
-def test_every_claim_names_rows_and_metrics_that_exist():
-    claims_can_be_measured(l, dict(n_depths=3, prior_steps=1, width=8, depth=1), n=260, quick=dict(views=dict(n=1), swap=dict(n=1), pose=dict(n=10)))
 
-def test_the_cost_of_a_row_can_be_told():
-    for change in (KINDS['amortised'], KINDS['mcmc'], KINDS['vmf']):
-        cfg = replace(TINY, **change)
-        took,n = seconds_per_iteration(l.STAGES[0], built(cfg), cfg, 'cpu', budget=.01)
-        assert took>0 and n>=1
+def first_loss(nets, batch, cfg, ctx):  # the loss of the first group, and its logs
+    _, loss, logs = next(lebm.losses(nets, batch, cfg, ctx))
+    return loss, logs
+
+
+# --- presets
+
+
+@pytest.mark.parametrize('name', PRESETS)
+def test_a_preset_can_be_chosen_checked_and_sent(name):
+    over = 'sigma: 0.1'
+    cfg = choose(PRESETS, lebm.DEFAULT_ROW, PRESETS[name].data, name, over)[1]
+    assert lebm.check_config(cfg) == replace(PRESETS[name], sigma=0.1)
+    assert pickle.loads(pickle.dumps(cfg)) == cfg
+
+
+def test_every_experiment_names_a_preset():
+    files = sorted((ROOT / 'experiments').glob('nerf_lebm_*.yaml'))
+    names = {path.stem.removeprefix('nerf_lebm_') for path in files}
+    assert names == {name for name in PRESETS if not name.endswith('-claim')}
+    for path in files:
+        given = yaml.safe_load(path.read_text())
+        selected = (given['dataset'], given['preset'], given['over'])
+        lebm.check_config(choose(PRESETS, lebm.DEFAULT_ROW, *selected)[1])
+
+
+def test_every_claim_names_presets_and_metrics_that_exist():
+    tiny = dict(n_depths=3, prior_steps=1, width=8, depth=1)
+    quick = dict(views=dict(n=1), swap=dict(n=1), pose=dict(n=10))
+    claims_can_be_measured(lebm, tiny, n=260, quick=quick)
+
+
+@pytest.mark.parametrize('kind', ['amortised', 'mcmc', 'vmf'])
+def test_the_cost_of_a_preset_can_be_estimated(kind):
+    cfg = replace(TINY, **KINDS[kind])
+    took, n = seconds_per_iteration(lebm.STAGES[0], built(cfg), cfg, 'cpu', budget=0.01)
+    assert took > 0 and n >= 1
 
 
 # --- one iteration, written out; the thesis's sign, where a likely code has a high value
 
-def painted(nets, cfg, z, c2w, x, g): # log p(I|z) of the pixels that are looked at, with their number
+
+def drawn(nets, cfg, origin, ray, codes, generator):  # colours of rays, front to back
+    shape = (len(origin), cfg.rays, cfg.n_depths)
+    jitter = torch.rand(len(origin) * cfg.rays * cfg.n_depths, generator=generator).view(shape)
+    t = 3.2 + 2.6 * (torch.arange(cfg.n_depths) + jitter) / cfg.n_depths
+    points = (origin[:, :, None] + t[..., None] * ray[:, :, None]).flatten(1, 2)
+    directions = ray[:, :, None].expand(-1, -1, cfg.n_depths, -1).flatten(1, 2)
+    density, rgb = nets.field(points, directions, *codes)
+    density, rgb = density.view(shape), rgb.view(*shape, 3)
+    segment = torch.cat([t[..., 1:], torch.full_like(t[..., :1], 5.8)], 2) - t
+    thick = density * segment * ray.norm(dim=2)[..., None]
+    left, colour = torch.ones(shape[:2]), 0.0
+    for i in range(cfg.n_depths):
+        here = 1 - torch.exp(-thick[..., i])
+        colour = colour + (left * here)[..., None] * rgb[:, :, i]
+        left = left * (1 - here)
+    return colour + left[..., None]
+
+
+def painted(nets, cfg, c2w, x, generator):  # log p(I|z), from the pixels that are looked at
     size = cfg.shape[1]
-    at = torch.rand(len(x)*size*size, generator=g).view(len(x), -1).topk(cfg.rays, 1).indices
-    origin,ray = rays(c2w, size, 30., at)
-    want = torch.stack([(x[i].flatten(1)[:,at[i]].T+1)/2 for i in range(len(x))])
-    def value(s, a):
-        u = torch.rand(len(x)*cfg.rays*cfg.n_depths, generator=g).view(len(x), cfg.rays, -1)
-        t = 3.2+2.6*(torch.arange(cfg.n_depths)+u)/cfg.n_depths
-        density,rgb = nets.field((origin[:,:,None]+t[...,None]*ray[:,:,None]).flatten(1, 2), ray[:,:,None].expand(-1, -1, cfg.n_depths, -1).flatten(1, 2), s, a)
-        density,rgb = density.view(t.shape),rgb.view(*t.shape, 3)
-        steps = torch.cat([t[...,1:], torch.full_like(t[...,:1], 5.8)], 2)-t
-        thick,left,colour = density*steps*ray.norm(dim=2)[...,None],torch.ones(t.shape[:2]),0.
-        for k in range(cfg.n_depths): # front to back
-            here = 1-torch.exp(-thick[...,k])
-            colour,left = colour+(left*here)[...,None]*rgb[:,:,k],left*(1-here)
-        colour = colour+left[...,None]
-        return -((want-colour)**2).sum((1, 2))*size*size/cfg.rays/(2*cfg.sigma**2*cfg.temp)
+    drawing = torch.rand(len(x) * size * size, generator=generator).view(len(x), -1)
+    at = drawing.topk(cfg.rays, 1).indices
+    origin, ray = rays(c2w, size, 30.0, at)
+    want = torch.stack([(x[i].flatten(1)[:, at[i]].T + 1) / 2 for i in range(len(x))])
+
+    def value(*codes):
+        error = want - drawn(nets, cfg, origin, ray, codes, generator)
+        square = (error**2).sum((1, 2)) * size * size / cfg.rays
+        return -square / (2 * cfg.sigma**2 * cfg.temp)
+
     return value
 
-def f(net, z): return -net(z) # the thesis's f
 
-def prior_value(nets, s, a): return f(nets.e_shape, s)+f(nets.e_colour, a)-(s.square().sum(1)+a.square().sum(1))/2
+def thesis_f(net, z):
+    return -net(z)
 
-def climb(value, z, s, w, n, g): # both codes at once
+
+def prior_value(nets, shape, colour):
+    normal = (shape.square().sum(1) + colour.square().sum(1)) / 2
+    return thesis_f(nets.e_shape, shape) + thesis_f(nets.e_colour, colour) - normal
+
+
+def chain(value, z, step, weight, n, generator):  # uphill, both codes at once
     for _ in range(n):
-        z = [o.detach().requires_grad_() for o in z]
+        z = [code.detach().requires_grad_() for code in z]
         slopes = torch.autograd.grad(value(*z).sum(), z)
-        z = [(o+s**2/2*d).detach()+(w*s*torch.randn(o.shape, generator=g) if w else 0) for o,d in zip(z, slopes)]
+        moved = []
+        for code, slope in zip(z, slopes):
+            noise = weight * step * torch.randn(code.shape, generator=generator) if weight else 0
+            moved.append((code + step**2 / 2 * slope).detach() + noise)
+        z = moved
     return z
 
-def grads(nets, loss):
+
+def grads(nets, loss, start=''):  # of parameters whose name begins so
     nets.zero_grad()
     loss.backward()
-    return {k: p.grad.clone() for k,p in nets.named_parameters() if p.grad is not None}
+    return {
+        name: weight.grad.clone()
+        for name, weight in nets.named_parameters()
+        if weight.grad is not None and name.startswith(start)
+    }
 
-def agree(a, b): # gradients that one of them lacks are zero
-    for k in a.keys() | b.keys():
-        x,y = (o.get(k) for o in (a, b))
-        x,y = (torch.zeros_like(y) if x is None else x),(torch.zeros_like(x) if y is None else y)
-        assert torch.allclose(x, y, rtol=1e-3, atol=1e-4*max(1e-3, y.abs().max().item())), k
 
-@pytest.mark.parametrize('noise', [0., .7])
-def test_an_iteration_of_chains_written_out(noise): # Algorithm 1
-    cfg = replace(TINY, inference='mcmc', post_noise=noise, prior_noise=.4, temp=40.)
-    nets,g = built(cfg),gen(1)
-    b = load('cars').batch(range(4))
-    ours = [(name, grads(nets, loss)) for name,loss,_ in l.losses(nets, b, cfg, context(seed=1))]
-    value = painted(nets, cfg, None, b['c2w'], b['x'], g)
-    z = [torch.randn(4, k, generator=g) for k in cfg.nz]
-    z = climb(lambda s, a: value(s, a)+prior_value(nets, s, a), z, cfg.post_step, noise, cfg.post_steps, g)
-    field = grads(nets, -value(*z).mean())
-    low = [torch.randn(cfg.n_neg, k, generator=g) for k in cfg.nz]
-    low = climb(lambda s, a: prior_value(nets, s, a), low, cfg.prior_step, .4, cfg.prior_steps, g)
-    prior = grads(nets, -sum(f(e, p).mean()-f(e, m).mean() for e,p,m in zip((nets.e_shape, nets.e_colour), z, low)))
-    assert [o for o,_ in ours]==['field', 'prior']
-    agree({k: v for k,v in ours[0][1].items() if k.startswith('field')}, {k: v for k,v in field.items() if k.startswith('field')})
-    agree({k: v for k,v in ours[1][1].items() if k.startswith('e_')}, {k: v for k,v in prior.items() if k.startswith('e_')})
+def agree(one, two):  # gradients that one of them lacks are zero
+    for name in one.keys() | two.keys():
+        got, want = one.get(name), two.get(name)
+        got = torch.zeros_like(want) if got is None else got
+        want = torch.zeros_like(got) if want is None else want
+        least = 1e-4 * max(1e-3, want.abs().max().item())
+        assert torch.allclose(got, want, rtol=1e-3, atol=least), name
 
-def test_an_iteration_of_the_encoder_written_out(): # Algorithm 2
-    cfg = replace(TINY, temp=40.)
-    nets,g = built(cfg),gen(1)
-    b = load('cars').batch(range(4))
-    (name,ours),*_ = [(name, grads(nets, loss)) for name,loss,_ in l.losses(nets, b, cfg, context(seed=1))]
-    seen = nets.encoder(b['x'])
-    q = [torch.distributions.Normal(m, (v/2).exp()) for m,v in zip(seen.mean, seen.log_var)]
-    z = [o.loc+o.scale*torch.randn(o.loc.shape, generator=g) for o in q]
-    kl = sum(torch.distributions.kl_divergence(o, torch.distributions.Normal(0., 1.)).sum(1) for o in q)
-    value = painted(nets, cfg, None, b['c2w'], b['x'], g)(*z)
-    elbo = value-kl+f(nets.e_shape, z[0])+f(nets.e_colour, z[1])
-    agree({k: v for k,v in ours.items() if not k.startswith('e_')}, {k: v for k,v in grads(nets, -elbo.mean()).items() if not k.startswith('e_')})
-    assert name=='field'
+
+@pytest.mark.parametrize('noise', [0.0, 0.7])
+def test_an_iteration_of_chains_written_out(noise):  # Algorithm 1
+    cfg = replace(TINY, inference='mcmc', post_noise=noise, prior_noise=0.4, temp=40.0)
+    nets, generator, batch = built(cfg), gen(1), cars()
+    start = dict(field='field', prior='e_')
+    ours = {
+        group: grads(nets, loss, start[group])
+        for group, loss, _ in lebm.losses(nets, batch, cfg, context(seed=1))
+    }
+    assert list(ours) == ['field', 'prior']
+    value = painted(nets, cfg, batch['c2w'], batch['x'], generator)
+
+    def posterior(shape, colour):
+        return value(shape, colour) + prior_value(nets, shape, colour)
+
+    z = [torch.randn(4, dim, generator=generator) for dim in cfg.nz]
+    z = chain(posterior, z, cfg.post_step, noise, cfg.post_steps, generator)
+    agree(ours['field'], grads(nets, -value(*z).mean(), 'field'))
+
+    def prior(shape, colour):
+        return prior_value(nets, shape, colour)
+
+    low = [torch.randn(cfg.n_neg, dim, generator=generator) for dim in cfg.nz]
+    low = chain(prior, low, cfg.prior_step, 0.4, cfg.prior_steps, generator)
+    energies = (nets.e_shape, nets.e_colour)
+    gain = sum(
+        thesis_f(net, found).mean() - thesis_f(net, made).mean()
+        for net, found, made in zip(energies, z, low)
+    )
+    agree(ours['prior'], grads(nets, -gain, 'e_'))
+
+
+def test_an_iteration_of_the_encoder_written_out():  # Algorithm 2
+    cfg = replace(TINY, temp=40.0)
+    nets, generator, batch = built(cfg), gen(1), cars()
+    loss, _ = first_loss(nets, batch, cfg, context(seed=1))
+    ours = grads(nets, loss)
+    seen = nets.encoder(batch['x'])
+    posterior = [
+        torch.distributions.Normal(mean, (log_var / 2).exp())
+        for mean, log_var in zip(seen.mean, seen.log_var)
+    ]
+    z = [q.loc + q.scale * torch.randn(q.loc.shape, generator=generator) for q in posterior]
+    normal = torch.distributions.Normal(0.0, 1.0)
+    kl = sum(torch.distributions.kl_divergence(q, normal).sum(1) for q in posterior)
+    value = painted(nets, cfg, batch['c2w'], batch['x'], generator)(*z)
+    elbo = value - kl + thesis_f(nets.e_shape, z[0]) + thesis_f(nets.e_colour, z[1])
+    want = grads(nets, -elbo.mean())
+    for name in list(want):  # the energies have a loss of their own
+        if name.startswith('e_'):
+            del want[name], ours[name]
+    agree(ours, want)
+
 
 @pytest.mark.parametrize('change', [dict(inference='mcmc', post_steps=0), dict()], ids=str)
-def test_sigma_is_wide_at_first(change): # four times at the start, so the misfit counts a sixteenth; the squared error that is told stays what it is
-    cfg = replace(TINY, **change, anneal=(4., 10))
-    nets,said = built(cfg),{}
+def test_sigma_is_wide_at_first(change):
+    # four times at the start, so the misfit counts a sixteenth; the squared error that is
+    # logged stays what it is
+    cfg = replace(TINY, **change, anneal=(4.0, 10))
+    nets = built(cfg)
+    misfit, logged = {}, {}
     for step in (0, 5, 10):
-        _,loss,logs = next(l.losses(nets, load('cars').batch(range(4)), cfg, context(step, 3)))
-        said[step] = (loss-logs.get('cost', 0)).item(),logs['mse'].item()
-    assert [said[10][0]/said[k][0] for k in (0, 5)]==pytest.approx([16, 6.25], rel=1e-3)
-    assert said[0][1]==pytest.approx(said[10][1], rel=1e-3)
+        loss, logs = first_loss(nets, cars(), cfg, context(step, 3))
+        misfit[step] = (loss - logs.get('cost', 0)).item()
+        logged[step] = logs['mse'].item()
+    ratios = [misfit[10] / misfit[step] for step in (0, 5)]
+    assert ratios == pytest.approx([16, 6.25], rel=1e-3)
+    assert logged[0] == pytest.approx(logged[10], rel=1e-3)
+
 
 @pytest.mark.parametrize('n_fine', [0, 3])
-def test_the_squared_error_that_is_told_is_of_one_field(n_fine):
+def test_the_squared_error_in_the_logs_is_of_one_field(n_fine):
     cfg = replace(TINY, inference='mcmc', n_fine=n_fine)
-    _,loss,logs = next(l.losses(built(cfg), load('cars').batch(range(4)), cfg, context()))
-    assert logs['mse'].item()==pytest.approx(loss.item()*2*cfg.sigma**2*cfg.temp/3072/(2 if n_fine else 1), rel=1e-5)
+    loss, logs = first_loss(built(cfg), cars(), cfg, context())
+    square = loss.item() * 2 * cfg.sigma**2 * cfg.temp / 3072
+    assert logs['mse'].item() == pytest.approx(square / (2 if n_fine else 1), rel=1e-5)
 
-def test_rates_fall_by_ten_and_waiting_ones_do_not():
-    for warm,heads in (((0, 0), .1), ((10, 20), 1.)):
-        cfg = replace(TINY, **KINDS['vmf'] | dict(warm=warm), decay=1000.)
-        assert l.optimisers(built(cfg), cfg)['field'].schedule(1000)==pytest.approx((.1, .1, heads))
+
+@pytest.mark.parametrize('warm,heads', [((0, 0), 0.1), ((10, 20), 1.0)])
+def test_rates_fall_by_ten_and_waiting_ones_do_not(warm, heads):
+    cfg = replace(TINY, **KINDS['vmf'] | dict(warm=warm), decay=1000.0)
+    factors = lebm.optimisers(built(cfg), cfg)['field'].schedule(1000)
+    assert factors == pytest.approx((0.1, 0.1, heads))
+
 
 @pytest.mark.parametrize('task', ['views', 'swap'])
 def test_codes_are_sought_in_good_pixels(task, monkeypatch):
-    nets,asked = built(replace(TINY, **KINDS['persistent'])),[]
-    ours = l.codes_of
-    monkeypatch.setattr(l, 'codes_of', lambda *args, mask=None, **kw: asked.append(mask) or ours(*args, mask=mask, **kw))
-    for masked in (True, False): l.evaluate(nets, replace(nets.cfg, masked=masked), n=2, task=task, n_steps=1)
-    good = load('cars_masked', split='test')
-    rows = [0, 5, 10, 15] if task=='views' else [0, 10, 20, 30]
-    assert torch.equal(asked[0].flatten(0, 1), good.batch(rows)['mask'].bool()) and asked[1] is None
+    nets, asked = built(replace(TINY, **KINDS['persistent'])), []
+    ours = lebm.codes_of
 
-def test_a_loss_does_not_see_spoiled_pixels(): # unless it is told to
-    batch = load('cars_masked').batch(range(4))
-    other = batch | dict(x=torch.where(batch['mask'].bool(), batch['x'], -batch['x']))
+    def noted(*args, mask=None, **options):
+        asked.append(mask)
+        return ours(*args, mask=mask, **options)
+
+    monkeypatch.setattr(lebm, 'codes_of', noted)
     for masked in (True, False):
-        cfg = replace(TINY, data='cars_masked', inference='mcmc', rays=200, masked=masked)
-        nets = built(cfg)
-        one,two = (next(l.losses(nets, b, cfg, context(seed=3)))[1].item() for b in (batch, other))
-        assert (one==two)==masked
+        lebm.evaluate(nets, replace(nets.cfg, masked=masked), n=2, task=task, n_steps=1)
+    good = load('cars_masked', split='test')
+    at = [0, 5, 10, 15] if task == 'views' else [0, 10, 20, 30]
+    assert torch.equal(asked[0].flatten(0, 1), good.batch(at)['mask'].bool())
+    assert asked[1] is None
 
-def test_codes_that_persist_and_codes_that_are_sought_have_their_own_rates(): # Adam's first step has the length of its rate
-    cfg = replace(TINY, **KINDS['persistent'], lr_code=.01, lr_find=.3)
-    nets,c = built(cfg),context()
-    c.state |= new_table(torch.zeros(256, 24))
+
+@pytest.mark.parametrize('masked', [True, False])
+def test_a_loss_does_not_see_corrupted_pixels(masked):  # unless it is asked to
+    batch = cars(data='cars_masked')
+    other = batch | dict(x=torch.where(batch['mask'].bool(), batch['x'], -batch['x']))
+    cfg = replace(TINY, data='cars_masked', inference='mcmc', rays=200, masked=masked)
+    nets = built(cfg)
+    one, two = (first_loss(nets, some, cfg, context(seed=3))[0].item() for some in (batch, other))
+    assert (one == two) == masked
+
+
+def test_codes_that_persist_and_codes_that_are_sought_have_their_own_rates():
+    # Adam's first step has the length of its rate
+    cfg = replace(TINY, **KINDS['persistent'], lr_code=0.01, lr_find=0.3)
+    nets, ctx = built(cfg), context()
+    ctx.state |= new_table(torch.zeros(256, 24))
     batch = load('cars_masked').batch(range(0, 40, 10))
-    next(l.losses(nets, batch, cfg, c))
-    assert torch.allclose(c.state['z'][:4].abs(), torch.full((4, 24), .01), rtol=1e-2)
-    found = torch.cat(l.find_codes(nets, batch['x'][:,None], batch['c2w'][:,None], cfg, n_steps=1, generator=gen()), 1)
-    assert torch.allclose((found-torch.cat(l.start_codes(4, cfg, found, gen()), 1)).abs(), torch.full((4, 24), .3), rtol=1e-2)
+    first_loss(nets, batch, cfg, ctx)
+    assert torch.allclose(ctx.state['z'][:4].abs(), torch.full((4, 24), 0.01), rtol=1e-2)
+    x, c2w = batch['x'][:, None], batch['c2w'][:, None]
+    found = torch.cat(lebm.find_codes(nets, x, c2w, cfg, n_steps=1, generator=gen()), 1)
+    start = torch.cat(lebm.start_codes(4, cfg, found, gen()), 1)
+    assert torch.allclose((found - start).abs(), torch.full((4, 24), 0.3), rtol=1e-2)
+
 
 def test_prior_chains_are_divided_over_parts(monkeypatch):
-    cfg,asked = replace(TINY, n_neg=6),[]
-    monkeypatch.setattr(l, 'draw_prior', lambda nets, n, *args, **kw: asked.append(n) or l.start_codes(n, cfg, next(nets.parameters())))
-    for g in (gen(), Slice(gen(), 1, 2)):
-        for _ in l.losses(built(cfg), load('cars').batch(range(4)), cfg, Context(0, 0., g)): pass
-    assert asked==[6, 3]
+    cfg, asked = replace(TINY, n_neg=6), []
 
-def test_the_camera_of_a_picture_learns(): # the gradient of the likelihood reaches the heads of the camera
-    for kind in ('vmf', 'half'):
-        cfg = replace(TINY, **KINDS[kind])
-        nets = built(cfg)
-        got = grads(nets, next(l.losses(nets, load('cars').batch(range(4)), cfg, context()))[1])
-        for k in range(4): assert got[f'encoder.turn.{k}.weight'].abs().sum()>0
+    def noted(nets, n, *args, **options):
+        asked.append(n)
+        return lebm.start_codes(n, cfg, next(nets.parameters()))
 
-def test_half_a_turn_and_bounds_of_the_elevation_hold_everywhere(): # in the encoder's answer, in the camera that is drawn for it, in new cameras
-    cfg = replace(TINY, pose='vmf', half=True, tilt=(20., 30.))
+    monkeypatch.setattr(lebm, 'draw_prior', noted)
+    for generator in (gen(), Slice(gen(), 1, 2)):
+        list(lebm.losses(built(cfg), cars(), cfg, Context(0, 0.0, generator)))
+    assert asked == [6, 3]
+
+
+@pytest.mark.parametrize('kind', ['vmf', 'half'])
+def test_the_camera_of_a_picture_learns(kind):
+    # the gradient of the likelihood reaches the heads of the camera
+    cfg = replace(TINY, **KINDS[kind])
     nets = built(cfg)
-    found = l.predicted_angles(nets, load('cars'), 300).rad2deg()
-    assert found.shape==(300, 2) and found[:,0].abs().max()<=90 and 20<=found[:,1].min()<found[:,1].max()<=30
-    seen = nets.encoder(load('cars').batch(range(300))['x'])
-    for how in (dict(mode=True), dict(generator=gen())):
-        up = l.turned(seen, cfg, **how)[:,2,2].asin().rad2deg()
-        assert 19.99<=up.min()<up.max()<=30.01
-    l.settle(nets, cfg, n=300)
-    up = l.draw_cameras(nets, 200, cfg, gen())[:,2,2].asin().rad2deg()
-    assert 18<=up.min()<up.max()<=32 # a cell of the histogram has 1.8 degrees
+    loss, _ = first_loss(nets, cars(), cfg, context())
+    got = grads(nets, loss, 'encoder.turn')
+    for head in range(4):
+        assert got[f'encoder.turn.{head}.weight'].abs().sum() > 0
 
-def test_codes_wait_until_cameras_had_their_time(tmp_path): # heads of the codes start at zero, and stay there before `warm` begins
-    heads = [trained(replace(TINY, **KINDS['half'] | dict(warm=o, ema=0.)), tmp_path/str(i)).encoder.heads[0].weight.abs().sum() for i,o in enumerate(((9, 1), (0, 0)))]
-    assert heads[0]==0<heads[1]
 
-def test_depth_of_a_new_object_does_not_know_its_paint(): # check 3, through the chapter
+def test_half_a_turn_and_bounds_of_the_elevation_hold_everywhere():
+    # in the encoder's answer, in the camera that is drawn for it, in new cameras
+    cfg = replace(TINY, pose='vmf', half=True, tilt=(20.0, 30.0))
+    nets = built(cfg)
+    found = lebm.predicted_angles(nets, load('cars'), 300).rad2deg()
+    assert found.shape == (300, 2) and found[:, 0].abs().max() <= 90
+    assert 20 <= found[:, 1].min() < found[:, 1].max() <= 30
+    seen = nets.encoder(cars(300)['x'])
+    for options in (dict(mode=True), dict(generator=gen())):
+        up = lebm.posterior_cameras(seen, cfg, **options)[:, 2, 2].asin().rad2deg()
+        assert 19.99 <= up.min() < up.max() <= 30.01
+    lebm.settle(nets, cfg, n=300)
+    up = lebm.draw_cameras(nets, 200, cfg, gen())[:, 2, 2].asin().rad2deg()
+    assert 18 <= up.min() < up.max() <= 32  # a cell of the histogram has 1.8 degrees
+
+
+def test_codes_wait_until_cameras_had_their_time(tmp_path):
+    # heads of the codes start at zero, and stay there before `warm` begins
+    def moved(warm, folder):
+        nets = trained(replace(TINY, **KINDS['half'] | dict(warm=warm, ema=0.0)), folder)
+        return nets.encoder.heads[0].weight.abs().sum()
+
+    assert moved((9, 1), tmp_path / 'late') == 0
+    assert moved((0, 0), tmp_path / 'at once') > 0
+
+
+def test_depth_of_a_new_object_does_not_know_its_paint():
     cfg = replace(TINY, inference='mcmc')
     nets = built(cfg)
-    s,a = l.draw_prior(nets, 2, cfg, generator=gen())
-    c2w = camera_to_world(torch.tensor([[.3, .4], [.3, .4]]))
-    one,two = (l.draw_images(nets, (s[:1].expand(2, -1), o), c2w, cfg) for o in (a, a.flip(0)))
+    shape, colour = lebm.draw_prior(nets, 2, cfg, generator=gen())
+    shape = shape[:1].expand(2, -1)
+    c2w = camera_to_world(torch.tensor([[0.3, 0.4], [0.3, 0.4]]))
+    one, two = (lebm.draw_images(nets, (shape, c), c2w, cfg) for c in (colour, colour.flip(0)))
     assert torch.equal(one[1], two[1]) and not torch.equal(one[0], two[0])
 
 
 # --- training
 
-def same(a, b): # two checkpoints, to the last bit
-    if isinstance(a, torch.Tensor): return torch.equal(a, b)
-    if isinstance(a, dict): return a.keys()==b.keys() and all(same(a[k], b[k]) for k in a if k not in ('seconds', 'python'))
-    return all(map(same, a, b)) and len(a)==len(b) if isinstance(a, (list, tuple)) else a==b
 
-def _process(rank, folder): # one of two that see objects 0 and 2, and 2 and 3
+def same(one, two):  # two checkpoints, to the last bit
+    if isinstance(one, torch.Tensor):
+        return torch.equal(one, two)
+    if isinstance(one, dict):
+        names = [name for name in one if name not in ('seconds', 'python')]
+        return one.keys() == two.keys() and all(same(one[name], two[name]) for name in names)
+    if isinstance(one, (list, tuple)):
+        return len(one) == len(two) and all(map(same, one, two))
+    return one == two
+
+
+def _process(rank, folder):  # one of two that see objects 0 and 2, and 2 and 3
     import torch.distributed as dist
-    dist.init_process_group('gloo', init_method=f'file://{folder}/meet', rank=rank, world_size=2)
-    torch.save(gather_rows(torch.tensor([[2, 0], [2, 3]][rank]), (rank+1)*torch.tensor([[1.], [2.]])), f'{folder}/{rank}')
+
+    meeting = f'file://{folder}/meet'
+    dist.init_process_group('gloo', init_method=meeting, rank=rank, world_size=2)
+    rows = torch.tensor([[2, 0], [2, 3]][rank])
+    values = (rank + 1) * torch.tensor([[1.0], [2.0]])
+    torch.save(gather_rows(rows, values), f'{folder}/{rank}')
     dist.destroy_process_group()
 
+
 def test_what_two_processes_find_for_one_object_is_added(tmp_path):
-    torch.multiprocessing.start_processes(_process, (str(tmp_path),), nprocs=2, start_method='spawn')
-    a,b = (torch.load(tmp_path/str(o)) for o in (0, 1))
-    assert same(a, b) and a[0].tolist()==[0, 2, 3] and a[1].flatten().tolist()==[2, 3, 4]
+    start = torch.multiprocessing.start_processes
+    start(_process, (str(tmp_path),), nprocs=2, start_method='spawn')
+    one, two = (torch.load(tmp_path / str(rank)) for rank in (0, 1))
+    rows, values = one
+    assert same(one, two)
+    assert rows.tolist() == [0, 2, 3] and values.flatten().tolist() == [2, 3, 4]
+
 
 @pytest.mark.slow
-def test_two_processes_keep_one_table(tmp_path): # the codes that persist, and the curves, are those of one process
-    over = 'n_iters: 6, batch: 8, rays: 12, n_depths: 6, width: 16, depth: 2, prior_steps: 2, n_neg: 6, save_every: 6, log_every: 1, ema: 0.'
-    def command(*how, out): return [sys.executable, '-m', *how, 'ebmbook.core.cli', 'train', 'nerf_lebm', '-p', 'preset', 'cars-twoshot', '-p', 'over', f'{{{over}}}', '-p', 'out', str(out)]
-    two = ('torch.distributed.run', '--standalone', '--nproc_per_node', '2', '-m')
-    for how,out in (((), 'one'), (two, 'two')):
-        said = subprocess.run(command(*how, out=tmp_path/out), cwd=ROOT, env=os.environ | dict(OMP_NUM_THREADS='1', CUDA_VISIBLE_DEVICES=''), capture_output=True, text=True)
-        assert said.returncode==0, said.stderr[-2000:]
-    a,b = (load_checkpoint(tmp_path/o) for o in ('one', 'two'))
-    assert same(a['state']['t'], b['state']['t']) and torch.allclose(a['state']['z'], b['state']['z'], atol=2e-3)
-    for k,v in a['nets'].items(): assert torch.allclose(v, b['nets'][k], atol=2e-3), k
+def test_two_processes_keep_one_table(tmp_path):
+    # the codes that persist, and the curves, are those of one process
+    small = 'batch: 8, rays: 12, n_depths: 6, width: 16, depth: 2, prior_steps: 2, n_neg: 6'
+    over = f'{{n_iters: 6, {small}, save_every: 6, log_every: 1, ema: 0.}}'
+    settings = ['-p', 'preset', 'cars-twoshot', '-p', 'over', over]
+    alone = {'OMP_NUM_THREADS': '1', 'CUDA_VISIBLE_DEVICES': ''}
+    torchrun = ['torch.distributed.run', '--standalone', '--nproc_per_node', '2', '-m']
+    for launcher, out in (([], 'one'), (torchrun, 'two')):
+        program = [sys.executable, '-m', *launcher, 'ebmbook.core.cli', 'train', 'nerf_lebm']
+        command = [*program, *settings, '-p', 'out', str(tmp_path / out)]
+        done = subprocess.run(
+            command, cwd=ROOT, env=os.environ | alone, capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stderr[-2000:]
+    one, two = (load_checkpoint(tmp_path / out) for out in ('one', 'two'))
+    assert same(one['state']['t'], two['state']['t'])
+    assert torch.allclose(one['state']['z'], two['state']['z'], atol=2e-3)
+    for name, weight in one['nets'].items():
+        assert torch.allclose(weight, two['nets'][name], atol=2e-3), name
 
-class Enough(Exception): pass
+
+class Enough(Exception):
+    pass
+
 
 @pytest.mark.parametrize('kind', KINDS)
 def test_training_continues_to_the_last_bit(kind, tmp_path):
     cfg = replace(TINY, **KINDS[kind])
-    a = trained(cfg, tmp_path/'a')
-    def stop(step, nets):
-        if step==3: raise Enough
-    with pytest.raises(Enough): trained(cfg, tmp_path/'b', on_step=stop)
-    assert load_checkpoint(tmp_path/'b')['step']==2
-    b = trained(cfg, tmp_path/'b')
-    assert same(a.state_dict(), b.state_dict()) and same(*(load_checkpoint(tmp_path/o) for o in 'ab'))
+    whole = trained(cfg, tmp_path / 'whole')
 
-def test_codes_of_objects_are_in_the_checkpoint(tmp_path): # 256 objects, of which 16 at most were seen, one step each time
+    def stop(step, nets):
+        if step == 3:
+            raise Enough
+
+    with pytest.raises(Enough):
+        trained(cfg, tmp_path / 'parts', on_step=stop)
+    assert load_checkpoint(tmp_path / 'parts')['step'] == 2
+    parts = trained(cfg, tmp_path / 'parts')
+    assert same(whole.state_dict(), parts.state_dict())
+    assert same(*(load_checkpoint(tmp_path / folder) for folder in ('whole', 'parts')))
+
+
+def test_codes_of_objects_are_in_the_checkpoint(tmp_path):
+    # 256 objects, of which 16 at most were seen, one step each time
     cfg = replace(TINY, **KINDS['persistent'])
     trained(cfg, tmp_path)
     state = load_checkpoint(tmp_path)['state']
-    assert state['z'].shape==(256, 24) and 4<=(state['t']>0).sum()<=16 and not state['m'][state['t']==0].any() and state['t'].sum()<=16
+    assert state['z'].shape == (256, 24)
+    assert 4 <= (state['t'] > 0).sum() <= 16 and state['t'].sum() <= 16
+    assert not state['m'][state['t'] == 0].any()
 
-def test_without_energies_it_is_the_baseline(tmp_path): # check 11: energies that stay where they are, and say nothing, change nothing
+
+def test_without_energies_it_is_the_baseline(tmp_path):
+    # energies that are zero everywhere change nothing
     cfg = replace(TINY, **KINDS['plain'])
-    plain = trained(cfg, tmp_path/'plain')
-    tilted = built(replace(cfg, prior='ebm'))
-    with torch.no_grad(): [p.zero_() for e in (tilted.e_shape, tilted.e_colour) for p in e.parameters()]
-    base = built(cfg)
-    for k,v in base.state_dict().items(): tilted.state_dict()[k].copy_(v)
-    batch = load('cars').batch(range(4))
-    one,two = (next(l.losses(o, batch, c, context(seed=4)))[1] for o,c in ((base, cfg), (tilted, replace(cfg, prior='ebm'))))
-    assert torch.equal(one, two) and not any(k.startswith('e_') for k in plain.state_dict())
+    plain = trained(cfg, tmp_path / 'plain')
+    assert not any(name.startswith('e_') for name in plain.state_dict())
+    with_energies = replace(cfg, prior='ebm')
+    tilted, base = built(with_energies), built(cfg)
+    with torch.no_grad():
+        for net in (tilted.e_shape, tilted.e_colour):
+            for weight in net.parameters():
+                weight.zero_()
+    for name, value in base.state_dict().items():
+        tilted.state_dict()[name].copy_(value)
+    one, _ = first_loss(base, cars(), cfg, context(seed=4))
+    two, _ = first_loss(tilted, cars(), with_energies, context(seed=4))
+    assert torch.equal(one, two)
 
-@pytest.mark.parametrize('change', [dict(reference='uniform', inference='mcmc'), dict(reference='free', inference='mcmc'), dict(alternate=True, inference='mcmc'), dict(last='endless'), dict(masked=False, data='cars_masked', inference='persistent'),
-    dict(ramp=(1, 3), inference='mcmc'), dict(precision='bf16'), dict(focus=5.), dict(encoder='resnet34'), dict(views=2, data='cars_views')], ids=str)
+
+SWITCHES = [
+    dict(reference='uniform', inference='mcmc'),
+    dict(reference='free', inference='mcmc'),
+    dict(alternate=True, inference='mcmc'),
+    dict(last='endless'),
+    dict(masked=False, data='cars_masked', inference='persistent'),
+    dict(ramp=(1, 3), inference='mcmc'),
+    dict(precision='bf16'),
+    dict(focus=5.0),
+    dict(encoder='resnet34'),
+    dict(views=2, data='cars_views'),
+]
+
+
+@pytest.mark.parametrize('change', SWITCHES, ids=str)
 def test_switches_train(change, tmp_path):
     cfg = replace(TINY, **change)
     nets = trained(cfg, tmp_path)
-    mse = read_log(open_run('nerf_lebm', 'cars', cfg, out=tmp_path, device='cpu'), 'mse')[1]
-    assert len(mse)==4 and all(0<o<1 for o in mse)
-    assert torch.isfinite(l.sample(nets, 2, cfg, generator=gen())).all()
+    run = open_run('nerf_lebm', 'cars', cfg, out=tmp_path, device='cpu')
+    mse = read_log(run, 'mse')[1]
+    assert len(mse) == 4 and all(0 < value < 1 for value in mse)
+    assert torch.isfinite(lebm.sample(nets, 2, cfg, generator=gen())).all()
+
 
 def test_a_training_that_leaves_its_bounds_is_stopped(tmp_path):
-    with pytest.raises(Diverged, match='not finite|energy gap'): trained(replace(TINY, lr=float('inf')), tmp_path)
+    with pytest.raises(Diverged, match='not finite|energy gap'):
+        trained(replace(TINY, lr=float('inf')), tmp_path)
+
 
 def test_averaged_weights_are_what_is_left(tmp_path):
-    cfg = replace(TINY, ema=.5)
+    cfg = replace(TINY, ema=0.5)
     raw = {}
-    nets = trained(cfg, tmp_path, on_step=lambda step, nets: raw.update(copy.deepcopy(nets.state_dict())))
-    mean = {k.removeprefix('module.'): o for k,o in load_checkpoint(tmp_path)['ema'].items()}
-    for k,o in nets.named_parameters(): assert torch.equal(o, mean[k])
-    assert not torch.equal(nets.state_dict()['field.density.weight'], raw['field.density.weight'])
+
+    def keep(step, nets):
+        raw.update(copy.deepcopy(nets.state_dict()))
+
+    nets = trained(cfg, tmp_path, on_step=keep)
+    saved = load_checkpoint(tmp_path)['ema']
+    mean = {name.removeprefix('module.'): weight for name, weight in saved.items()}
+    for name, weight in nets.named_parameters():
+        assert torch.equal(weight, mean[name])
+    last = 'field.density.weight'
+    assert not torch.equal(nets.state_dict()[last], raw[last])
 
 
 # --- the chapter as a user runs it
 
+
 def test_missing_data_ends_the_chapter_in_seconds(tmp_path):
     ends_without_data('03_nerf_lebm', tmp_path, 'carla')
 
+
+USES = ['inference: mcmc', 'pose: vmf, field: siren, mapping: 8', 'prior: gaussian']
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize('change', ['inference: mcmc', 'pose: vmf, field: siren, mapping: 8', 'prior: gaussian'])
-def test_a_small_row_says_its_cost_and_trains(change, tmp_path):
-    trains_in_full('03_nerf_lebm', 'nerf_lebm', 'cars', tmp_path, f'{change}, n_iters: 2, batch: 4, rays: 10, n_depths: 6, width: 16, depth: 2, post_steps: 2, save_every: 1, log_every: 1', says=('2 iterations', 'about'))
+@pytest.mark.parametrize('change', USES)
+def test_a_small_preset_says_its_cost_and_trains(change, tmp_path):
+    small = 'n_iters: 2, batch: 4, rays: 10, n_depths: 6, width: 16, depth: 2, post_steps: 2'
+    over = f'{change}, {small}, save_every: 1, log_every: 1'
+    says = ('2 iterations', 'about')
+    trains_in_full('03_nerf_lebm', 'nerf_lebm', 'cars', tmp_path, over, says=says)

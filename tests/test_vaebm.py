@@ -1,8 +1,4 @@
-"""Checks of VAEBM that take too long for its notebooks, and the chapter run as a user runs it.
-
-Numbers of checks refer to section 8 of the chapter's fact sheet. 2 to 5, 9, 10 and 12 are test cells of the chapter; 6, 8 and 13 of its NVAE page; 7 and 13 of
-the page of its networks; 1 is in test_mcmc.py, 15 in the page of metrics. 11, 14 and 16 are here.
-"""
+"""Checks of VAEBM that take too long for its notebooks, and the chapter run as a user runs it."""
 import math
 import pickle
 from dataclasses import replace
@@ -12,7 +8,7 @@ import pytest
 import torch
 
 from chapters import claims_can_be_measured, ends_without_data, trains_in_full
-from ebmbook import vaebm as v
+from ebmbook import vaebm
 from ebmbook.core.nets import count
 from ebmbook.core.runs import load_checkpoint, open_run
 from ebmbook.core.train import Diverged, train
@@ -21,108 +17,162 @@ from ebmbook.nvae import ROWS as NVAE_ROWS
 from ebmbook.nvae import nvae
 from ebmbook.vaebm import PRESETS
 
-TINY = replace(PRESETS['digits'], ch=4, groups=(1, 1), latent=2, net='4/2 4', first=4, n_steps=2, n_steps_test=2, batch=8, batch_vae=8, n_vae=3, n_iters=4, warm_vae=1, save_every=2, log_every=1)
+SMALL_NETS = dict(ch=4, groups=(1, 1), latent=2, net='4/2 4', first=4, n_steps=2, n_steps_test=2)
+SHORT = dict(batch=8, batch_vae=8, n_vae=3, n_iters=4, warm_vae=1, save_every=2, log_every=1)
+TINY = replace(PRESETS['digits'], **SMALL_NETS, **SHORT)
 
 def gen(seed=0): return torch.Generator().manual_seed(seed)
-def trained(cfg, folder, row='digits', **how): return train(v, cfg, open_run('vaebm', row, cfg, out=folder, device='cpu'), progress=False, **how)
+
+def trained(cfg, folder, preset='digits', **options):
+    run = open_run('vaebm', preset, cfg, out=folder, device='cpu')
+    return train(vaebm, cfg, run, progress=False, **options)
+
+def copy_of(state): return {name: value.clone() for name,value in state}
 
 
-# --- the paper's rows
+# --- the paper's presets
 
-TABLE = { # fact sheet, section 4: epochs of the autoencoder, steps of the energy, K, eta, K when sampling, rate, batch; millions of parameters of the energy; parameters of the autoencoder
-    'cifar10':            (400, 25_000, 10, 8e-5, 16, 4e-5, 32, 5.138, 130_744_004), 'cifar10-persistent': (400, 25_000, 6, 6e-5, 16, 4e-5, 32, 5.138, 130_744_004),
-    'celeba64':           (50, 20_000, 10, 5e-6, 20, 5e-5, 32, 4.338, 65_005_372),   'lsun_church64':      (60, 20_000, 10, 4e-6, 20, 4e-5, 32, 5.814, 65_005_372),
-    'celebahq256':        (200, 9_000, 6, 3e-6, 24, 4e-5, 16, 14.207, 365_372_032),
+# Epochs of the autoencoder, steps of the energy, K, eta, K when sampling, rate, batch; millions of
+# parameters of the energy; parameters of the autoencoder.
+# fmt: off
+TABLE = {
+    'cifar10':            (400, 25_000, 10, 8e-5, 16, 4e-5, 32, 5.138, 130_744_004),
+    'cifar10-persistent': (400, 25_000,  6, 6e-5, 16, 4e-5, 32, 5.138, 130_744_004),
+    'celeba64':           ( 50, 20_000, 10, 5e-6, 20, 5e-5, 32, 4.338, 65_005_372),
+    'lsun_church64':      ( 60, 20_000, 10, 4e-6, 20, 4e-5, 32, 5.814, 65_005_372),
+    'celebahq256':        (200,  9_000,  6, 3e-6, 24, 4e-5, 16, 14.207, 365_372_032),
 }
-@pytest.mark.parametrize('row', TABLE)
-def test_rows_of_the_paper(row):
-    cfg,(epochs,n,K,eta,K_test,lr,batch,energy,vae) = PRESETS[row],TABLE[row]
+# fmt: on
+WITH_BUFFER = {'cifar10-persistent', 'lsun_church64', 'celebahq256'}
+
+@pytest.mark.parametrize('preset', TABLE)
+def test_presets_of_the_paper(preset):
+    cfg,(epochs,*chain,millions,of_vae) = PRESETS[preset],TABLE[preset]
     assert abs(cfg.n_vae*cfg.batch_vae/DATASETS[cfg.data].n[0]-epochs)<.01
-    assert (cfg.n_iters, cfg.n_steps, cfg.eta, cfg.n_steps_test, cfg.lr, cfg.batch)==(n, K, eta, K_test, lr, batch)
-    assert (cfg.p_max>0)==(row in ('cifar10-persistent', 'lsun_church64', 'celebahq256')) and (cfg.negative=='mean')==(cfg.data!='cifar10')
-    assert (cfg.potential, cfg.method, cfg.penalty, cfg.n_jumps, cfg.spectral, cfg.weight_decay)==('paper', 'vaebm', 0., 0, .2, 3e-5)
-    assert cfg.lr_vae*cfg.lr_last==pytest.approx(1e-4)                        # where the rate of the autoencoder ends, on every data set
-    with torch.device('meta'): nets = v.build(cfg)
-    assert round(count(nets.energy)/1e6, 3)==energy and count(nets.vae)==vae and cfg.std=='each'
+    assert [cfg.n_iters, cfg.n_steps, cfg.eta, cfg.n_steps_test, cfg.lr, cfg.batch]==chain
+    assert (cfg.p_max>0)==(preset in WITH_BUFFER)
+    assert (cfg.negative=='mean')==(cfg.data!='cifar10')
+    assert (cfg.potential, cfg.method)==('paper', 'vaebm')
+    assert (cfg.penalty, cfg.n_jumps, cfg.spectral, cfg.weight_decay)==(0., 0, .2, 3e-5)
+    # where the rate of the autoencoder ends, on every data set
+    assert cfg.lr_vae*cfg.lr_last==pytest.approx(1e-4)
+    with torch.device('meta'): nets = vaebm.build(cfg)
+    assert round(count(nets.energy)/1e6, 3)==millions and count(nets.vae)==of_vae
+    assert cfg.std=='each'
 
-@pytest.mark.parametrize('row', NVAE_ROWS)
-def test_autoencoders_are_those_of_the_page_on_nvae(row):
-    with torch.device('meta'): ours,theirs = v.build(PRESETS[row]).vae.state_dict(),nvae(row).state_dict()
-    assert {k: o.shape for k,o in ours.items()}=={k: o.shape for k,o in theirs.items()}
-    assert PRESETS[row].std==NVAE_ROWS[row].get('std', 'each')
+@pytest.mark.parametrize('name', NVAE_ROWS)
+def test_autoencoders_are_those_of_the_page_on_nvae(name):
+    with torch.device('meta'):
+        here = vaebm.build(PRESETS[name]).vae.state_dict()
+        there = nvae(name).state_dict()
+    shapes = [{key: value.shape for key,value in state.items()} for state in (here, there)]
+    assert shapes[0]==shapes[1]
+    assert PRESETS[name].std==NVAE_ROWS[name].get('std', 'each')
 
-@pytest.mark.parametrize('row,want', [('cifar10', .0358), ('celeba64', .0100), ('lsun_church64', .0089), ('celebahq256', .0085)])
-def test_noise_budget(row, want): # check 14
-    assert round(math.sqrt(PRESETS[row].eta*PRESETS[row].n_steps_test), 4)==want
+BUDGETS = dict(cifar10=.0358, celeba64=.0100, lsun_church64=.0089, celebahq256=.0085)
 
-@pytest.mark.parametrize('row', PRESETS)
-def test_weights_and_settings_come_back(row, tmp_path):
+@pytest.mark.parametrize('preset,want', BUDGETS.items())
+def test_noise_budget(preset, want):
+    assert round(math.sqrt(PRESETS[preset].eta*PRESETS[preset].n_steps_test), 4)==want
+
+def same_weights(nets, others):
+    pairs = zip(nets.state_dict().values(), others.state_dict().values(), strict=True)
+    return all(torch.equal(one, other) for one,other in pairs)
+
+@pytest.mark.parametrize('preset', PRESETS)
+def test_weights_and_settings_come_back(preset, tmp_path):
     torch.manual_seed(0)
-    one = dict(ch=4, groups=(1,)*len(PRESETS[row].groups), latent=2, cells=1, net='4/2 4', first=4)
-    nets = v.build(replace(PRESETS[row], **one))
+    groups = (1,)*len(PRESETS[preset].groups)
+    small = dict(ch=4, groups=groups, latent=2, cells=1, net='4/2 4', first=4)
+    nets = vaebm.build(replace(PRESETS[preset], **small))
     nets.save_pretrained(tmp_path)
-    again = v.Nets.from_pretrained(tmp_path)
+    again = vaebm.Nets.from_pretrained(tmp_path)
     assert again.cfg==nets.cfg and hash(again.cfg)==hash(nets.cfg)
-    assert all(torch.equal(a, b) for a,b in zip(nets.state_dict().values(), again.state_dict().values(), strict=True))
+    assert same_weights(nets, again)
 
-def test_settings_can_be_sent_to_another_process(): assert pickle.loads(pickle.dumps(PRESETS['cifar10']))==PRESETS['cifar10']
+def test_settings_can_be_sent_to_another_process():
+    assert pickle.loads(pickle.dumps(PRESETS['cifar10']))==PRESETS['cifar10']
 
 
 # --- training
 
-def test_second_stage_leaves_the_autoencoder_alone(tmp_path): # check 11, running statistics included
+def test_second_stage_leaves_the_autoencoder_alone(tmp_path): # running statistics included
     class Watch:
-        seen,state = 0,None
+        seen = 0
+        state = None
         def __call__(self, step, nets):
-            if self.seen==TINY.n_vae: self.state = {k: o.clone() for k,o in nets.vae.state_dict().items()}
+            if self.seen==TINY.n_vae: self.state = copy_of(nets.vae.state_dict().items())
             self.seen += 1
     watch = Watch()
     nets = trained(TINY, tmp_path, on_step=watch)
-    assert watch.state is not None and all(torch.equal(o, watch.state[k]) for k,o in nets.vae.state_dict().items())
+    assert watch.state is not None
+    assert all(torch.equal(value, watch.state[key]) for key,value in nets.vae.state_dict().items())
 
 @pytest.mark.parametrize('change', [{}, dict(p_max=.6, p_rise=2, buffer=16)])
 def test_training_continues_to_the_last_bit(change, tmp_path):
     cfg = replace(TINY, **change)
-    a = trained(cfg, tmp_path/'a')
+    whole = trained(cfg, tmp_path/'whole')
     class Enough(Exception): pass
     def stop(step, nets):
-        if stop.seen==5: raise Enough                                         # in the second stage, behind a checkpoint
+        if stop.seen==5: raise Enough # in the second stage, behind a checkpoint
         stop.seen += 1
     stop.seen = 0
-    with pytest.raises(Enough): trained(cfg, tmp_path/'b', on_step=stop)
-    b = trained(cfg, tmp_path/'b')
-    assert all(torch.equal(x, y) for x,y in zip(a.state_dict().values(), b.state_dict().values(), strict=True))
+    with pytest.raises(Enough): trained(cfg, tmp_path/'broken', on_step=stop)
+    assert same_weights(whole, trained(cfg, tmp_path/'broken'))
 
-@pytest.mark.parametrize('change', [dict(method='vae'), dict(method='ebm', buffer=16), dict(method='ebm-vae'), dict(method='wgan'), dict(decoder=True), dict(space='xz'), dict(potential='official'),
-    dict(micro=2), dict(micro=2, method='wgan'), dict(micro=2, decoder=True)])
-def test_rivals_train_and_are_measured(change, tmp_path): # and a decoder changes after its own stage where it is to be trained on the energy, and only there
+RIVALS = [
+    dict(method='vae'),
+    dict(method='ebm', buffer=16),
+    dict(method='ebm-vae'),
+    dict(method='wgan'),
+    dict(decoder=True),
+    dict(space='xz'),
+    dict(potential='official'),
+    dict(micro=2),
+    dict(micro=2, method='wgan'),
+    dict(micro=2, decoder=True),
+]
+
+@pytest.mark.parametrize('change', RIVALS)
+def test_rivals_train_and_are_measured(change, tmp_path):
+    "A decoder changes after its own stage where it is to be trained on the energy, and only there."
     cfg,old = replace(TINY, lr_decoder=1e-2, **change),{}
-    def look(step, nets):
-        if look.n==cfg.n_vae: old.update({k: o.clone() for k,o in nets.vae.named_parameters()})
-        look.n += 1
-    look.n = 0
-    nets = trained(cfg, tmp_path, on_step=look)
-    assert all(o.requires_grad for o in nets.parameters())                    # nothing stays frozen, in however many parts a batch came
-    assert np.isfinite(v.evaluate(nets, cfg, n=200)['fid'][0])
-    changed = {k.split('.')[0] for k,o in nets.vae.named_parameters() if old and not torch.equal(o, old[k])}
-    assert changed==({'decoder'} if change.get('decoder') or change.get('method')=='wgan' else set())
+    def watch(step, nets):
+        if watch.seen==cfg.n_vae: old.update(copy_of(nets.vae.named_parameters()))
+        watch.seen += 1
+    watch.seen = 0
+    nets = trained(cfg, tmp_path, on_step=watch)
+    # nothing stays frozen, in however many parts a batch came
+    assert all(param.requires_grad for param in nets.parameters())
+    assert np.isfinite(vaebm.evaluate(nets, cfg, n=200)['fid'][0])
+    now = nets.vae.named_parameters()
+    changed = {key.split('.')[0] for key,value in now if old and not torch.equal(value, old[key])}
+    trains_decoder = change.get('decoder') or change.get('method')=='wgan'
+    assert changed==({'decoder'} if trains_decoder else set())
 
-def test_badly_scaled_energies_are_stopped(tmp_path): # chains from an energy far too steep, and the message that names cures
+def test_badly_scaled_energies_are_stopped(tmp_path):
+    "Chains from an energy far too steep, and the message that names cures."
     cfg = replace(TINY, eta=50., n_iters=400, lr=.5, log_every=2, spectral=0., cautious=False)
-    with pytest.raises(Diverged, match='lower learning rate') as e: trained(cfg, tmp_path)
-    assert 'checkpoint' in str(e.value) and load_checkpoint(tmp_path) is not None
+    with pytest.raises(Diverged, match='lower learning rate') as stopped: trained(cfg, tmp_path)
+    assert 'checkpoint' in str(stopped.value) and load_checkpoint(tmp_path) is not None
 
 @pytest.mark.slow
-def test_energy_of_data_falls_below_that_of_the_autoencoder(tmp_path): # check 16
+def test_energy_of_data_falls_below_that_of_the_autoencoder(tmp_path):
     cfg = replace(PRESETS['gaussians25'], n_vae=1_000, n_iters=300)
     nets = trained(cfg, tmp_path, 'gaussians25')
-    x,made = load('gaussians25', split='test').tensor(2_000),v.sample(nets, 2_000, replace(cfg, method='vae'), generator=gen())
-    before,after = v.energy(nets, x).mean().item(),v.energy(nets, made).mean().item()
-    refined = v.energy(nets, v.sample(nets, 2_000, cfg, n_steps=20, generator=gen())).mean().item()
-    print(dict(data=before, autoencoder=after, chain=refined))
-    assert before<after-.1 and refined<after-.1
+    alone = replace(cfg, method='vae')
+    samples = dict(
+        data=load('gaussians25', split='test').tensor(2_000),
+        autoencoder=vaebm.sample(nets, 2_000, alone, generator=gen()),
+        chain=vaebm.sample(nets, 2_000, cfg, n_steps=20, generator=gen()),
+    )
+    heights = {name: vaebm.energy(nets, x).mean().item() for name,x in samples.items()}
+    print(heights)
+    assert heights['data']<heights['autoencoder']-.1
+    assert heights['chain']<heights['autoencoder']-.1
 
-def test_every_claim_names_rows_and_metrics_that_exist(): claims_can_be_measured(v, dict(ch=4, groups=(1, 1), latent=2, net='4/2 4', first=4, n_steps=2, n_steps_test=2, buffer=32))
+def test_every_claim_names_presets_and_metrics_that_exist():
+    claims_can_be_measured(vaebm, SMALL_NETS | dict(buffer=32))
 
 
 # --- the chapter as a user runs it
@@ -130,6 +180,10 @@ def test_every_claim_names_rows_and_metrics_that_exist(): claims_can_be_measured
 def test_missing_data_ends_the_chapter_in_seconds(tmp_path):
     ends_without_data('06_vaebm', tmp_path)
 
-def test_a_small_row_says_its_cost_and_trains(tmp_path):
-    over = 'n_vae: 2, n_iters: 2, batch: 4, batch_vae: 4, ch: 4, groups: [1, 1], net: "4/2 4", first: 4, n_steps: 2, n_steps_test: 2, save_every: 1, log_every: 1'
-    trains_in_full('06_vaebm', 'vaebm', 'digits', tmp_path, over, says=('stage vae: 2 iterations, about', 'stage energy: 2 iterations, about'))
+def test_a_small_preset_prints_its_cost_and_trains(tmp_path):
+    over = (
+        'n_vae: 2, n_iters: 2, batch: 4, batch_vae: 4, ch: 4, groups: [1, 1], net: "4/2 4", '
+        'first: 4, n_steps: 2, n_steps_test: 2, save_every: 1, log_every: 1'
+    )
+    messages = ('stage vae: 2 iterations, about', 'stage energy: 2 iterations, about')
+    trains_in_full('06_vaebm', 'vaebm', 'digits', tmp_path, over, says=messages)

@@ -16,71 +16,92 @@ from ..mcmc import frozen, langevin, normal, ula
 
 # %% ../../nbs/core/baselines.ipynb #c006
 def contrast(
-    energy:Callable, # E(x) -> (B,), in nats
-    x:Tensor,        # (B, ...) data
-    fake:Tensor,     # (B, ...) samples, without graph
-)->tuple[Tensor,dict]: # Loss, and what to log: gap = mean E(x) - mean E(fake)
-    "The energy's loss, label `eq-baselines-energy`; both batches pass the network in one call."
-    real,made = energy(torch.cat([x, fake])).split([len(x), len(fake)])
-    loss = real.mean()-made.mean()
+    energy: Callable,  # E(x) -> (B,), in nats
+    x: Tensor,  # (B, ...) data
+    fake: Tensor,  # (B, ...) samples, without graph
+) -> tuple[Tensor, dict]:  # Loss, and what to log: gap = mean E(x) - mean E(fake)
+    """The energy's loss, label `eq-baselines-energy`.
+
+    Both batches pass the network in one call.
+    """
+    real, made = energy(torch.cat([x, fake])).split([len(x), len(fake)])
+    loss = real.mean() - made.mean()
     return loss, dict(gap=loss.detach(), level=real.detach().mean())
 
 # %% ../../nbs/core/baselines.ipynb #c009
 def from_noise(
-    like:Tensor,    # (B, ...) gives shape, type and device
-    generator=None, # Source of the draws
-)->Tensor:          # (B, ...) uniform in [-1, 1]
-    "Where the chains of a short-run EBM start; made from normal noise, so that several processes can share one stream."
-    return 2*torch.special.ndtr(normal(like, generator))-1
+    like: Tensor,  # (B, ...) gives shape, type and device
+    generator=None,  # Source of the draws
+) -> Tensor:  # (B, ...) uniform in [-1, 1]
+    """Where the chains of a short-run EBM start.
+
+    Made from normal noise, so that several processes can share one stream.
+    """
+    return 2 * torch.special.ndtr(normal(like, generator)) - 1
 
 def short_run_losses(
-    energy:nn.Module, # E(x) -> (B,)
-    x:Tensor,         # (B, ...) data
-    chain:Callable,   # chain(start) -> (B, ...) samples, without graph
+    energy: nn.Module,  # E(x) -> (B,)
+    x: Tensor,  # (B, ...) data
+    chain: Callable,  # chain(start) -> (B, ...) samples, without graph
     *,
-    blur:float=0.,    # Std of the noise on the data; 0.03 in the paper
-    generator=None,   # Source of the draws
-):                    # Yields ('energy', loss, logs)
+    blur: float = 0.,  # Std of the noise on the data; 0.03 in the paper
+    generator=None,  # Source of the draws
+):  # Yields ('energy', loss, logs)
     "One iteration of a short-run EBM. Source: Nijkamp et al. 2019, Algorithm 1."
     fake = chain(from_noise(x, generator))
-    seen = x + blur*normal(x, generator) if blur else x
-    loss,logs = contrast(energy, seen, fake)
+    seen = x + blur * normal(x, generator) if blur else x
+    loss, logs = contrast(energy, seen, fake)
     yield 'energy', loss, logs | dict(spread=fake.std())
 
 # %% ../../nbs/core/baselines.ipynb #c012
 def infer(
-    net:nn.Module,  # g: z (B, nz) -> (B, ...)
-    x:Tensor,       # (B, ...) refined samples
-    z:Tensor,       # (B, nz) latents of the proposals
-    sigma:float,    # Std of the generator's observation noise
-    n_steps:int,    # Langevin updates; 0 keeps the latents
-    delta:float,    # Their step: drift delta^2/2, noise delta
-    generator=None, # Source of the draws
-)->Tensor:          # (B, nz) latents that explain the samples, without graph
-    "Latents of refined samples, label `eq-baselines-infer`. Source: Xie et al. 2020, section 4.3."
-    def energy(z): return z.square().sum(1)/2 + (x-net(z)).flatten(1).square().sum(1)/(2*sigma**2)
-    with frozen(net): return langevin(energy, z, ula(delta**2/2), n_steps, generator=generator)
+    net: nn.Module,  # g: z (B, nz) -> (B, ...)
+    x: Tensor,  # (B, ...) refined samples
+    z: Tensor,  # (B, nz) latents of the proposals
+    sigma: float,  # Std of the generator's observation noise
+    n_steps: int,  # Langevin updates; 0 keeps the latents
+    delta: float,  # Their step: drift delta^2/2, noise delta
+    generator=None,  # Source of the draws
+) -> Tensor:  # (B, nz) latents that explain the samples, without graph
+    """Latents of refined samples, label `eq-baselines-infer`.
 
+    Source: Xie et al. 2020, section 4.3.
+    """
+    def energy(z):
+        prior = z.square().sum(1) / 2
+        misfit = (x - net(z)).flatten(1).square().sum(1)
+        return prior + misfit / (2 * sigma**2)
+
+    with frozen(net):
+        return langevin(energy, z, ula(delta**2 / 2), n_steps, generator=generator)
+
+# %% ../../nbs/core/baselines.ipynb #f7dfa81a
 def coopnets_losses(
-    energy:nn.Module, # E(x) -> (B,)
-    net:nn.Module,    # The generator g
-    x:Tensor,         # (B, ...) data
-    z:Tensor,         # (B, nz) standard normal latents
-    chain:Callable,   # chain(start) -> (B, ...) samples, without graph
+    energy: nn.Module,  # E(x) -> (B,)
+    net: nn.Module,  # The generator g
+    x: Tensor,  # (B, ...) data
+    z: Tensor,  # (B, nz) standard normal latents
+    chain: Callable,  # chain(start) -> (B, ...) samples, without graph
     *,
-    sigma:float=.3,       # Std of the generator's observation noise
-    noisy:bool=False,     # Whether the chains start with that noise
-    infer_steps:int=0,    # Updates of the inference
-    infer_delta:float=.1, # Their step
-    generator=None,       # Source of the draws
-):                        # Yields ('generator', loss, logs), then ('energy', loss, logs)
-    "One iteration of cooperative training with a free generator. Source: Xie et al. 2020, Algorithm 1."
-    with torch.no_grad(): start = net(z)
-    if noisy: start = start + sigma*normal(start, generator)
+    sigma: float = .3,  # Std of the generator's observation noise
+    noisy: bool = False,  # Whether the chains start with that noise
+    infer_steps: int = 0,  # Updates of the inference
+    infer_delta: float = .1,  # Their step
+    generator=None,  # Source of the draws
+):  # Yields ('generator', loss, logs), then ('energy', loss, logs)
+    """One iteration of cooperative training with a free generator.
+
+    Source: Xie et al. 2020, Algorithm 1.
+    """
+    with torch.no_grad():
+        start = net(z)
+    if noisy:
+        start = start + sigma * normal(start, generator)
     fake = chain(start)
     found = infer(net, fake, z, sigma, infer_steps, infer_delta, generator)
-    moved = (fake-start).flatten(1).norm(dim=1).mean()
-    yield 'generator', (fake-net(found)).flatten(1).square().sum(1).mean()/(2*sigma**2), dict(moved=moved, spread=fake.std())
+    moved = (fake - start).flatten(1).norm(dim=1).mean()
+    misfit = (fake - net(found)).flatten(1).square().sum(1).mean()
+    yield 'generator', misfit / (2 * sigma**2), dict(moved=moved, spread=fake.std())
     yield 'energy', *contrast(energy, x, fake)
 
 # %% ../../nbs/core/baselines.ipynb #c017
@@ -91,26 +112,34 @@ class Generator(nn.Module):
     """
     def __init__(
         self,
-        shape:tuple=(3, 32, 32), # (C, H, W) of one image, H = W
-        nz:int=100,              # Latent dimension
-        ch:int=64,               # Width of the last hidden map; doubles towards the latent, at most 8 times
+        shape: tuple = (3, 32, 32),  # (C, H, W) of one image, H = W
+        nz: int = 100,  # Latent dimension
+        ch: int = 64,  # Width of the last hidden map; doubles towards z, at most 8 times
     ):
         super().__init__()
-        n = shape[1]//4
-        if shape[1]!=shape[2] or shape[1]%4 or n&(n-1): raise ValueError(f"the size must be 4, 8, 16, ..., got {tuple(shape)}")
-        ups = n.bit_length()-1
-        width = lambda i: ch*min(2**max(ups-1-i, 0), 8) # i counts doublings done
-        layers = [nn.Linear(nz, 16*width(-1 if ups else 0)), nn.Unflatten(1, (-1, 4, 4)), nn.BatchNorm2d(width(-1 if ups else 0)), nn.ReLU()]
-        for i in range(ups): layers += [nn.ConvTranspose2d(width(i-1), width(i), 4, 2, 1), nn.BatchNorm2d(width(i)), nn.ReLU()]
-        self.net = nn.Sequential(*layers, nn.Conv2d(width(ups-1), shape[0], 3, padding=1), nn.Tanh())
+        n = shape[1] // 4
+        if shape[1] != shape[2] or shape[1] % 4 or n & (n - 1):
+            raise ValueError(f"the size must be 4, 8, 16, ..., got {tuple(shape)}")
+        ups = n.bit_length() - 1
+        widths = [ch * min(2 ** (ups - i), 8) for i in range(ups + 1)]  # after i doublings
+        layers = [nn.Linear(nz, 16 * widths[0]), nn.Unflatten(1, (-1, 4, 4))]
+        layers += [nn.BatchNorm2d(widths[0]), nn.ReLU()]
+        for n_in, n_out in zip(widths, widths[1:]):
+            layers += [nn.ConvTranspose2d(n_in, n_out, 4, 2, 1), nn.BatchNorm2d(n_out)]
+            layers += [nn.ReLU()]
+        layers += [nn.Conv2d(widths[-1], shape[0], 3, padding=1), nn.Tanh()]
+        self.net = nn.Sequential(*layers)
 
-    def forward(self, z): return self.net(z) # (B, nz) -> (B, C, H, W)
+    def forward(self, z): # (B, nz) -> (B, C, H, W)
+        return self.net(z)
 
+# %% ../../nbs/core/baselines.ipynb #b6704e5d
 class PointGenerator(nn.Sequential):
     "Points from a few latent numbers."
     def __init__(
         self,
-        dim:int=2,     # Coordinates of a point
-        nz:int=2,      # Latent dimension
-        width:int=128, # Of two hidden layers
-    ): super().__init__(*mlp((nz, width, width, dim)))
+        dim: int = 2,  # Coordinates of a point
+        nz: int = 2,  # Latent dimension
+        width: int = 128,  # Of two hidden layers
+    ):
+        super().__init__(*mlp((nz, width, width, dim)))

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['ARMS', 'CASES', 'QUICK', 'SPEED_HEAD', 'VERDICT_HEAD', 'interleaved', 'Case', 'vaebm_case', 'cdrl_case',
-           'points_case', 'folded', 'laid_out', 'measure', 'ratio', 'rise', 'memory', 'machine', 'serve', 'run',
+           'points_case', 'folded', 'laid_out', 'ratio', 'measure', 'rise', 'memory', 'machine', 'serve', 'run',
            'bench_path', 'save', 'verdicts', 'speed_rows', 'verdict_rows']
 
 # %% ../../nbs/core/bench.ipynb #c002
@@ -21,6 +21,7 @@ import time
 from collections.abc import Callable
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -36,410 +37,724 @@ from ..vaebm_nets import data_init, energy_net
 
 # %% ../../nbs/core/bench.ipynb #c006
 def interleaved(
-    ready:dict,          # Name -> function that returns a context, which gives the function to time
-    rounds:int,          # How often each is timed, at most
-    sync:Callable=lambda: None, # Waits for the device
+    ready: dict,  # Name -> function that returns a context, which yields what is timed
+    rounds: int,  # How often each is timed, at most
+    sync: Callable = lambda: None,  # Waits for the device
     *,
-    seconds:float=float('inf'), # No further round is begun after this time
-    least:int=3,         # Rounds that are run in any case
-    clock:Callable=time.perf_counter,
-)->dict:                 # Name -> list of seconds, one for each round
+    seconds: float = float('inf'),  # No further round is begun after this time
+    least: int = 3,  # Rounds that are run in any case
+    clock: Callable = time.perf_counter,
+) -> dict:  # Name -> list of seconds, one for each round
     "Time several functions in turn. What a context does before and after is not timed."
-    draw,out,end = random.Random(0),{k:[] for k in ready},time.perf_counter()+seconds
+    draw = random.Random(0)
+    took = {name: [] for name in ready}
+    end = time.perf_counter() + seconds
     for i in range(rounds):
-        if i>=least and time.perf_counter()>end: break
-        for k in draw.sample(list(ready), len(ready)):
-            with ready[k]() as f:
+        if i >= least and time.perf_counter() > end:
+            break
+        for name in draw.sample(list(ready), len(ready)):
+            with ready[name]() as timed:
                 sync()
                 start = clock()
-                f()
+                timed()
                 sync()
-                out[k].append(clock()-start)
-    return out
+                took[name].append(clock() - start)
+    return took
 
 # %% ../../nbs/core/bench.ipynb #c010
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    "One energy to be timed."
-    name:str         # How the tables call it
-    net:nn.Module    # As in training: normalised weights, parameters with gradients; evaluation mode
-    x:Tensor         # (B, ...) start of the chains
-    call:Callable    # (net, x) -> (B,)
-    chain:Callable   # net -> energy, once per chain
-    steps:int        # Updates in one timed chain
-    arms:tuple       # Names of `ARMS` that run
-    key:str = ''     # Name in `CASES`, by which another process finds it; given by `run`
+    """One energy to be timed.
+
+    The network is as in training, with normalised weights and with gradients for its
+    parameters, but in evaluation mode. `run` gives the key.
+    """
+
+    name: str  # How the tables call it
+    net: nn.Module  # As in training, in evaluation mode
+    x: Tensor  # (B, ...) start of the chains
+    call: Callable  # (net, x) -> (B,)
+    chain: Callable  # net -> energy, once per chain
+    steps: int  # Updates in one timed chain
+    arms: tuple  # Names of `ARMS` that run
+    key: str = ''  # Name in `CASES`, by which another process finds it
 
 # %% ../../nbs/core/bench.ipynb #c011
-_VAEBM = ('floor', 'floor, channels last', 'textbook loop', 'norm at each step', 'frozen, once per chain', 'float32', 'float32, channels last', 'bfloat16', 'torchebm', 'torchebm, frozen')
-_GIVEN = ('float32, as it comes', 'torchebm, as it comes')
-_POINTS = ('floor', 'textbook loop', 'float32', 'torchebm')
+_IMAGE_ARMS = (
+    'floor',
+    'floor, channels last',
+    'textbook loop',
+    'norm at each step',
+    'frozen, once per chain',
+    'float32',
+    'float32, channels last',
+    'bfloat16',
+    'torchebm',
+    'torchebm, frozen',
+)
+_POINT_ARMS = ('floor', 'textbook loop', 'float32', 'torchebm')
+
 
 def vaebm_case(
-    width:float,        # 1 is the paper's network
-    batch:int=32,       # Chains; the paper's batch
-    steps:int=2,        # Updates in one timed chain
-    device:str='cpu',
-    arms:tuple=_VAEBM,  # What runs
-)->Case:
+    width: float,  # 1 is the paper's network
+    batch: int = 32,  # Chains; the paper's batch
+    steps: int = 2,  # Updates in one timed chain
+    device: str = 'cpu',
+    arms: tuple = _IMAGE_ARMS,  # What runs
+) -> Case:
     "VAEBM's energy of CIFAR-10 images, started from data as in the paper."
     torch.manual_seed(0)
-    x = torch.rand(batch, 3, 32, 32)*2-1
+    x = torch.rand(batch, 3, 32, 32) * 2 - 1
     net = data_init(energy_net('cifar10', width).to(device), x.to(device)).eval()
-    return Case(name=f'VAEBM, width {net.enter.out_channels}, batch {batch}', net=net, x=x.to(device), call=lambda net, x: net(x), chain=lambda net: net, steps=steps, arms=arms)
+    return Case(
+        name=f'VAEBM, width {net.enter.out_channels}, batch {batch}',
+        net=net,
+        x=x.to(device),
+        call=lambda net, x: net(x),
+        chain=lambda net: net,
+        steps=steps,
+        arms=arms,
+    )
 
+# %% ../../nbs/core/bench.ipynb #415607c3
 def cdrl_case(
-    batch:int,          # Chains
-    steps:int=2,        # Updates in one timed chain
-    device:str='cpu',
-    arms:tuple=_VAEBM[:-1], # What runs
-    **over,             # Replaces arguments of the network, e.g. ch=8
-)->Case:
+    batch: int,  # Chains
+    steps: int = 2,  # Updates in one timed chain
+    device: str = 'cpu',
+    arms: tuple = _IMAGE_ARMS[:-1],  # What runs
+    **over,  # Replaces arguments of the network, e.g. ch=8
+) -> Case:
     "CDRL's energy of CIFAR-10 images at its lowest noise level."
     torch.manual_seed(0)
     cfg = PRESETS['cifar10']
-    kw = dict(ch=cfg.ch, mult=cfg.mult, n_blocks=cfg.blocks, in_ch=cfg.shape[0], size=cfg.shape[1]) | over
-    net,x = CDRLEnergy(**kw).to(device).eval(), torch.randn(batch, kw['in_ch'], kw['size'], kw['size']).to(device)
-    lam = schedule(cfg, device).lam[:1].float().expand(batch)
-    return Case(name=f'CDRL, batch {batch}', net=net, x=x, call=lambda net, x: net(x, lam), chain=lambda net: net.at(lam), steps=steps, arms=arms)
+    sizes = dict(in_ch=cfg.shape[0], size=cfg.shape[1])
+    options = dict(ch=cfg.ch, mult=cfg.mult, n_blocks=cfg.blocks) | sizes | over
+    net = CDRLEnergy(**options).to(device).eval()
+    x = torch.randn(batch, options['in_ch'], options['size'], options['size']).to(device)
+    level = schedule(cfg, device).lam[:1].float().expand(batch)
+    return Case(
+        name=f'CDRL, batch {batch}',
+        net=net,
+        x=x,
+        call=lambda net, x: net(x, level),
+        chain=lambda net: net.at(level),
+        steps=steps,
+        arms=arms,
+    )
 
 # %% ../../nbs/core/bench.ipynb #c013
 def points_case(
-    batch:int,          # Chains
-    hidden:int=256,     # Width of both hidden layers
-    steps:int=5,        # Updates in one timed chain
-    device:str='cpu',
-    arms:tuple=_POINTS, # What runs
-)->Case:
+    batch: int,  # Chains
+    hidden: int = 256,  # Width of both hidden layers
+    steps: int = 5,  # Updates in one timed chain
+    device: str = 'cpu',
+    arms: tuple = _POINT_ARMS,  # What runs
+) -> Case:
     "A small energy in the plane: two hidden layers."
     torch.manual_seed(0)
-    net = nn.Sequential(nn.Linear(2, hidden), nn.SiLU(), nn.Linear(hidden, hidden), nn.SiLU(), nn.Linear(hidden, 1), nn.Flatten(0)).to(device).eval()
-    x = torch.randn(batch, 2).to(device)
-    return Case(name=f'points, batch {batch:,}', net=net, x=x, call=lambda net, x: net(x), chain=lambda net: net, steps=steps, arms=arms)
+    net = nn.Sequential(
+        nn.Linear(2, hidden),
+        nn.SiLU(),
+        nn.Linear(hidden, hidden),
+        nn.SiLU(),
+        nn.Linear(hidden, 1),
+        nn.Flatten(0),
+    )
+    net = net.to(device).eval()
+    return Case(
+        name=f'points, batch {batch:,}',
+        net=net,
+        x=torch.randn(batch, 2).to(device),
+        call=lambda net, x: net(x),
+        chain=lambda net: net,
+        steps=steps,
+        arms=arms,
+    )
 
 # %% ../../nbs/core/bench.ipynb #c016
 def folded(
-    net:nn.Module, # Any network
-)->nn.Module:      # A copy with plain weights, frozen, in evaluation mode
+    net: nn.Module,  # Any network
+) -> nn.Module:  # A copy with plain weights, frozen, in evaluation mode
     "Replace parametrized weights by their present values, in a copy."
     net = copy.deepcopy(net).eval()
-    for m in [m for m in net.modules() if parametrize.is_parametrized(m)]:
-        values = {name: getattr(m, name).detach().clone() for name in m.parametrizations}
-        m.__class__ = parametrize.type_before_parametrizations(m) # torch's own removal would strip the original too, which shares the class
-        del m.parametrizations
-        for name,value in values.items(): m.register_parameter(name, nn.Parameter(value))
+    for layer in [layer for layer in net.modules() if parametrize.is_parametrized(layer)]:
+        values = {name: getattr(layer, name).detach().clone() for name in layer.parametrizations}
+        # torch's own removal would strip the original too, which shares the class
+        layer.__class__ = parametrize.type_before_parametrizations(layer)
+        del layer.parametrizations
+        for name, value in values.items():
+            layer.register_parameter(name, nn.Parameter(value))
     return net.requires_grad_(False)
 
+
 def laid_out(
-    net:nn.Module,  # Any network
-    x:Tensor,       # (B, ...)
-    last:bool,      # Channels last, or the ordinary layout
-)->tuple:           # A copy of the network, and the state, in that layout
+    net: nn.Module,  # Any network
+    x: Tensor,  # (B, ...)
+    last: bool,  # Channels last, or the ordinary layout
+) -> tuple:  # A copy of the network, and the state, in that layout
     "Network and state in one memory layout; points have only one."
-    if x.ndim!=4: return copy.deepcopy(net),x
-    form = torch.channels_last if last else torch.contiguous_format
-    return copy.deepcopy(net).to(memory_format=form),x.contiguous(memory_format=form)
+    if x.ndim != 4:
+        return copy.deepcopy(net), x
+    layout = torch.channels_last if last else torch.contiguous_format
+    return copy.deepcopy(net).to(memory_format=layout), x.contiguous(memory_format=layout)
 
 # %% ../../nbs/core/bench.ipynb #c019
-_ETA = 5e-5 # of every chain: drift 5e-5, noise 0.01
+_ETA = 5e-5  # of every chain: drift 5e-5, noise 0.01
 
-def _always(run): return lambda: nullcontext(run) # nothing to prepare
+
+def _always(run):
+    return lambda: nullcontext(run)  # nothing to prepare
+
 
 def _floor(case, last=False):
-    net,x = laid_out(folded(case.net), case.x, last)
+    net, x = laid_out(folded(case.net), case.x, last)
     energy = case.chain(net)
+
     def run():
         for _ in range(case.steps):
-            z = x.detach().requires_grad_()
-            torch.autograd.grad(energy(z).sum(), z)
-        return z.detach()
+            leaf = x.detach().requires_grad_()
+            torch.autograd.grad(energy(leaf).sum(), leaf)
+        return leaf.detach()
+
     return _always(run)
 
+
 def _textbook(case):
-    net,start = laid_out(case.net, case.x, False)
+    net, start = laid_out(case.net, case.x, False)
+
     def run():
         x = start
         for _ in range(case.steps):
             x = x.detach().requires_grad_()
             case.call(net, x).sum().backward()
-            x = x - _ETA*x.grad + (2*_ETA)**.5*torch.randn_like(x)
+            x = x - _ETA * x.grad + (2 * _ETA) ** 0.5 * torch.randn_like(x)
         net.zero_grad()
         return x.detach()
+
     return _always(run)
 
-def _each_step(case): # frozen by hand, nothing cached
-    net,x = laid_out(case.net, case.x, False)
+# %% ../../nbs/core/bench.ipynb #dc25b8db
+def _each_step(case):  # frozen by hand, nothing cached
+    net, x = laid_out(case.net, case.x, False)
     energy = case.chain(net.requires_grad_(False))
     return _always(lambda: langevin(energy, x, ula(_ETA), case.steps))
 
+
 def _compiled(case, wrap=lambda energy: energy):
-    net,x = laid_out(folded(case.net), case.x, True)
+    net, x = laid_out(folded(case.net), case.x, True)
     energy = torch.compile(wrap(case.chain(net)))
     return _always(lambda: langevin(energy, x, ula(_ETA), case.steps))
 
-# %% ../../nbs/core/bench.ipynb #c020
+
 @contextmanager
-def _settled(case, net): # the energy of a chain, within `frozen`, with every weight at hand
+def _settled(case, net):  # the energy of a chain, within `frozen`, with every weight at hand
     with frozen(net):
-        for m in net.modules():
-            for name in getattr(m, 'parametrizations', ()): getattr(m, name)
+        for layer in net.modules():
+            for name in getattr(layer, 'parametrizations', ()):
+                getattr(layer, name)
         yield case.chain(net)
 
-def _ours(case, last=False, wrap=lambda energy: energy):
-    net,x = laid_out(case.net, case.x, last)
+
+def _frozen_chain(case, last=False, wrap=lambda energy: energy):
+    net, x = laid_out(case.net, case.x, last)
+
     @contextmanager
     def ready():
-        with _settled(case, net) as energy: yield lambda: langevin(wrap(energy), x, ula(_ETA), case.steps)
+        with _settled(case, net) as energy:
+            yield lambda: langevin(wrap(energy), x, ula(_ETA), case.steps)
+
     return ready
 
+
 def _once(case):
-    net,x = laid_out(case.net, case.x, False)
+    net, x = laid_out(case.net, case.x, False)
+
     def run():
-        with _settled(case, net): return x
+        with _settled(case, net):
+            return x
+
     return _always(run)
 
+# %% ../../nbs/core/bench.ipynb #c020
 def _torchebm(case, freeze=False):
     from torchebm.core import BaseModel
     from torchebm.samplers import LangevinDynamics
-    net,x = laid_out(case.net, case.x, False)
+
+    net, x = laid_out(case.net, case.x, False)
+
     class Energy(BaseModel):
         "The case's energy as torchebm wants it."
-        def __init__(self): super().__init__(device=x.device); self.net = net
-        def forward(self, x): return case.call(self.net, x)
-    sampler = LangevinDynamics(Energy().eval(), step_size=_ETA, noise_scale=1., device=x.device)
+
+        def __init__(self):
+            super().__init__(device=x.device)
+            self.net = net
+
+        def forward(self, x):
+            return case.call(self.net, x)
+
+    energy = Energy().eval()
+    sampler = LangevinDynamics(energy, step_size=_ETA, noise_scale=1.0, device=x.device)
+
     @contextmanager
     def ready():
-        with _settled(case, net) if freeze else nullcontext(): yield lambda: sampler.sample(x=x, n_steps=case.steps)
+        with _settled(case, net) if freeze else nullcontext():
+            yield lambda: sampler.sample(x=x, n_steps=case.steps)
+
     return ready
 
 # %% ../../nbs/core/bench.ipynb #c021
 ARMS = {
-    'floor': _floor, 'floor, channels last': lambda case: _floor(case, last=True),
-    'textbook loop': _textbook, 'norm at each step': _each_step, 'frozen, once per chain': _once,
-    'float32': _ours, 'float32, channels last': lambda case: _ours(case, last=True),
-    'bfloat16': lambda case: _ours(case, last=True, wrap=bf16), 'compiled': _compiled, 'compiled, bfloat16': lambda case: _compiled(case, bf16),
-    'torchebm': _torchebm, 'torchebm, frozen': lambda case: _torchebm(case, freeze=True),
-    'float32, as it comes': lambda case: _as_it_comes(case, 'float32'), 'torchebm, as it comes': lambda case: _as_it_comes(case, 'torchebm'),
+    'floor': _floor,
+    'floor, channels last': lambda case: _floor(case, last=True),
+    'textbook loop': _textbook,
+    'norm at each step': _each_step,
+    'frozen, once per chain': _once,
+    'float32': _frozen_chain,
+    'float32, channels last': lambda case: _frozen_chain(case, last=True),
+    'bfloat16': lambda case: _frozen_chain(case, last=True, wrap=bf16),
+    'compiled': _compiled,
+    'compiled, bfloat16': lambda case: _compiled(case, bf16),
+    'torchebm': _torchebm,
+    'torchebm, frozen': lambda case: _torchebm(case, freeze=True),
+    'float32, as it comes': lambda case: _as_it_comes(case, 'float32'),
+    'torchebm, as it comes': lambda case: _as_it_comes(case, 'torchebm'),
 }
-_OPTIONAL = {'compiled', 'compiled, bfloat16', 'torchebm', 'torchebm, frozen', 'torchebm, as it comes'} # need a compiler, or a package that is no run-time dependency
+# these need a compiler, or a package that is no run-time dependency
+_OPTIONAL = {
+    'compiled',
+    'compiled, bfloat16',
+    'torchebm',
+    'torchebm, frozen',
+    'torchebm, as it comes',
+}
 
 # %% ../../nbs/core/bench.ipynb #c025
-def measure(
-    case:Case,
-    seconds:float,      # Time for the rounds; preparation, a warm-up round and compilation come on top
-    rounds:int=40,      # At most
-)->list[dict]:          # One row per arm
-    "Time all candidates of one case in turn."
-    keep_freed()
-    ready,why,names = {},{},[k for k in ARMS if k in case.arms]
+def ratio(
+    row: dict,  # Row of one candidate
+    base: dict,  # Row of another, measured in the same rounds
+) -> float:  # How many times longer the first takes
+    "Median over rounds of the ratio within a round."
+    pairs = zip(row['rounds'], base['rounds'], strict=True)
+    return statistics.median(own / other for own, other in pairs)
+
+# %% ../../nbs/core/bench.ipynb #a674beb4
+def _prepare(case, names):  # warm candidates by name, and why the others cannot run here
+    ready = {}
+    why = {}
     for name in names:
         try:
             ready[name] = ARMS[name](case)
-            with ready[name]() as f: f() # warms up, compiles
-        except Exception as e: # a compiler can fail in a hundred ways, and none may end the bench
-            if name not in _OPTIONAL: raise
+            with ready[name]() as run_once:
+                run_once()  # warms up, compiles
+        except Exception as error:
+            # a compiler can fail in a hundred ways, and none may end the bench
+            if name not in _OPTIONAL:
+                raise
             ready.pop(name, None)
-            why[name] = f'{type(e).__name__}: {(str(e).strip().splitlines() or [""])[0]}'[:120]
+            first_line = (str(error).strip().splitlines() or [""])[0]
+            why[name] = f'{type(error).__name__}: {first_line}'[:120]
+    return ready, why
+
+
+def _head(case, name):  # what a row says before there are timings
+    steps = 1 if name == 'frozen, once per chain' else case.steps
+    return dict(case=case.name, arm=name, batch=len(case.x), steps=steps)
+
+
+def _floor_of(name):  # others than channels last are compared with the ordinary layout
+    return 'floor, channels last' if name.endswith('channels last') else 'floor'
+
+
+def measure(
+    case: Case,
+    seconds: float,  # Time for the rounds
+    rounds: int = 40,  # At most
+) -> list[dict]:  # One row per arm
+    """Time all candidates of one case in turn.
+
+    Preparation, a warm-up round and compilation come on top of `seconds`.
+    """
+    keep_freed()
+    names = [name for name in ARMS if name in case.arms]
+    ready, why = _prepare(case, names)
     took = interleaved(ready, rounds, waiter(str(case.x.device)), seconds=seconds)
-    head = lambda name: dict(case=case.name, arm=name, batch=len(case.x), steps=1 if name=='frozen, once per chain' else case.steps)
-    per = lambda name: [float(f"{o/head(name)['steps']:.4g}") for o in took[name]]
-    done = {k: head(k) | dict(seconds=statistics.median(per(k)), rounds=per(k)) for k in ready}
-    for k,row in done.items(): row['floor'] = ratio(row, done[_floor_of(k)])
-    return [done[k] if k in done else head(k) | dict(note=why[k]) for k in names]
-
-def _floor_of(name): return 'floor, channels last' if name.endswith('channels last') else 'floor' # others are compared with the ordinary layout
-
-def ratio(
-    a:dict, # Row of one candidate
-    b:dict, # Row of another, measured in the same rounds
-)->float:   # How many times longer a takes
-    "Median over rounds of the ratio within a round."
-    return statistics.median(x/y for x,y in zip(a['rounds'], b['rounds'], strict=True))
+    rows = {name: _head(case, name) for name in names}
+    for name in ready:
+        each = [float(f"{spent / rows[name]['steps']:.4g}") for spent in took[name]]
+        rows[name] |= dict(seconds=statistics.median(each), rounds=each)
+    for name in ready:
+        rows[name]['floor'] = ratio(rows[name], rows[_floor_of(name)])
+    for name in why:
+        rows[name]['note'] = why[name]
+    return list(rows.values())
 
 # %% ../../nbs/core/bench.ipynb #c028
-def _resident(peak): # bytes of this process, now or at most
-    try: text = Path('/proc/self/status').read_text()
+def _resident(peak):  # bytes of this process, now or at most
+    try:
+        text = Path('/proc/self/status').read_text()
     except OSError:
-        import resource # not on Linux: only the peak is to be had, in bytes on a Mac
+        import resource  # not on Linux: only the peak is to be had, in bytes on a Mac
+
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return 1024*int(re.search(r'Vm%s:\s+(\d+)' % ('HWM' if peak else 'RSS'), text)[1])
+    return 1024 * int(re.search(r'Vm%s:\s+(\d+)' % ('HWM' if peak else 'RSS'), text)[1])
+
 
 def rise(
-    n:int,             # Samples
-    chunk:int,         # Samples at once
-    width:float=1/4,   # Of VAEBM's network; 1 is the paper's
-    device:str='cpu',
-)->float:              # MB
-    "Memory that drawing `n` samples in chunks needs on top of the network; on a processor, call it in a fresh process."
-    case,cuda = vaebm_case(width, 1, device=device),device.startswith('cuda')
-    draw = lambda m: langevin(case.net, torch.rand(m, *case.x.shape[1:], device=device)*2-1, ula(_ETA), case.steps)
+    n: int,  # Samples
+    chunk: int,  # Samples at once
+    width: float = 1 / 4,  # Of VAEBM's network; 1 is the paper's
+    device: str = 'cpu',
+) -> float:  # MB
+    """Memory that drawing `n` samples in chunks needs on top of the network.
+
+    On a processor, call it in a fresh process.
+    """
+    case = vaebm_case(width, 1, device=device)
+    cuda = device.startswith('cuda')
+
+    def draw(size):
+        start = torch.rand(size, *case.x.shape[1:], device=device) * 2 - 1
+        return langevin(case.net, start, ula(_ETA), case.steps)
+
     with frozen(case.net):
         draw(1)
-        try: Path('/proc/self/clear_refs').write_text('5') # forget the peak so far
-        except OSError: pass
-        if cuda: torch.cuda.reset_peak_memory_stats(device)
+        try:
+            Path('/proc/self/clear_refs').write_text('5')  # forget the peak so far
+        except OSError:
+            pass  # not on Linux
+        if cuda:
+            torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device) if cuda else _resident(peak=False)
         in_chunks(draw, n, chunk)
-        return ((torch.cuda.max_memory_allocated(device) if cuda else _resident(peak=True))-before)/1e6
+        after = torch.cuda.max_memory_allocated(device) if cuda else _resident(peak=True)
+        return (after - before) / 1e6
+
+# %% ../../nbs/core/bench.ipynb #49290f0d
+def _rise_elsewhere(n, chunk, width):  # as `rise`, in a fresh process
+    code = (
+        f"import torch; torch.set_num_threads({torch.get_num_threads()}); "
+        f"from ebmbook.core.bench import rise; print(rise({n}, {chunk}, {width}))"
+    )
+    # the C library of Linux gives freed tensors back at once, instead of by its mood
+    env = os.environ | dict(MALLOC_MMAP_THRESHOLD_='65536')
+    command = [sys.executable, '-c', code]
+    done = subprocess.run(command, env=env, check=True, capture_output=True, text=True)
+    return float(done.stdout)
+
 
 def memory(
-    sizes:tuple,       # Numbers of samples
-    chunk:int,         # Samples at once; 0 draws all at once
-    width:float=1/4,   # Of VAEBM's network
-    device:str='cpu',
-)->list[dict]:         # One row per size
+    sizes: tuple,  # Numbers of samples
+    chunk: int,  # Samples at once; 0 draws all at once
+    width: float = 1 / 4,  # Of VAEBM's network
+    device: str = 'cpu',
+) -> list[dict]:  # One row per size
     "Peak memory against the number of samples."
-    out = []
+    rows = []
     for n in sizes:
-        ask = f"import torch; torch.set_num_threads({torch.get_num_threads()}); from ebmbook.core.bench import rise; print(rise({n}, {chunk or n}, {width}))"
-        quiet = os.environ | dict(MALLOC_MMAP_THRESHOLD_='65536') # the C library of Linux gives freed tensors back at once, instead of by its mood
-        mb = rise(n, chunk or n, width, device) if device.startswith('cuda') else float(subprocess.run([sys.executable, '-c', ask], env=quiet, check=True, capture_output=True, text=True).stdout)
-        out.append(dict(samples=n, chunk=chunk, mb=round(mb, 1)))
-    return out
+        if device.startswith('cuda'):
+            mb = rise(n, chunk or n, width, device)
+        else:
+            mb = _rise_elsewhere(n, chunk or n, width)
+        rows.append(dict(samples=n, chunk=chunk, mb=round(mb, 1)))
+    return rows
 
 # %% ../../nbs/core/bench.ipynb #c031
-CASES = { # name -> share of the time, function(device); sizes for two processor cores, and no more compilations than eight minutes allow
-    'vaebm-32':     (1.5, lambda device: vaebm_case(1/4, 128, steps=1, device=device, arms=(*_VAEBM, *_GIVEN, 'compiled', 'compiled, bfloat16'))),
-    'vaebm-64':     (2.5, lambda device: vaebm_case(1/2, 128, steps=1, device=device, arms=(*_VAEBM, *_GIVEN, 'compiled, bfloat16'))),
-    'vaebm-128':    (8., lambda device: vaebm_case(1., 64, steps=1, device=device, arms=(*_VAEBM, *_GIVEN, 'compiled, bfloat16'))),
-    'vaebm-few':    (.6, lambda device: vaebm_case(1., 8, steps=1, device=device, arms=('floor', 'float32', 'bfloat16', 'torchebm'))),
-    'cdrl-1':       (3.5, lambda device: cdrl_case(1, steps=5, device=device)),
-    'cdrl-32':      (9., lambda device: cdrl_case(32, steps=1, device=device, arms=('floor', 'norm at each step', 'frozen, once per chain', 'float32', 'bfloat16', 'torchebm'))),
-    'points-100':   (.3, lambda device: points_case(100, steps=100, device=device)),
-    'points-10000': (1.2, lambda device: points_case(10_000, steps=5, device=device, arms=(*_POINTS, 'compiled'))),
-}
-QUICK = { # the same code on networks that need no time
-    'vaebm':  (1., lambda device: vaebm_case(1/32, 2, device=device)),
-    'cdrl':   (1., lambda device: cdrl_case(2, device=device, ch=8, mult=(1, 2), n_blocks=1, size=8)),
-    'points': (1., lambda device: points_case(64, 16, device=device)),
-}
+_UNTUNED = ('float32, as it comes', 'torchebm, as it comes')
+_BOTH_COMPILED = (*_IMAGE_ARMS, *_UNTUNED, 'compiled', 'compiled, bfloat16')
+_ONE_COMPILED = (*_IMAGE_ARMS, *_UNTUNED, 'compiled, bfloat16')
+_FEW = ('floor', 'float32', 'bfloat16', 'torchebm')
+_MANY = (*_FEW, 'norm at each step', 'frozen, once per chain')
 
-def machine(
-    device:str='cpu',
-)->dict: # What the numbers depend on
-    "Device, processor, threads and versions."
-    try: info = Path('/proc/cpuinfo').read_text()
-    except OSError: info = ''
-    model = re.search(r'^model name\s*:\s*(.+)$', info, re.M)
-    flags = re.search(r'^flags\s*:\s*(.+)$', info, re.M)
-    return dict(device=torch.cuda.get_device_name(device) if device.startswith('cuda') else device,
-                processor=model[1] if model else platform.processor() or platform.machine(), threads=torch.get_num_threads(),
-                bf16_instructions=bool({'avx512_bf16', 'amx_bf16'} & set(flags[1].split())) if flags else None,
-                torch=torch.__version__, python=platform.python_version(), torchebm=_version('torchebm'), date=time.strftime('%Y-%m-%d'))
+# name -> share of the time, function(device=…); sizes for two processor cores, and no
+# more compilations than eight minutes allow
+# fmt: off
+CASES = {
+    'vaebm-32':     (1.5, partial(vaebm_case, 1/4, 128, steps=1, arms=_BOTH_COMPILED)),
+    'vaebm-64':     (2.5, partial(vaebm_case, 1/2, 128, steps=1, arms=_ONE_COMPILED)),
+    'vaebm-128':    (8.,  partial(vaebm_case, 1., 64, steps=1, arms=_ONE_COMPILED)),
+    'vaebm-few':    (.6,  partial(vaebm_case, 1., 8, steps=1, arms=_FEW)),
+    'cdrl-1':       (3.5, partial(cdrl_case, 1, steps=5)),
+    'cdrl-32':      (9.,  partial(cdrl_case, 32, steps=1, arms=_MANY)),
+    'points-100':   (.3,  partial(points_case, 100, steps=100)),
+    'points-10000': (1.2, partial(points_case, 10_000, arms=(*_POINT_ARMS, 'compiled'))),
+}
+# the same code on networks that need no time
+QUICK = {
+    'vaebm':  (1., partial(vaebm_case, 1/32, 2)),
+    'cdrl':   (1., partial(cdrl_case, 2, ch=8, mult=(1, 2), n_blocks=1, size=8)),
+    'points': (1., partial(points_case, 64, 16)),
+}
+# fmt: on
 
+# %% ../../nbs/core/bench.ipynb #6f47335b
 def _version(package):
     from importlib.metadata import PackageNotFoundError, version
-    try: return version(package)
-    except PackageNotFoundError: return None
+
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _cpuinfo(entry):  # what Linux says of the first processor; None elsewhere
+    try:
+        text = Path('/proc/cpuinfo').read_text()
+    except OSError:
+        return None
+    found = re.search(rf'^{entry}\s*:\s*(.+)$', text, re.M)
+    return found[1] if found else None
+
+
+def machine(
+    device: str = 'cpu',
+) -> dict:  # What the numbers depend on
+    "Device, processor, threads and versions."
+    flags = _cpuinfo('flags')
+    in_hardware = None if flags is None else {'avx512_bf16', 'amx_bf16'} & set(flags.split())
+    return dict(
+        device=torch.cuda.get_device_name(device) if device.startswith('cuda') else device,
+        processor=_cpuinfo('model name') or platform.processor() or platform.machine(),
+        threads=torch.get_num_threads(),
+        bf16_instructions=None if in_hardware is None else bool(in_hardware),
+        torch=torch.__version__,
+        python=platform.python_version(),
+        torchebm=_version('torchebm'),
+        date=time.strftime('%Y-%m-%d'),
+    )
 
 # %% ../../nbs/core/bench.ipynb #c034
-def _as_it_comes(case, arm): # in a process where nothing was asked of the C library
-    code = f"import torch; torch.set_num_threads({torch.get_num_threads()}); from ebmbook.core.bench import serve; serve({case.key!r}, {arm!r}, {str(case.x.device)!r})"
-    child = subprocess.Popen([sys.executable, '-c', code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+def _as_it_comes(case, arm):  # in a process where nothing was asked of the C library
+    code = (
+        f"import torch; torch.set_num_threads({torch.get_num_threads()}); "
+        "from ebmbook.core.bench import serve; "
+        f"serve({case.key!r}, {arm!r}, {str(case.x.device)!r})"
+    )
+    pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    child = subprocess.Popen([sys.executable, '-c', code], **pipes)
+
     def run():
         print(file=child.stdin, flush=True)
-        if not child.stdout.readline(): raise RuntimeError(f"the process that ran {arm!r} of {case.key!r} has ended")
+        if not child.stdout.readline():
+            raise RuntimeError(f"the process that ran {arm!r} of {case.key!r} has ended")
+
     return _always(run)
 
+
 def serve(
-    key:str,    # Case, a name in `CASES` or `QUICK`
-    arm:str,    # Name in `ARMS`
-    device:str, # Where
+    key: str,  # Case, a name in `CASES` or `QUICK`
+    arm: str,  # Name in `ARMS`
+    device: str,  # Where
 ):
     "Run one candidate once for each line of the input, until that ends."
-    with ARMS[arm]((CASES | QUICK)[key][1](device))() as f:
+    _, build = (CASES | QUICK)[key]
+    with ARMS[arm](build(device=device))() as run_chain:
         for _ in sys.stdin:
-            f()
+            run_chain()
             print('done', flush=True)
 
 # %% ../../nbs/core/bench.ipynb #c037
-def run(
-    only:tuple=(),           # Names of `CASES`; empty takes all, and the memory
-    *,
-    quick:bool=False,        # Tiny networks, no compilation, a few seconds
-    minutes:float=5.5,       # For all rounds; preparation, compilation and memory come on top
-    device:str='cpu',
-    tell:Callable=lambda text: None, # Called with a line after each case
-)->dict:                     # machine, rows, memory
-    "Run the bench. Raises `KeyError` for an unknown case."
-    cases = QUICK if quick else CASES
-    if unknown := set(only)-set(cases): raise KeyError(f"no case {', '.join(sorted(unknown))}; known: {', '.join(cases)}")
-    names,out = tuple(only) or tuple(cases),dict(machine=machine(device) | dict(quick=quick), rows=[], memory=[])
-    whole = sum(cases[k][0] for k in names)
-    for k in names:
-        start,(share,build) = time.perf_counter(),cases[k]
-        rows = measure(replace(build(device), key=k), 60*minutes*share/whole, 3 if quick else 40)
-        out['rows'] += rows
-        tell(f"{k}: {max(len(o.get('rounds', ())) for o in rows)} rounds, {time.perf_counter()-start:.0f} s")
-    if not only:
-        sizes,chunk,width = ((4, 8), 4, 1/32) if quick else ((64, 128, 256, 512), 64, 1/4)
-        if device!='mps': out['memory'] = memory(sizes, chunk, width, device) + memory(sizes[:1 if quick else 3], 0, width, device)
-        tell('memory: done')
-    return out
+def _memory_rows(quick, device):  # in chunks, then all at once for the smaller sizes
+    sizes, chunk, width = ((4, 8), 4, 1 / 32) if quick else ((64, 128, 256, 512), 64, 1 / 4)
+    at_once = sizes[: 1 if quick else 3]
+    return memory(sizes, chunk, width, device) + memory(at_once, 0, width, device)
 
-def bench_path()->Path: # The committed file
+
+def run(
+    only: tuple = (),  # Names of `CASES`; empty takes all, and the memory
+    *,
+    quick: bool = False,  # Tiny networks, no compilation, a few seconds
+    minutes: float = 5.5,  # For all rounds
+    device: str = 'cpu',
+    tell: Callable = lambda text: None,  # Called with a line after each case
+) -> dict:  # machine, rows, memory
+    """Run the bench.
+
+    Preparation, compilation and memory come on top of `minutes`.
+    Raises `KeyError` for an unknown case.
+    """
+    cases = QUICK if quick else CASES
+    unknown = set(only) - set(cases)
+    if unknown:
+        raise KeyError(f"no case {', '.join(sorted(unknown))}; known: {', '.join(cases)}")
+    names = tuple(only) or tuple(cases)
+    result = dict(machine=machine(device) | dict(quick=quick), rows=[], memory=[])
+    whole = sum(cases[name][0] for name in names)
+    for name in names:
+        start = time.perf_counter()
+        share, build = cases[name]
+        case = replace(build(device=device), key=name)
+        rows = measure(case, 60 * minutes * share / whole, 3 if quick else 40)
+        result['rows'] += rows
+        rounds = max(len(row.get('rounds', ())) for row in rows)
+        tell(f"{name}: {rounds} rounds, {time.perf_counter() - start:.0f} s")
+    if not only:
+        if device != 'mps':
+            result['memory'] = _memory_rows(quick, device)
+        tell('memory: done')
+    return result
+
+# %% ../../nbs/core/bench.ipynb #61d93573
+def bench_path() -> Path:  # The committed file
     "Where the last full bench lies in the clone."
-    return root()/'results'/'bench.json'
+    return root() / 'results' / 'bench.json'
+
+
+def _listed(rows):  # JSON of a list, one row per line
+    if not rows:
+        return '[]'
+    return '[\n' + ',\n'.join('  ' + json.dumps(row) for row in rows) + '\n ]'
+
 
 def save(
-    result:dict, # From `run`
-    path:Path,   # Replaced as a whole
+    result: dict,  # From `run`
+    path: Path,  # Replaced as a whole
 ):
     "Write a result, one row per line."
-    lines = lambda rows: '[\n'+',\n'.join('  '+json.dumps(o) for o in rows)+'\n ]' if rows else '[]'
-    write_text(Path(path), '{\n "machine": '+json.dumps(result['machine'])+',\n "rows": '+lines(result['rows'])+',\n "memory": '+lines(result['memory'])+'\n}\n')
+    parts = [
+        f' "machine": {json.dumps(result["machine"])}',
+        f' "rows": {_listed(result["rows"])}',
+        f' "memory": {_listed(result["memory"])}',
+    ]
+    write_text(Path(path), '{\n' + ',\n'.join(parts) + '\n}\n')
 
 # %% ../../nbs/core/bench.ipynb #c040
+def _verdict(must, where, value, limit=None, at_most=False):
+    value = round(value, 2)  # numbers are compared as printed
+    met = None
+    if limit is not None:
+        met = value <= limit if at_most else value >= limit
+    return dict(must=must, where=where, value=value, limit=limit, met=met)
+
+
+def _over_floor(case, arms):  # what `langevin` adds to the network, in both layouts
+    found = []
+    for name in ('float32', 'float32, channels last'):
+        if name not in arms:
+            continue
+        where = f'{case}, {name}'
+        least = arms[_floor_of(name)]['seconds']
+        cost = arms[name]['floor']
+        if least < 1e-3:
+            must = 'fixed cost of an update in microseconds'
+            found.append(_verdict(must, where, 1e6 * least * (cost - 1)))
+        else:
+            must = 'cost over the floor of the same layout, at most'
+            found.append(_verdict(must, where, cost, 1.05, at_most=True))
+    return found
+
+# %% ../../nbs/core/bench.ipynb #dae7c13c
+_VARIANTS = ('float32', 'float32, channels last', 'bfloat16', 'compiled', 'compiled, bfloat16')
+
+
+def _kept_memory(case, arms):  # the fastest variant against torchebm, and the part of memory
+    rival = arms['torchebm']
+    fast = [name for name in _VARIANTS if name in arms]
+    best = max(fast, key=lambda name: ratio(rival, arms[name]))
+    where = f'{case}, {best}'
+    found = []
+    if 'torchebm, as it comes' in arms:
+        must = 'speed over torchebm as it comes, fastest variant, at least'
+        gain = ratio(arms['torchebm, as it comes'], arms[best])
+        found.append(_verdict(must, where, gain, 3.0))
+    must = 'the same where torchebm keeps freed memory too'
+    found.append(_verdict(must, where, ratio(rival, arms[best])))
+    if 'float32, as it comes' in arms:
+        gain = ratio(arms['float32, as it comes'], arms['float32'])
+        found.append(_verdict('gain of keeping freed memory', f'{case}, float32', gain))
+    return found
+
+# %% ../../nbs/core/bench.ipynb #97f021e7
+def _over_torchebm(case, arms):
+    if 'torchebm' not in arms:
+        return []
+    speed = ratio(arms['torchebm'], arms['float32'])
+    found = [_verdict('speed over torchebm, float32, at least', case, speed, 0.98)]
+    return found + (_kept_memory(case, arms) if case.startswith('VAEBM') else [])
+
+
+def _norm_gain(case, arms):  # of spectral norm once per chain, which only CDRL's case asks for
+    if 'CDRL' not in case:
+        return []
+    each_step = arms['norm at each step']
+    float32 = arms['float32']
+    once = arms['frozen, once per chain']
+    pairs = zip(float32['rounds'], once['rounds'], strict=True)
+    chain = dict(rounds=[update + norm / 15 for update, norm in pairs])
+    must = 'gain of spectral norm once per chain'
+    return [
+        _verdict(f'{must}, without the once', case, ratio(each_step, float32)),
+        _verdict(f'{must} of 15 updates', case, ratio(each_step, chain)),
+    ]
+
+
+def _growth(rows):  # of memory beyond one chunk
+    chunked = [row for row in rows if row['chunk']]
+    beyond = [row['mb'] for row in chunked if row['samples'] >= row['chunk']]
+    if len(beyond) < 2:
+        return []
+    must = 'memory beyond one chunk over that of one chunk, at most'
+    where = f"chunks of {chunked[0]['chunk']}"
+    return [_verdict(must, where, max(beyond[1:]) / max(beyond[0], 0.1), 1.1, at_most=True)]
+
+
 def verdicts(
-    result:dict, # From `run`, or the stored file
-)->list[dict]:   # must, where, value, limit, met (None where nothing is demanded)
+    result: dict,  # From `run`, or the stored file
+) -> list[dict]:  # must, where, value, limit, met (None where nothing is demanded)
     "Judge a result."
-    out,cases = [],{}
-    for o in result['rows']:
-        if 'rounds' in o: cases.setdefault(o['case'], {})[o['arm']] = o
-    def say(must, where, value, limit=None, most=False):
-        value = round(value, 2)
-        out.append(dict(must=must, where=where, value=value, limit=limit, met=None if limit is None else value<=limit if most else value>=limit))
-    for k,arms in cases.items():
-        for name in ('float32', 'float32, channels last'):
-            if name not in arms: continue
-            if (least := arms[_floor_of(name)]['seconds'])<1e-3: say('fixed cost of an update in microseconds', f'{k}, {name}', 1e6*least*(arms[name]['floor']-1))
-            else: say('cost over the floor of the same layout, at most', f'{k}, {name}', arms[name]['floor'], 1.05, most=True)
-    for k,arms in cases.items():
-        if 'torchebm' not in arms: continue
-        say('speed over torchebm, float32, at least', k, ratio(arms['torchebm'], arms['float32']), .98)
-        if k.startswith('VAEBM'):
-            best = max((o for o in ('float32', 'float32, channels last', 'bfloat16', 'compiled', 'compiled, bfloat16') if o in arms), key=lambda o: ratio(arms['torchebm'], arms[o]))
-            if 'torchebm, as it comes' in arms: say('speed over torchebm as it comes, fastest variant, at least', f'{k}, {best}', ratio(arms['torchebm, as it comes'], arms[best]), 3.)
-            say('the same where torchebm keeps freed memory too', f'{k}, {best}', ratio(arms['torchebm'], arms[best]))
-            if 'float32, as it comes' in arms: say('gain of keeping freed memory', f'{k}, float32', ratio(arms['float32, as it comes'], arms['float32']))
-    for k,arms in cases.items():
-        if 'CDRL' not in k: continue
-        say('gain of spectral norm once per chain, without the once', k, ratio(arms['norm at each step'], arms['float32']))
-        chain = arms['float32'] | dict(rounds=[a+b/15 for a,b in zip(arms['float32']['rounds'], arms['frozen, once per chain']['rounds'], strict=True)])
-        say('gain of spectral norm once per chain of 15 updates', k, ratio(arms['norm at each step'], chain))
-    chunked = [o for o in result['memory'] if o['chunk']]
-    if len(beyond := [o['mb'] for o in chunked if o['samples']>=o['chunk']])>1:
-        say('memory beyond one chunk over that of one chunk, at most', f"chunks of {chunked[0]['chunk']}", max(beyond[1:])/max(beyond[0], .1), 1.1, most=True)
-    return out
+    cases = {}
+    for row in result['rows']:
+        if 'rounds' in row:
+            cases.setdefault(row['case'], {})[row['arm']] = row
+    found = []
+    for rule in (_over_floor, _over_torchebm, _norm_gain):
+        for case, arms in cases.items():
+            found += rule(case, arms)
+    return found + _growth(result['memory'])
 
 # %% ../../nbs/core/bench.ipynb #c042
+SPEED_HEAD = [
+    'energy',
+    'what runs',
+    'ms per update',
+    'times the floor',
+    'faster than torchebm',
+    'spread',
+]
+
+
+def _speed_cells(row, rivals):  # one line of the table; `rivals` are torchebm's rows by case
+    if 'rounds' not in row:
+        return [row['case'], row['arm'], '-', '-', '-', row['note']]
+    compared = row['case'] in rivals and not row['arm'].startswith('frozen')
+    against = f"{ratio(rivals[row['case']], row):.2f}" if compared else '-'
+    low = 1e3 * min(row['rounds'])
+    high = 1e3 * max(row['rounds'])
+    spread = f"{low:.4g} to {high:.4g}, {len(row['rounds'])} rounds"
+    timing = [f"{1e3 * row['seconds']:.4g}", f"{row['floor']:.2f}", against, spread]
+    return [row['case'], row['arm'], *timing]
+
+
 def speed_rows(
-    result:dict, # From `run`, or the stored file
-)->list[list]:   # Cells under `SPEED_HEAD`
+    result: dict,  # From `run`, or the stored file
+) -> list[list]:  # Cells under `SPEED_HEAD`
     "The timings as cells of a table."
-    out,rival = [],{o['case']: o for o in result['rows'] if o['arm']=='torchebm' and 'rounds' in o}
-    for o in result['rows']:
-        if 'rounds' not in o: out.append([o['case'], o['arm'], '-', '-', '-', o['note']]); continue
-        low,high = min(o['rounds']),max(o['rounds'])
-        against = f"{ratio(rival[o['case']], o):.2f}" if o['case'] in rival else '-'
-        if o['arm'].startswith('frozen'): against = '-'
-        out.append([o['case'], o['arm'], f"{1e3*o['seconds']:.4g}", f"{o['floor']:.2f}", against, f"{1e3*low:.4g} to {1e3*high:.4g}, {len(o['rounds'])} rounds"])
-    return out
+    rows = result['rows']
+    timed = [row for row in rows if row['arm'] == 'torchebm' and 'rounds' in row]
+    rivals = {row['case']: row for row in timed}
+    return [_speed_cells(row, rivals) for row in rows]
 
-SPEED_HEAD = ['energy', 'what runs', 'ms per update', 'times the floor', 'faster than torchebm', 'spread']
+# %% ../../nbs/core/bench.ipynb #43f754f3
 VERDICT_HEAD = ['what', 'where', 'value', 'limit', 'met']
+_MET = {None: '', True: 'yes', False: 'no'}
 
-def verdict_rows(result:dict)->list[list]: # Cells under `VERDICT_HEAD`
+
+def verdict_rows(
+    result: dict,  # From `run`, or the stored file
+) -> list[list]:  # Cells under `VERDICT_HEAD`
     "The verdicts as cells of a table."
-    return [[o['must'], o['where'], f"{o['value']:.2f}", '' if o['limit'] is None else f"{o['limit']:.2f}", '' if o['met'] is None else 'yes' if o['met'] else 'no'] for o in verdicts(result)]
+    cells = []
+    for verdict in verdicts(result):
+        limit = '' if verdict['limit'] is None else f"{verdict['limit']:.2f}"
+        met = _MET[verdict['met']]
+        cells.append([verdict['must'], verdict['where'], f"{verdict['value']:.2f}", limit, met])
+    return cells

@@ -21,7 +21,7 @@ import yaml
 from typer.core import TyperCommand
 
 import ebmbook
-from .config import _unknown, choose
+from .config import unknown, choose
 
 # %% ../../nbs/core/cli.ipynb #c005
 def join_args(
@@ -49,7 +49,7 @@ def parameters(
     out = {}
     for pair in pairs or []:
         key,eq,value = pair.partition('=')
-        if key not in known: raise _unknown('parameter', key, known)
+        if key not in known: raise unknown('parameter', key, known)
         if not eq: raise ValueError(f"-p {key} needs a value: -p {key} VALUE")
         if key in out: raise ValueError(f"-p {key} is given twice")
         out[key] = value
@@ -126,7 +126,7 @@ def load_system(
     name:str, # E.g. 'cdrl'
 ):            # The module
     "Import a system. Raises `KeyError` listing the known ones."
-    if name not in systems(): raise _unknown('system', name, list(systems()))
+    if name not in systems(): raise unknown('system', name, list(systems()))
     return importlib.import_module(f'ebmbook.{name}')
 
 def select(
@@ -138,7 +138,7 @@ def select(
     "Choose a row by data set or by name. Raises `ValueError` if neither is given."
     rows = module.PRESETS
     if not dataset and not preset: raise ValueError(f"which row? Give -p preset ROW, one of {', '.join(rows)}, or -p dataset NAME, one of {', '.join(module.DEFAULT_ROW)}")
-    if preset and preset not in rows: raise _unknown('preset', preset, list(rows))
+    if preset and preset not in rows: raise unknown('preset', preset, list(rows))
     return choose(rows, module.DEFAULT_ROW, dataset or rows[preset].data, preset, over)
 
 def check_device(
@@ -209,7 +209,7 @@ def find_notebook(
     "Raises `KeyError` listing the chapters that take parameters."
     from ebmbook.core.runs import root
     found = {re.sub(r'^\d+[a-z]?_', '', p.stem): p for p in sorted((root()/'nbs').glob('[0-9]*.ipynb')) if read_parameters(p) is not None}
-    if system not in found: raise _unknown('chapter', system, list(found))
+    if system not in found: raise unknown('chapter', system, list(found))
     return found[system]
 
 def read_parameters(
@@ -335,7 +335,7 @@ def load_nets(
 
 def _book_folder(module, name, preset):
     from ebmbook.core.runs import book_weights, root
-    if preset not in module.PRESETS: raise _unknown('preset', preset, list(module.PRESETS))
+    if preset not in module.PRESETS: raise unknown('preset', preset, list(module.PRESETS))
     if (found := book_weights(name, preset)) is not None: return found
     have = sorted(p.name.removeprefix(f'{name}-') for p in (root()/'results'/'weights').glob(f'{name}-*') if (p/'model.safetensors').is_file())
     raise FileNotFoundError(f"the book ships no weights of {preset!r} (it has: {', '.join(have) or 'none yet'}); train them with: ebmbook train {name} -p preset {preset}")
@@ -523,7 +523,7 @@ def claims(
     from ebmbook.core.runs import ledger, ledger_path, root
     chosen,path = read_claims(file or None),Path(ledger_file) if ledger_file else ledger_path()
     for o in only or []:
-        if o not in [c.id for c in chosen]: raise _unknown('claim', o, [c.id for c in chosen])
+        if o not in [c.id for c in chosen]: raise unknown('claim', o, [c.id for c in chosen])
     if only: chosen = [c for c in chosen if c.id in only]
     numbers = [int(o) for o in re.split(r'[,\s]+', seeds) if o.isdigit()]
     failed = run_claims(chosen, numbers, path, Path(out) if out else root()/'runs'/'claims', device, fresh) if run else []

@@ -21,120 +21,168 @@ from ..mcmc import normal
 
 # %% ../../nbs/core/flowpp.ipynb #c006
 def log_odds(
-    x:Tensor,         # (...) float, any unit
-    logits:Tensor,    # (..., K) unnormalised log-weights of the components
-    mu:Tensor,        # (..., K) means, unit of x
-    log_scale:Tensor, # (..., K) logarithms of the scales
-)->tuple:             # log F - log(1-F) and the logarithm of its slope, both (...)
-    """Log-odds of the distribution function of a mixture of logistics, without ever forming the function itself.
+    x: Tensor,  # (...) float, any unit
+    logits: Tensor,  # (..., K) unnormalised log-weights of the components
+    mu: Tensor,  # (..., K) means, unit of x
+    log_scale: Tensor,  # (..., K) logarithms of the scales
+) -> tuple:  # log F - log(1-F) and the logarithm of its slope, both (...)
+    """Log-odds of the distribution function of a mixture of logistics.
 
+    The distribution function itself is never formed.
     Source: label `eq-flowpp-logodds`; Ho et al. 2019, section 3.2.
     """
-    w = logits.log_softmax(-1)
-    t = (x.unsqueeze(-1)-mu) * torch.exp(-log_scale)
-    below,above = F.logsigmoid(t), F.logsigmoid(-t)
-    f,g = (w+below).logsumexp(-1), (w+above).logsumexp(-1)
-    return f-g, (w+below+above-log_scale).logsumexp(-1) - f - g
+    log_weight = logits.log_softmax(-1)
+    t = (x.unsqueeze(-1) - mu) * torch.exp(-log_scale)
+    below = F.logsigmoid(t)
+    above = F.logsigmoid(-t)
+    log_cdf = (log_weight + below).logsumexp(-1)
+    log_rest = (log_weight + above).logsumexp(-1)
+    log_density = (log_weight + below + above - log_scale).logsumexp(-1)
+    return log_cdf - log_rest, log_density - log_cdf - log_rest
 
 # %% ../../nbs/core/flowpp.ipynb #c010
-def from_log_odds(
-    v:Tensor,         # (...) float, log-odds
-    logits:Tensor,    # (..., K) unnormalised log-weights
-    mu:Tensor,        # (..., K) means
-    log_scale:Tensor, # (..., K) logarithms of the scales
-    n_max:int=100,    # Steps of the search at most; about ten are usual
-)->Tensor:            # (...) the x at which `log_odds` is v, to rounding error
-    """Invert `log_odds` by Newton's method, kept in a bracket; first derivatives pass through.
+@torch.no_grad()
+def _search(odds, mixture, n_max): # Newton's method in a bracket, each number for itself
+    eps = torch.finfo(odds.dtype).eps
+    ends = mixture[1] + odds.unsqueeze(-1) * mixture[2].exp()
+    low = ends.amin(-1)
+    high = ends.amax(-1)
+    x = (low + high) / 2
+    before_last = high - low
+    last = high - low
+    for _ in range(n_max):
+        value, slope = log_odds(x, *mixture)
+        miss = value - odds
+        low, high = torch.where(miss < 0, x, low), torch.where(miss < 0, high, x)
+        newton = miss * torch.exp(-slope)
+        tol = eps * (1 + x.abs())
+        narrow = (newton.abs() <= tol) | (high - low <= tol)
+        done = narrow | (miss.abs() <= eps * (1 + odds.abs()))
+        if done.all():
+            break
+        target = x - newton
+        # false for NaN: then halve
+        good = (target > low) & (target < high) & (2 * newton.abs() < before_last)
+        new = torch.where(done, x, torch.where(good, target, (low + high) / 2))
+        before_last, last, x = last, (new - x).abs(), new
+    return x
 
+# %% ../../nbs/core/flowpp.ipynb #6db00fa6
+def from_log_odds(
+    odds: Tensor,  # (...) float, log-odds
+    logits: Tensor,  # (..., K) unnormalised log-weights
+    mu: Tensor,  # (..., K) means
+    log_scale: Tensor,  # (..., K) logarithms of the scales
+    n_max: int = 100,  # Steps of the search at most; about ten are usual
+) -> Tensor:  # (...) the x at which `log_odds` is `odds`, to rounding error
+    """Invert `log_odds` by Newton's method, kept in a bracket.
+
+    First derivatives pass through.
     Source: label `eq-flowpp-bracket`.
     """
-    eps,p = torch.finfo(v.dtype).eps, (logits, mu, log_scale)
-    with torch.no_grad():
-        ends = mu + v.unsqueeze(-1)*log_scale.exp()
-        lo,hi = ends.amin(-1), ends.amax(-1)
-        x,last,move = (lo+hi)/2, hi-lo, hi-lo
-        for _ in range(n_max):
-            f,slope = log_odds(x, *p)
-            r = f-v
-            lo,hi = torch.where(r<0, x, lo), torch.where(r<0, hi, x)
-            newton,tol = r*torch.exp(-slope), eps*(1+x.abs())
-            done = (newton.abs()<=tol) | (hi-lo<=tol) | (r.abs()<=eps*(1+v.abs()))
-            if done.all(): break
-            good = (x-newton>lo) & (x-newton<hi) & (2*newton.abs()<last)   # false for NaN: then halve
-            new = torch.where(done, x, torch.where(good, x-newton, (lo+hi)/2)) # each number stops by itself
-            last,move,x = move, (new-x).abs(), new
-    if not (torch.is_grad_enabled() and any(o.requires_grad for o in (v, *p))): return x
-    f,slope = log_odds(x, *p)
-    step = (f-v) * torch.exp(-slope.detach().clamp(min=-60))               # a flat stretch must not overflow
-    return x - (step-step.detach())
+    mixture = logits, mu, log_scale
+    x = _search(odds, mixture, n_max)
+    wanted = any(number.requires_grad for number in (odds, *mixture))
+    if not (torch.is_grad_enabled() and wanted):
+        return x
+    value, slope = log_odds(x, *mixture)
+    # a flat stretch must not overflow
+    step = (value - odds) * torch.exp(-slope.detach().clamp(min=-60))
+    return x - (step - step.detach())
 
 # %% ../../nbs/core/flowpp.ipynb #c015
 def checker(
-    x:Tensor, # (B, C, H, W), W even
-)->tuple:     # Two tensors (B, C, H, W/2): the white and the black fields
+    x: Tensor,  # (B, C, H, W), W even
+) -> tuple:  # Two tensors (B, C, H, W/2): the white and the black fields
     "Split an image like a checkerboard; the fields of a row move together."
     x = x.unflatten(-1, (-1, 2))
-    odd = (torch.arange(x.shape[2], device=x.device)%2).bool()[:,None]
-    return torch.where(odd, x[...,1], x[...,0]), torch.where(odd, x[...,0], x[...,1])
+    odd = (torch.arange(x.shape[2], device=x.device) % 2).bool()[:, None]
+    white = torch.where(odd, x[..., 1], x[..., 0])
+    black = torch.where(odd, x[..., 0], x[..., 1])
+    return white, black
 
 def unchecker(
-    p:Tensor, # (B, C, H, W/2) white fields
-    q:Tensor, # (B, C, H, W/2) black fields
-)->Tensor:    # (B, C, H, W)
+    white: Tensor,  # (B, C, H, W/2) white fields
+    black: Tensor,  # (B, C, H, W/2) black fields
+) -> Tensor:  # (B, C, H, W)
     "Put a checkerboard together again."
-    odd = (torch.arange(p.shape[2], device=p.device)%2).bool()[:,None]
-    return torch.stack((torch.where(odd, q, p), torch.where(odd, p, q)), -1).flatten(-2)
+    odd = (torch.arange(white.shape[2], device=white.device) % 2).bool()[:, None]
+    left = torch.where(odd, black, white)
+    right = torch.where(odd, white, black)
+    return torch.stack((left, right), -1).flatten(-2)
 
+# %% ../../nbs/core/flowpp.ipynb #8e91a49b
 def squeeze(
-    x:Tensor, # (B, C, H, W), H and W even
-)->Tensor:    # (B, 4C, H/2, W/2): upper left pixel of each square, then lower right, upper right, lower left
-    "Turn squares of 2x2 pixels into channels; the first half of the channels is one colour of the checkerboard."
-    return torch.cat((x[...,::2,::2], x[...,1::2,1::2], x[...,::2,1::2], x[...,1::2,::2]), 1)
+    x: Tensor,  # (B, C, H, W), H and W even
+) -> Tensor:  # (B, 4C, H/2, W/2)
+    """Turn squares of 2x2 pixels into channels.
+
+    Their order: upper left pixel of each square, then lower right, upper right, lower left;
+    so the first half of the channels is one colour of the checkerboard.
+    """
+    upper_left = x[..., ::2, ::2]
+    lower_right = x[..., 1::2, 1::2]
+    upper_right = x[..., ::2, 1::2]
+    lower_left = x[..., 1::2, ::2]
+    return torch.cat((upper_left, lower_right, upper_right, lower_left), 1)
 
 def unsqueeze(
-    x:Tensor, # (B, 4C, H/2, W/2)
-)->Tensor:    # (B, C, H, W)
+    x: Tensor,  # (B, 4C, H/2, W/2)
+) -> Tensor:  # (B, C, H, W)
     "Turn channels into squares of 2x2 pixels again."
-    a,b,c,d = x.chunk(4, 1)
-    rows = torch.stack((a, c), -1).flatten(-2), torch.stack((d, b), -1).flatten(-2)
-    return torch.stack(rows, -2).flatten(-3, -2)
+    upper_left, lower_right, upper_right, lower_left = x.chunk(4, 1)
+    upper = torch.stack((upper_left, upper_right), -1).flatten(-2)
+    lower = torch.stack((lower_left, lower_right), -1).flatten(-2)
+    return torch.stack((upper, lower), -2).flatten(-3, -2)
 
 # %% ../../nbs/core/flowpp.ipynb #c018
 def wn(
-    layer:nn.Module, # Linear or convolution
-)->nn.Module:        # The same layer; each output's weights are gain * direction / |direction|
+    layer: nn.Module,  # Linear or convolution
+) -> nn.Module:  # The same layer; each output's weights are gain * direction / |direction|
     "Give `layer` weight normalisation, one gain for each output."
     return parametrizations.weight_norm(layer)
 
 def gains(
-    net:nn.Module, # Any network
-)->list:           # Its weight-norm gains: the parameters that the released programs decay
+    net: nn.Module,  # Any network
+) -> list:  # Its weight-norm gains: the parameters that the released programs decay
     "The gains of all weight-normalised layers of `net`."
-    return [p for k,p in net.named_parameters() if k.endswith('parametrizations.weight.original0')]
+    ending = 'parametrizations.weight.original0'
+    return [value for name, value in net.named_parameters() if name.endswith(ending)]
 
-def _conv(i, o, k): return wn(nn.Conv2d(i, o, k, padding=k//2))
+def _conv(n_in, n_out, kernel):
+    return wn(nn.Conv2d(n_in, n_out, kernel, padding=kernel // 2))
 
-def _both(x): return F.elu(torch.cat((x, -x), 1)) # twice the channels, and neither sign is lost
+def _both(x): # twice the channels, and neither sign is lost
+    return F.elu(torch.cat((x, -x), 1))
 
 # %% ../../nbs/core/flowpp.ipynb #c021
 class GatedConv(nn.Module):
-    "Two convolutions with a gate; a context of the same height and width may join between them."
-    def __init__(self,
-        width:int,     # Channels in and out
-        ctx:int=0,     # Channels of the context; 0 for none
-        drop:float=.2, # Share of channels dropped in training mode, from torch's global generator
+    """Two convolutions with a gate.
+
+    A context of the same height and width may join between them.
+    Dropout draws from torch's global generator.
+    """
+    def __init__(
+        self,
+        width: int,  # Channels in and out
+        ctx: int = 0,  # Channels of the context; 0 for none
+        drop: float = .2,  # Share of channels dropped in training mode
     ):
         super().__init__()
-        self.enter,self.leave,self.drop = _conv(2*width, width, 3), _conv(2*width, 2*width, 1), nn.Dropout2d(drop)
-        self.side = _conv(2*ctx, width, 1) if ctx else None
+        self.enter = _conv(2 * width, width, 3)
+        self.leave = _conv(2 * width, 2 * width, 1)
+        self.drop = nn.Dropout2d(drop)
+        self.side = _conv(2 * ctx, width, 1) if ctx else None
 
-    def forward(self,
-        x:Tensor,               # (B, width, H, W)
-        ctx:Tensor|None=None,   # (B, ctx, H, W), if the block was built with one
-    )->Tensor:                  # (B, width, H, W)
-        h = self.enter(_both(x))
-        if self.side is not None: h = h + self.side(_both(ctx))
-        return F.glu(self.leave(self.drop(_both(h))), 1)
+    def forward(
+        self,
+        x: Tensor,  # (B, width, H, W)
+        ctx: Tensor | None = None,  # (B, ctx, H, W), if the block was built with one
+    ) -> Tensor:  # (B, width, H, W)
+        hidden = self.enter(_both(x))
+        if self.side is not None:
+            hidden = hidden + self.side(_both(ctx))
+        return F.glu(self.leave(self.drop(_both(hidden))), 1)
 
 # %% ../../nbs/core/flowpp.ipynb #c023
 class GatedAttention(nn.Module):
@@ -142,160 +190,215 @@ class GatedAttention(nn.Module):
 
     Raises `ValueError` if the heads do not share the channels evenly.
     """
-    def __init__(self,
-        width:int,     # Channels in and out; a multiple of `heads`, even
-        heads:int=4,   # Parallel attentions
-        drop:float=.2, # Share of attention weights dropped in training mode
+    def __init__(
+        self,
+        width: int,  # Channels in and out; a multiple of `heads`, even
+        heads: int = 4,  # Parallel attentions
+        drop: float = .2,  # Share of attention weights dropped in training mode
     ):
         super().__init__()
-        if width%heads or width%2: raise ValueError(f"width {width} must be even and a multiple of {heads} heads")
-        self.heads,self.drop = heads,drop
-        self.ask,self.leave = wn(nn.Linear(width, 3*width, bias=False)), wn(nn.Linear(width, 2*width))
+        if width % heads or width % 2:
+            raise ValueError(f"width {width} must be even and a multiple of {heads} heads")
+        self.heads = heads
+        self.drop = drop
+        self.ask = wn(nn.Linear(width, 3 * width, bias=False))
+        self.leave = wn(nn.Linear(width, 2 * width))
 
-    def forward(self,
-        x:Tensor, # (B, width, H, W)
-    )->Tensor:    # (B, width, H, W)
-        t = x.flatten(2).mT
-        t = t + sinusoid(torch.arange(t.shape[1], dtype=x.dtype, device=x.device), x.shape[1])
-        k,v,q = (o.unflatten(-1, (self.heads, -1)).transpose(1, 2) for o in self.ask(t).chunk(3, -1))
-        h = F.scaled_dot_product_attention(q, k, v, dropout_p=self.drop if self.training else 0.)
-        return F.glu(self.leave(h.transpose(1, 2).flatten(2)), -1).mT.unflatten(-1, x.shape[2:])
+    def _split(self, x): # (B, H*W, width) -> (B, heads, H*W, width/heads)
+        return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+
+    def forward(
+        self,
+        x: Tensor,  # (B, width, H, W)
+    ) -> Tensor:  # (B, width, H, W)
+        places = x.flatten(2).mT
+        order = torch.arange(places.shape[1], dtype=x.dtype, device=x.device)
+        places = places + sinusoid(order, x.shape[1])
+        key, value, query = (self._split(part) for part in self.ask(places).chunk(3, -1))
+        drop = self.drop if self.training else 0.
+        heads = F.scaled_dot_product_attention(query, key, value, dropout_p=drop)
+        gated = F.glu(self.leave(heads.transpose(1, 2).flatten(2)), -1)
+        return gated.mT.unflatten(-1, x.shape[2:])
 
 # %% ../../nbs/core/flowpp.ipynb #c026
 class Gain(nn.Module):
-    "One learned factor for each channel, with weight norm as in the released program, where its second number is only a sign."
-    def __init__(self, n):
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(n, 1, 1))
-    def forward(self, x): return x*self.weight
+    """One learned factor for each channel.
 
-class ImageNet(nn.Module):
-    "Mixture parameters for one half of an image from the other half: convolutions and attention in turn."
-    def __init__(self,
-        ch:int,        # Channels of each half
-        width:int=96,  # Channels inside
-        blocks:int=10, # Pairs of gated convolution and gated attention
-        n_mix:int=32,  # Components K
-        heads:int=4,   # Heads of the attention
-        drop:float=.2, # Dropout in training mode
-        ctx:int=0,     # Channels of a context; 0 for none
+    It takes weight norm, as in the released program, where its second number is only a
+    sign.
+    """
+    def __init__(
+        self,
+        n: int,  # Channels
     ):
         super().__init__()
-        self.enter,self.leave = _conv(ch, width, 3), _conv(width, ch*(2+3*n_mix), 3)
+        self.weight = nn.Parameter(torch.ones(n, 1, 1))
+
+    def forward(self, x):
+        return x * self.weight
+
+# %% ../../nbs/core/flowpp.ipynb #ff75e372
+def _norm_channels(norm, x):
+    return norm(x.movedim(1, -1)).movedim(-1, 1)
+
+class ImageNet(nn.Module):
+    """Mixture parameters for one half of an image from the other half.
+
+    Convolutions and attention take turns.
+    """
+    def __init__(
+        self,
+        ch: int,  # Channels of each half
+        width: int = 96,  # Channels inside
+        blocks: int = 10,  # Pairs of gated convolution and gated attention
+        n_mix: int = 32,  # Components K
+        heads: int = 4,  # Heads of the attention
+        drop: float = .2,  # Dropout in training mode
+        ctx: int = 0,  # Channels of a context; 0 for none
+    ):
+        super().__init__()
+        self.enter = _conv(ch, width, 3)
+        self.leave = _conv(width, ch * (2 + 3 * n_mix), 3)
         self.convs = nn.ModuleList(GatedConv(width, ctx, drop) for _ in range(blocks))
         self.attns = nn.ModuleList(GatedAttention(width, heads, drop) for _ in range(blocks))
-        self.norms = nn.ModuleList(nn.LayerNorm(width) for _ in range(2*blocks))
+        self.norms = nn.ModuleList(nn.LayerNorm(width) for _ in range(2 * blocks))
 
-    def forward(self,
-        q:Tensor,              # (B, ch, H, W) resting half
-        ctx:Tensor|None=None,  # (B, ctx, H, W) context
-    )->Tensor:                 # (B, ch, H, W, 2+3K)
-        norm = lambda o,h: o(h.movedim(1, -1)).movedim(-1, 1)
-        h = self.enter(q)
-        for conv,attn,n,m in zip(self.convs, self.attns, self.norms[::2], self.norms[1::2]):
-            h = norm(n, h + conv(h, ctx))
-            h = norm(m, h + attn(h))
-        return self.leave(h).unflatten(1, (q.shape[1], -1)).movedim(2, -1)
+    def forward(
+        self,
+        resting: Tensor,  # (B, ch, H, W) resting half
+        ctx: Tensor | None = None,  # (B, ctx, H, W) context
+    ) -> Tensor:  # (B, ch, H, W, 2+3K)
+        hidden = self.enter(resting)
+        norms = self.norms[::2], self.norms[1::2]
+        for conv, attn, norm_conv, norm_attn in zip(self.convs, self.attns, *norms):
+            hidden = _norm_channels(norm_conv, hidden + conv(hidden, ctx))
+            hidden = _norm_channels(norm_attn, hidden + attn(hidden))
+        return self.leave(hidden).unflatten(1, (resting.shape[1], -1)).movedim(2, -1)
 
 # %% ../../nbs/core/flowpp.ipynb #c030
 class PointNet(nn.Sequential):
     "Mixture parameters for one half of a point from the other half: a dense network."
-    def __init__(self,
-        ch:int,       # Coordinates of each half
-        width:int=64, # Hidden units of each of two layers
-        n_mix:int=8,  # Components K
+    def __init__(
+        self,
+        ch: int,  # Coordinates of each half
+        width: int = 64,  # Hidden units of each of two layers
+        n_mix: int = 8,  # Components K
     ):
-        super().__init__(nn.Linear(ch, width), nn.SiLU(), nn.Linear(width, width), nn.SiLU(), nn.Linear(width, ch*(2+3*n_mix)))
+        super().__init__(
+            nn.Linear(ch, width),
+            nn.SiLU(),
+            nn.Linear(width, width),
+            nn.SiLU(),
+            nn.Linear(width, ch * (2 + 3 * n_mix)),
+        )
 
-    def forward(self,
-        q:Tensor,  # (B, ch, 1, 1) resting half
+    def forward(
+        self,
+        resting: Tensor,  # (B, ch, 1, 1) resting half
         ctx=None,  # Points have no context
-    )->Tensor:     # (B, ch, 1, 1, 2+3K)
-        return super().forward(4*(q.flatten(1)/4).tanh()).view(len(q), q.shape[1], 1, 1, -1)
+    ) -> Tensor:  # (B, ch, 1, 1, 2+3K)
+        squashed = 4 * (resting.flatten(1) / 4).tanh()
+        return super().forward(squashed).view(len(resting), resting.shape[1], 1, 1, -1)
 
 # %% ../../nbs/core/flowpp.ipynb #c033
 class Coupling(nn.Module):
     "Move one half by a mixture transform whose parameters come from the other half."
-    def __init__(self,
-        net:nn.Module,    # (q, ctx) -> (B, C, H, W, 2+3K)
-        ch:int,           # Channels C of each half
-        save:bool=False,  # Whether to save memory by computing the network again in the backward pass
+    def __init__(
+        self,
+        net: nn.Module,  # (resting, ctx) -> (B, C, H, W, 2+3K)
+        ch: int,  # Channels C of each half
+        save: bool = False,  # Save memory: compute the network again in the backward pass
     ):
         super().__init__()
-        self.net,self.gain,self.save = net,wn(Gain(ch)),save
+        self.net = net
+        self.gain = wn(Gain(ch))
+        self.save = save
 
-    def parts(self, q, ctx): # a, b and the mixture, from the resting half
+    def parts(self, resting, ctx): # a, b and the mixture, from the resting half
         save = self.save and torch.is_grad_enabled()
-        o = checkpoint(self.net, q, ctx, use_reentrant=False) if save else self.net(q, ctx)
-        logits,mu,log_scale = o[...,2:].chunk(3, -1)
-        return self.gain(o[...,0].tanh()), o[...,1], (logits, mu, log_scale.clamp(min=-7))
+        args = resting, ctx
+        out = checkpoint(self.net, *args, use_reentrant=False) if save else self.net(*args)
+        logits, mu, log_scale = out[..., 2:].chunk(3, -1)
+        return self.gain(out[..., 0].tanh()), out[..., 1], (logits, mu, log_scale.clamp(min=-7))
 
-    def forward(self,
-        p:Tensor,              # (B, C, H, W) moving half
-        q:Tensor,              # (B, C, H, W) resting half
-        ctx:Tensor|None=None,  # (B, ctx, H, W) context
-    )->tuple:                  # Moved half (B, C, H, W), log-determinant (B,)
+    def forward(
+        self,
+        moving: Tensor,  # (B, C, H, W) moving half
+        resting: Tensor,  # (B, C, H, W) resting half
+        ctx: Tensor | None = None,  # (B, ctx, H, W) context
+    ) -> tuple:  # Moved half (B, C, H, W), log-determinant (B,)
         "Source: label `eq-flowpp-coupling`."
-        a,b,mix = self.parts(q, ctx)
-        v,slope = log_odds(p, *mix)
-        return (v+b)*a.exp(), (slope+a).flatten(1).sum(1)
+        a, b, mixture = self.parts(resting, ctx)
+        odds, slope = log_odds(moving, *mixture)
+        return (odds + b) * a.exp(), (slope + a).flatten(1).sum(1)
 
-    def inverse(self,
-        y:Tensor,              # (B, C, H, W) moved half
-        q:Tensor,              # (B, C, H, W) resting half
-        ctx:Tensor|None=None,  # (B, ctx, H, W) context
-    )->Tensor:                 # (B, C, H, W) the half before it was moved
-        a,b,mix = self.parts(q, ctx)
-        return from_log_odds(y*(-a).exp() - b, *mix)
+    def inverse(
+        self,
+        y: Tensor,  # (B, C, H, W) moved half
+        resting: Tensor,  # (B, C, H, W) resting half
+        ctx: Tensor | None = None,  # (B, ctx, H, W) context
+    ) -> Tensor:  # (B, C, H, W) the half before it was moved
+        a, b, mixture = self.parts(resting, ctx)
+        return from_log_odds(y * (-a).exp() - b, *mixture)
 
 # %% ../../nbs/core/flowpp.ipynb #c037
 class Mix(nn.Module):
     "Multiply the channels of every pixel by one matrix, at first nearly the identity."
-    def __init__(self,
-        ch:int, # Channels
+    def __init__(
+        self,
+        ch: int,  # Channels
     ):
         super().__init__()
-        self.weight = nn.Parameter(torch.eye(ch) + 1e-3*torch.randn(ch, ch))
+        self.weight = nn.Parameter(torch.eye(ch) + 1e-3 * torch.randn(ch, ch))
 
-    def forward(self,
-        x:Tensor, # (B, ch, H, W)
-    )->tuple:     # Like x, and log-determinant (), the same for all examples
-        return F.conv2d(x, self.weight[:,:,None,None]), torch.linalg.slogdet(self.weight)[1]*x[0,0].numel()
+    def forward(
+        self,
+        x: Tensor,  # (B, ch, H, W)
+    ) -> tuple:  # Like x, and log-determinant (), the same for all examples
+        logdet = torch.linalg.slogdet(self.weight)[1] * x[0, 0].numel()
+        return F.conv2d(x, self.weight[:, :, None, None]), logdet
 
-    def inverse(self, y): return F.conv2d(y, torch.linalg.inv(self.weight)[:,:,None,None])
+    def inverse(self, y):
+        return F.conv2d(y, torch.linalg.inv(self.weight)[:, :, None, None])
 
 # %% ../../nbs/core/flowpp.ipynb #c040
 class Step(nn.Module):
     "Normalise, mix, move one half, and exchange the halves."
-    def __init__(self,
-        net:nn.Module,   # Network of the coupling
-        ch:int,          # Channels of each half
-        save:bool=False, # As in `Coupling`
+    def __init__(
+        self,
+        net: nn.Module,  # Network of the coupling
+        ch: int,  # Channels of each half
+        save: bool = False,  # As in `Coupling`
     ):
         super().__init__()
-        self.norm,self.mix,self.move = ActNorm(2*ch), Mix(2*ch), Coupling(net, ch, save)
+        self.norm = ActNorm(2 * ch)
+        self.mix = Mix(2 * ch)
+        self.move = Coupling(net, ch, save)
 
-    def forward(self, p, q, ctx=None):
-        x,a = self.norm(torch.cat((p, q), 1))
-        x,b = self.mix(x)
-        p,q = x.chunk(2, 1)
-        p,c = self.move(p, q, ctx)
-        return q, p, a+b+c
+    def forward(self, moving, resting, ctx=None): # -> exchanged halves, log-determinant (B,)
+        x, logdet_norm = self.norm(torch.cat((moving, resting), 1))
+        x, logdet_mix = self.mix(x)
+        moving, resting = x.chunk(2, 1)
+        moved, logdet_move = self.move(moving, resting, ctx)
+        return resting, moved, logdet_norm + logdet_mix + logdet_move
 
-    def inverse(self, q, p, ctx=None):
-        return self.norm.inverse(self.mix.inverse(torch.cat((self.move.inverse(p, q, ctx), q), 1))).chunk(2, 1)
+    def inverse(self, resting, moved, ctx=None): # -> halves as they entered
+        moving = self.move.inverse(moved, resting, ctx)
+        x = self.mix.inverse(torch.cat((moving, resting), 1))
+        return self.norm.inverse(x).chunk(2, 1)
 
 # %% ../../nbs/core/flowpp.ipynb #c043
-def _through(steps, p, q, ctx=None): # all steps of one split: halves, log-determinant
+def _through(steps, moving, resting, ctx=None): # all steps of one split: halves, log-determinant
     total = 0
-    for s in steps:
-        p,q,o = s(p, q, ctx)
-        total = total+o
-    return p, q, total
+    for step in steps:
+        moving, resting, logdet = step(moving, resting, ctx)
+        total = total + logdet
+    return moving, resting, total
 
-def _back(steps, p, q):
-    for s in reversed(steps): p,q = s.inverse(p, q)
-    return p, q
+def _back(steps, moving, resting):
+    for step in reversed(steps):
+        moving, resting = step.inverse(moving, resting)
+    return moving, resting
 
 # %% ../../nbs/core/flowpp.ipynb #c046
 class PointFlowPP(Flow):
@@ -303,108 +406,143 @@ class PointFlowPP(Flow):
 
     Raises `ValueError` for an odd number of coordinates.
     """
-    def __init__(self,
-        dim:int=2,    # Coordinates of a point, even
-        width:int=64, # Hidden units
-        steps:int=8,  # Couplings
-        n_mix:int=8,  # Components K of each
+    def __init__(
+        self,
+        dim: int = 2,  # Coordinates of a point, even
+        width: int = 64,  # Hidden units
+        steps: int = 8,  # Couplings
+        n_mix: int = 8,  # Components K of each
     ):
         super().__init__()
-        if dim%2 or dim<2: raise ValueError(f"a point needs an even number of coordinates to be split, got {dim}")
+        if dim % 2 or dim < 2:
+            raise ValueError(
+                f"a point needs an even number of coordinates to be split, got {dim}"
+            )
         self.shape = (dim,)
-        self.steps = nn.ModuleList(Step(PointNet(dim//2, width, n_mix), dim//2) for _ in range(steps))
+        half = dim // 2
+        self.steps = nn.ModuleList(
+            Step(PointNet(half, width, n_mix), half) for _ in range(steps)
+        )
 
-    def encode(self,
-        x:Tensor, # (B, dim) points
-    )->tuple:     # z (B, dim), and log |det dz/dx| (B,) in nats
-        p,q,logdet = _through(self.steps, *self.check(x)[:,:,None,None].chunk(2, 1))
-        return torch.cat((p, q), 1)[:,:,0,0], logdet
+    def encode(
+        self,
+        x: Tensor,  # (B, dim) points
+    ) -> tuple:  # z (B, dim), and log |det dz/dx| (B,) in nats
+        halves = self.check(x)[:, :, None, None].chunk(2, 1)
+        *halves, logdet = _through(self.steps, *halves)
+        return torch.cat(halves, 1)[:, :, 0, 0], logdet
 
-    def decode(self,
-        z:Tensor, # (B, dim)
-    )->Tensor:    # (B, dim) points; first derivatives pass through
-        return torch.cat(_back(self.steps, *self.check(z)[:,:,None,None].chunk(2, 1)), 1)[:,:,0,0]
+    def decode(
+        self,
+        z: Tensor,  # (B, dim)
+    ) -> Tensor:  # (B, dim) points; first derivatives pass through
+        halves = self.check(z)[:, :, None, None].chunk(2, 1)
+        return torch.cat(_back(self.steps, *halves), 1)[:, :, 0, 0]
 
 # %% ../../nbs/core/flowpp.ipynb #c052
 class Dequantiser(nn.Module):
     "Noise inside the levels of an image, drawn by a small flow that sees the image."
-    def __init__(self,
-        ch:int,        # Channels of the image
-        steps:int=4,   # Couplings, on a checkerboard
-        blocks:int=2,  # Pairs of convolution and attention in each
-        ctx:int=32,    # Channels of the context
-        drop:float=.2, # Dropout in training mode
-        save:bool=False, # As in `Coupling`
-        **net,         # Further arguments of `ImageNet`: width, n_mix, heads
+    def __init__(
+        self,
+        ch: int,  # Channels of the image
+        steps: int = 4,  # Couplings, on a checkerboard
+        blocks: int = 2,  # Pairs of convolution and attention in each
+        ctx: int = 32,  # Channels of the context
+        drop: float = .2,  # Dropout in training mode
+        save: bool = False,  # As in `Coupling`
+        **net,  # Further arguments of `ImageNet`: width, n_mix, heads
     ):
         super().__init__()
-        self.look = nn.ModuleList([nn.Conv2d(2*ch, ctx, 3, padding=1), *(GatedConv(ctx, drop=drop) for _ in range(3))])
-        self.steps = nn.ModuleList(Step(ImageNet(ch, blocks=blocks, drop=drop, ctx=ctx, **net), ch, save) for _ in range(steps))
+        first = nn.Conv2d(2 * ch, ctx, 3, padding=1)
+        self.look = nn.ModuleList([first, *(GatedConv(ctx, drop=drop) for _ in range(3))])
+        sizes = dict(blocks=blocks, drop=drop, ctx=ctx, **net)
+        self.steps = nn.ModuleList(Step(ImageNet(ch, **sizes), ch, save) for _ in range(steps))
 
-    def forward(self,
-        x:Tensor,   # (B, C, H, W) images in [-1, 1]
-        eps:Tensor, # (B, C, H, W) standard normal noise
-    )->tuple:       # v (B, C, H, W) in (0, 1), and log r(v|x) (B,) in nats
-        h = self.look[0](torch.cat(checker(x/2), 1))
-        for o in self.look[1:]: h = h + o(h)
-        p,q,logdet = _through(self.steps, *checker(eps), h)
-        l = unchecker(p, q)
-        return l.sigmoid(), log_normal(eps) - logdet - (F.logsigmoid(l)+F.logsigmoid(-l)).flatten(1).sum(1)
+    def forward(
+        self,
+        x: Tensor,  # (B, C, H, W) images in [-1, 1]
+        eps: Tensor,  # (B, C, H, W) standard normal noise
+    ) -> tuple:  # v (B, C, H, W) in (0, 1), and log r(v|x) (B,) in nats
+        context = self.look[0](torch.cat(checker(x / 2), 1))
+        for block in self.look[1:]:
+            context = context + block(context)
+        *halves, logdet = _through(self.steps, *checker(eps), context)
+        logit = unchecker(*halves)
+        v = logit.sigmoid()
+        log_r = log_normal(eps) - logdet
+        log_slope = F.logsigmoid(logit) + F.logsigmoid(-logit)
+        return v, log_r - log_slope.flatten(1).sum(1)
 
 # %% ../../nbs/core/flowpp.ipynb #c055
 class ImageBody(nn.Module):
-    "The three groups of steps, between an image on the whole line and noise."
-    def __init__(self,
-        ch:int,                  # Channels of the image
-        steps:tuple=(4, 2, 3),   # Couplings: checkerboard, channels, checkerboard of the squeezed image
-        save:bool=False,         # As in `Coupling`
-        **net,                   # Arguments of `ImageNet`: width, blocks, n_mix, heads, drop
+    """The three groups of steps, between an image on the whole line and noise.
+
+    They couple a checkerboard, channels, and a checkerboard of the squeezed image.
+    """
+    def __init__(
+        self,
+        ch: int,  # Channels of the image
+        steps: tuple = (4, 2, 3),  # Couplings of each group
+        save: bool = False,  # As in `Coupling`
+        **net,  # Arguments of `ImageNet`: width, blocks, n_mix, heads, drop
     ):
         super().__init__()
-        group = lambda n,c: nn.ModuleList(Step(ImageNet(c, **net), c, save) for _ in range(n))
-        self.board,self.channels,self.small = group(steps[0], ch), group(steps[1], ch), group(steps[2], 2*ch)
 
-    def forward(self,
-        h:Tensor, # (B, C, H, W)
-    )->tuple:     # z (B, C, H, W), log-determinant (B,)
-        p,q,a = _through(self.board, *checker(h))
-        keep,done = squeeze(unchecker(p, q)).chunk(2, 1)
-        p,q,b = _through(self.channels, *keep.chunk(2, 1))
-        p,q,c = _through(self.small, *checker(torch.cat((p, q), 1)))
-        return unsqueeze(torch.cat((unchecker(p, q), done), 1)), a+b+c
+        def group(n, half):
+            return nn.ModuleList(Step(ImageNet(half, **net), half, save) for _ in range(n))
 
-    def inverse(self,
-        z:Tensor, # (B, C, H, W)
-    )->Tensor:    # (B, C, H, W)
-        keep,done = squeeze(z).chunk(2, 1)
+        self.board = group(steps[0], ch)
+        self.channels = group(steps[1], ch)
+        self.small = group(steps[2], 2 * ch)
+
+    def forward(
+        self,
+        h: Tensor,  # (B, C, H, W)
+    ) -> tuple:  # z (B, C, H, W), log-determinant (B,)
+        *halves, logdet_board = _through(self.board, *checker(h))
+        keep, done = squeeze(unchecker(*halves)).chunk(2, 1)
+        *halves, logdet_channels = _through(self.channels, *keep.chunk(2, 1))
+        *halves, logdet_small = _through(self.small, *checker(torch.cat(halves, 1)))
+        z = unsqueeze(torch.cat((unchecker(*halves), done), 1))
+        return z, logdet_board + logdet_channels + logdet_small
+
+    def inverse(
+        self,
+        z: Tensor,  # (B, C, H, W)
+    ) -> Tensor:  # (B, C, H, W)
+        keep, done = squeeze(z).chunk(2, 1)
         keep = unchecker(*_back(self.small, *checker(keep)))
         keep = torch.cat(_back(self.channels, *keep.chunk(2, 1)), 1)
         return unchecker(*_back(self.board, *checker(unsqueeze(torch.cat((keep, done), 1)))))
 
 # %% ../../nbs/core/flowpp.ipynb #c058
 def to_line(
-    x:Tensor,          # (B, ...) pixels in [-1, 1]
-    v:Tensor|float,    # Place within a level, in (0, 1): like x, or one number
-    levels:int=256,    # Grey levels L
-)->tuple:              # h like x on the whole line, and log |det dh/dx| (B,) in nats
+    x: Tensor,  # (B, ...) pixels in [-1, 1]
+    v: Tensor | float,  # Place within a level, in (0, 1): like x, or one number
+    levels: int = 256,  # Grey levels L
+) -> tuple:  # h like x on the whole line, and log |det dh/dx| (B,) in nats
     """Pixels, filled up by noise and stretched by log-odds.
 
-    Raises `ValueError` for pixels out of range; on a GPU, where looking would stall it, they become NaN.
+    Raises `ValueError` for pixels out of range.
+    On a GPU, where the check would stall it, they become NaN instead.
     Source: label `eq-flowpp-pixels`.
     """
-    c = .9*(levels-1)/levels
-    y = c*x + .9*(2*v-1)/levels
-    if y.device.type!='cuda' and not y.abs().amax()<1: raise ValueError(f"pixels must lie in [-1, 1], got up to {x.abs().max():.3g}")
-    return torch.log1p(y)-torch.log1p(-y), (2*c/(1-y.square())).log().flatten(1).sum(1)
+    contraction = .9 * (levels - 1) / levels
+    y = contraction * x + .9 * (2 * v - 1) / levels
+    if y.device.type != 'cuda' and not y.abs().amax() < 1:
+        raise ValueError(f"pixels must lie in [-1, 1], got up to {x.abs().max():.3g}")
+    h = torch.log1p(y) - torch.log1p(-y)
+    slope = 2 * contraction / (1 - y.square())
+    return h, slope.log().flatten(1).sum(1)
 
 def from_line(
-    h:Tensor,        # (B, ...) on the whole line
-    levels:int=256,  # Grey levels L
-    exact:bool=True, # Whether to undo the contraction; False is the released program
-)->Tensor:           # Like h; exactly, |x| < 1.12 for 256 levels, as only |x| <= 1 is ever encoded
+    h: Tensor,  # (B, ...) on the whole line
+    levels: int = 256,  # Grey levels L
+    exact: bool = True,  # Whether to undo the contraction; False is the released program
+) -> Tensor:  # Like h; exactly, |x| < 1.12 for 256 levels, as only |x| <= 1 is ever encoded
     "Pixels whose noise was in the middle of its level."
-    y = torch.tanh(h/2)
-    return y*levels/(.9*(levels-1)) if exact else y
+    y = torch.tanh(h / 2)
+    return y * levels / (.9 * (levels - 1)) if exact else y
 
 # %% ../../nbs/core/flowpp.ipynb #c061
 class FlowPP(Flow):
@@ -413,36 +551,60 @@ class FlowPP(Flow):
     Raises `ValueError` for sizes that cannot be split.
     Source: Ho et al. 2019; sizes and order from the released code of Xie et al. 2022.
     """
-    def __init__(self,
-        shape:tuple=(3, 32, 32), # Of one image; height a multiple of 2, width of 4
+    def __init__(
+        self,
+        shape: tuple = (3, 32, 32),  # Of one image; height a multiple of 2, width of 4
         *,
-        steps:tuple=(4, 2, 3),   # As in `ImageBody`
-        deq:tuple=(4, 2, 32),    # Dequantiser: steps, blocks, channels of the context; () is uniform noise
-        blocks:int=10,           # Pairs of convolution and attention in each network
-        levels:int=256,          # Grey levels L of a pixel
-        exact:bool=True,         # As in `from_line`
-        save:bool=False,         # Whether to save memory in training at the price of time
-        **net,                   # Arguments of `ImageNet`: width, n_mix, heads, drop
+        steps: tuple = (4, 2, 3),  # As in `ImageBody`
+        deq: tuple = (4, 2, 32),  # `Dequantiser`: steps, blocks, ctx; () is uniform noise
+        blocks: int = 10,  # Pairs of convolution and attention in each network
+        levels: int = 256,  # Grey levels L of a pixel
+        exact: bool = True,  # As in `from_line`
+        save: bool = False,  # Whether to save memory in training at the price of time
+        **net,  # Arguments of `ImageNet`: width, n_mix, heads, drop
     ):
         super().__init__()
-        if len(shape)!=3 or shape[1]%2 or shape[2]%4: raise ValueError(f"expected (C, H, W) with H a multiple of 2 and W of 4, got {tuple(shape)}")
-        self.shape,self.levels,self.exact = tuple(shape),levels,exact
+        if len(shape) != 3 or shape[1] % 2 or shape[2] % 4:
+            raise ValueError(
+                f"expected (C, H, W) with H a multiple of 2 and W of 4, got {tuple(shape)}"
+            )
+        self.shape = tuple(shape)
+        self.levels = levels
+        self.exact = exact
         self.body = ImageBody(shape[0], steps, save, blocks=blocks, **net)
         self.deq = Dequantiser(shape[0], *deq, save=save, **net) if deq else None
 
     def noise(self, x, generator=None): # v like x, and log r(v|x) (B,) in nats
         eps = normal(x, generator)
-        return (torch.special.ndtr(eps), x.new_zeros(len(x))) if self.deq is None else self.deq(x, eps)
+        if self.deq is None:
+            return torch.special.ndtr(eps), x.new_zeros(len(x))
+        return self.deq(x, eps)
 
-    def encode(self, x, v=None, generator=None): # images in [-1, 1] -> z like x, log |det dz/dx| (B,); v None is drawn
-        h,a = to_line(self.check(x), self.noise(x, generator)[0] if v is None else v, self.levels)
-        z,b = self.body(h)
-        return z, a+b
+    def encode(
+        self,
+        x: Tensor,  # (B, C, H, W) images in [-1, 1]
+        v=None,  # Place within the levels, like x or one number; None is drawn
+        generator=None,  # Source of v
+    ) -> tuple:  # z like x, and log |det dz/dx| (B,) in nats
+        x = self.check(x)
+        place = self.noise(x, generator)[0] if v is None else v
+        h, logdet_line = to_line(x, place, self.levels)
+        z, logdet_body = self.body(h)
+        return z, logdet_line + logdet_body
 
-    def decode(self, z): # images, in the tails a little outside [-1, 1]; first derivatives pass through
+    def decode(
+        self,
+        z: Tensor,  # (B, C, H, W)
+    ) -> Tensor:  # (B, C, H, W) images, in the tails a little outside [-1, 1]
+        "First derivatives pass through."
         return from_line(self.body.inverse(self.check(z)), self.levels, self.exact)
 
-    def log_prob(self, x, generator=None): # images -> (B,) nats, one draw of the bound
-        v,log_r = self.noise(self.check(x), generator)
-        z,logdet = self.encode(x, v)
-        return log_normal(z) + logdet - log_r + x[0].numel()*math.log(2/(self.levels-1))
+    def log_prob(
+        self,
+        x: Tensor,  # (B, C, H, W) images in [-1, 1]
+        generator=None,  # Source of the noise
+    ) -> Tensor:  # (B,) nats, one draw of the bound
+        v, log_r = self.noise(self.check(x), generator)
+        z, logdet = self.encode(x, v)
+        cell = x[0].numel() * math.log(2 / (self.levels - 1))
+        return log_normal(z) + logdet - log_r + cell

@@ -18,53 +18,79 @@ from ..mcmc import normal
 
 # %% ../../nbs/core/glow.ipynb #c006
 class InvConv(nn.Module):
-    "Multiply the channels of every pixel by one invertible matrix P L U, at first a random rotation."
-    def __init__(self,
-        ch:int, # Channels
+    """Multiply the channels of every pixel by one invertible matrix P L U.
+
+    At first it is a random rotation.
+    """
+    def __init__(
+        self,
+        ch: int,  # Channels
     ):
         super().__init__()
-        p,l,u = torch.linalg.lu(torch.linalg.qr(torch.randn(ch, ch, device='cpu'))[0])
-        self.register_buffer('p', p), self.register_buffer('sign', u.diag().sign())
-        self.l,self.u,self.log_d = nn.Parameter(l.tril(-1)), nn.Parameter(u.triu(1)), nn.Parameter(u.diag().abs().log())
+        rotation = torch.linalg.qr(torch.randn(ch, ch, device='cpu'))[0]
+        permutation, lower, upper = torch.linalg.lu(rotation)
+        self.register_buffer('p', permutation)
+        self.register_buffer('sign', upper.diag().sign())
+        self.l = nn.Parameter(lower.tril(-1))
+        self.u = nn.Parameter(upper.triu(1))
+        self.log_d = nn.Parameter(upper.diag().abs().log())
 
     def factors(self): # unit lower triangular, upper triangular
-        return self.l.tril(-1) + torch.eye(len(self.l)).to(self.l), self.u.triu(1) + torch.diag(self.sign*self.log_d.exp())
+        lower = self.l.tril(-1) + torch.eye(len(self.l)).to(self.l)
+        return lower, self.u.triu(1) + torch.diag(self.sign * self.log_d.exp())
 
-    def forward(self,
-        x:Tensor, # (B, ch, H, W)
-    )->tuple:     # Like x, and log-determinant (), the same for all examples
-        l,u = self.factors()
-        return F.conv2d(x, (self.p@l@u)[:,:,None,None]), self.log_d.sum()*x[0,0].numel()
+    def forward(
+        self,
+        x: Tensor,  # (B, ch, H, W)
+    ) -> tuple:  # Like x, and log-determinant (), the same for all examples
+        lower, upper = self.factors()
+        weight = self.p @ lower @ upper
+        return F.conv2d(x, weight[:, :, None, None]), self.log_d.sum() * x[0, 0].numel()
 
     def inverse(self, y):
-        l,u = self.factors()
-        w = torch.linalg.solve_triangular(u, torch.linalg.solve_triangular(l, self.p.mT, upper=False, unitriangular=True), upper=True)
-        return F.conv2d(y, w[:,:,None,None])
+        lower, upper = self.factors()
+        solve = torch.linalg.solve_triangular
+        weight = solve(lower, self.p.mT, upper=False, unitriangular=True)
+        weight = solve(upper, weight, upper=True)
+        return F.conv2d(y, weight[:, :, None, None])
 
 # %% ../../nbs/core/glow.ipynb #c009
 class ZeroConv(nn.Conv2d):
     "A convolution that starts at zero, with one exponential gain for each output."
-    def __init__(self, n_in, n_out, k):
-        super().__init__(n_in, n_out, k, padding=k//2)
-        nn.init.zeros_(self.weight), nn.init.zeros_(self.bias)
+    def __init__(
+        self,
+        n_in: int,  # Channels in
+        n_out: int,  # Channels out
+        kernel: int,  # Its size, odd
+    ):
+        super().__init__(n_in, n_out, kernel, padding=kernel // 2)
+        nn.init.zeros_(self.weight)
+        nn.init.zeros_(self.bias)
         self.gain = nn.Parameter(torch.zeros(n_out, 1, 1))
-    def forward(self, x): return super().forward(x)*(3*self.gain).exp()
+
+    def forward(self, x):
+        return super().forward(x) * (3 * self.gain).exp()
 
 class Net(nn.Module):
     "Two hidden layers with ActNorm, and a last one that starts at zero."
-    def __init__(self,
-        n_in:int,  # Channels in
-        n_out:int, # Channels out
-        width:int, # Hidden channels
-        k:int=3,   # Size of the first and last kernel; 1 for points
+    def __init__(
+        self,
+        n_in: int,  # Channels in
+        n_out: int,  # Channels out
+        width: int,  # Hidden channels
+        kernel: int = 3,  # Size of the first and last kernel; 1 for points
     ):
         super().__init__()
-        self.first,self.second = nn.Conv2d(n_in, width, k, padding=k//2, bias=False), nn.Conv2d(width, width, 1, bias=False)
-        self.norms,self.last = nn.ModuleList((ActNorm(width), ActNorm(width))), ZeroConv(width, n_out, k)
-        for o in (self.first, self.second): nn.init.normal_(o.weight, std=.05)
+        self.first = nn.Conv2d(n_in, width, kernel, padding=kernel // 2, bias=False)
+        self.second = nn.Conv2d(width, width, 1, bias=False)
+        self.norms = nn.ModuleList((ActNorm(width), ActNorm(width)))
+        self.last = ZeroConv(width, n_out, kernel)
+        for layer in (self.first, self.second):
+            nn.init.normal_(layer.weight, std=.05)
 
     def forward(self, x):
-        for layer,norm in zip((self.first, self.second), self.norms): x = norm(layer(x))[0].relu()
+        for layer, norm in zip((self.first, self.second), self.norms):
+            x = norm(layer(x))[0].relu()
         return self.last(x)
 
 # %% ../../nbs/core/glow.ipynb #c011
@@ -73,31 +99,56 @@ class Step(nn.Module):
 
     Source: label `eq-glow-affine`; Kingma and Dhariwal 2018, table 1.
     """
-    def __init__(self,
-        ch:int,    # Channels, even
-        width:int, # Hidden channels of the network
-        k:int=3,   # Kernel of the network
+    def __init__(
+        self,
+        ch: int,  # Channels, even
+        width: int,  # Hidden channels of the network
+        kernel: int = 3,  # Kernel of the network
     ):
         super().__init__()
-        self.norm,self.mix,self.net = ActNorm(ch), InvConv(ch), Net(ch//2, ch, width, k)
+        self.norm = ActNorm(ch)
+        self.mix = InvConv(ch)
+        self.net = Net(ch // 2, ch, width, kernel)
 
-    def line(self, q): # offset and log-slope from the resting half
-        t,r = self.net(q).chunk(2, 1)
-        return t, 2*torch.tanh(r/2)
+    def line(self, resting): # offset and log-slope from the resting half
+        offset, raw = self.net(resting).chunk(2, 1)
+        return offset, 2 * torch.tanh(raw / 2)
 
-    def forward(self,
-        x:Tensor, # (B, ch, H, W)
-    )->tuple:     # Like x, and log-determinant (B,)
-        x,a = self.norm(x)
-        x,b = self.mix(x)
-        p,q = x.chunk(2, 1)
-        t,log_s = self.line(q)
-        return torch.cat(((p+t)*log_s.exp(), q), 1), a + b + log_s.flatten(1).sum(1)
+    def forward(
+        self,
+        x: Tensor,  # (B, ch, H, W)
+    ) -> tuple:  # Like x, and log-determinant (B,)
+        x, logdet_norm = self.norm(x)
+        x, logdet_mix = self.mix(x)
+        moving, resting = x.chunk(2, 1)
+        offset, log_slope = self.line(resting)
+        moved = (moving + offset) * log_slope.exp()
+        logdet = logdet_norm + logdet_mix + log_slope.flatten(1).sum(1)
+        return torch.cat((moved, resting), 1), logdet
 
     def inverse(self, y):
-        p,q = y.chunk(2, 1)
-        t,log_s = self.line(q)
-        return self.norm.inverse(self.mix.inverse(torch.cat((p*(-log_s).exp() - t, q), 1)))
+        moved, resting = y.chunk(2, 1)
+        offset, log_slope = self.line(resting)
+        moving = moved * (-log_slope).exp() - offset
+        return self.norm.inverse(self.mix.inverse(torch.cat((moving, resting), 1)))
+
+# %% ../../nbs/core/glow.ipynb #80a1a7fe
+def _run(fn, x, save): # with `save` only its result is kept, and the backward pass runs it again
+    if save and torch.is_grad_enabled():
+        return checkpoint(fn, x, use_reentrant=False)
+    return fn(x)
+
+def _through(steps, x, save=False): # all steps: like x, and log-determinant
+    total = 0
+    for step in steps:
+        x, logdet = _run(step, x, save)
+        total = total + logdet
+    return x, total
+
+def _back(steps, x, save=False):
+    for step in reversed(steps):
+        x = _run(step.inverse, x, save)
+    return x
 
 # %% ../../nbs/core/glow.ipynb #c014
 class Level(nn.Module):
@@ -105,41 +156,43 @@ class Level(nn.Module):
 
     Source: label `eq-glow-split`.
     """
-    def __init__(self,
-        ch:int,          # Channels before squeezing
-        depth:int,       # Steps K
-        width:int,       # Hidden channels of the couplings
-        n_levels:int,    # Scales from here on
-        save:bool=False, # Whether to save memory by computing each step again in the backward pass
+    def __init__(
+        self,
+        ch: int,  # Channels before squeezing
+        depth: int,  # Steps K
+        width: int,  # Hidden channels of the couplings
+        n_levels: int,  # Scales from here on
+        save: bool = False,  # Save memory: compute each step again in the backward pass
     ):
         super().__init__()
-        self.save,self.steps = save,nn.ModuleList(Step(4*ch, width) for _ in range(depth))
-        self.prior,self.rest = (ZeroConv(2*ch, 4*ch, 3), Level(2*ch, depth, width, n_levels-1, save)) if n_levels>1 else (None, None)
+        self.save = save
+        self.steps = nn.ModuleList(Step(4 * ch, width) for _ in range(depth))
+        self.prior = self.rest = None
+        if n_levels > 1:
+            self.prior = ZeroConv(2 * ch, 4 * ch, 3)
+            self.rest = Level(2 * ch, depth, width, n_levels - 1, save)
 
-    def forward(self,
-        x:Tensor, # (B, ch, H, W)
-    )->tuple:     # z like x, and log-determinant (B,)
-        h,total = F.pixel_unshuffle(x, 2), 0
-        for s in self.steps:
-            h,o = checkpoint(s, h, use_reentrant=False) if self.save and torch.is_grad_enabled() else s(h)
-            total = total+o
+    def forward(
+        self,
+        x: Tensor,  # (B, ch, H, W)
+    ) -> tuple:  # z like x, and log-determinant (B,)
+        x, total = _through(self.steps, F.pixel_unshuffle(x, 2), self.save)
         if self.rest is not None:
-            keep,done = h.chunk(2, 1)
-            m,g = self.prior(keep).chunk(2, 1)
-            z,o = self.rest(keep)
-            h,total = torch.cat((z, (done-m)*(-g).exp()), 1), total + o - g.flatten(1).sum(1)
-        return F.pixel_shuffle(h, 2), total
+            keep, done = x.chunk(2, 1)
+            mean, log_std = self.prior(keep).chunk(2, 1)
+            z, logdet = self.rest(keep)
+            x = torch.cat((z, (done - mean) * (-log_std).exp()), 1)
+            total = total + logdet - log_std.flatten(1).sum(1)
+        return F.pixel_shuffle(x, 2), total
 
     def inverse(self, z):
-        h = F.pixel_unshuffle(z, 2)
+        x = F.pixel_unshuffle(z, 2)
         if self.rest is not None:
-            z,done = h.chunk(2, 1)
+            z, done = x.chunk(2, 1)
             keep = self.rest.inverse(z)
-            m,g = self.prior(keep).chunk(2, 1)
-            h = torch.cat((keep, done*g.exp() + m), 1)
-        for s in reversed(self.steps):
-            h = checkpoint(s.inverse, h, use_reentrant=False) if self.save and torch.is_grad_enabled() else s.inverse(h)
-        return F.pixel_shuffle(h, 2)
+            mean, log_std = self.prior(keep).chunk(2, 1)
+            x = torch.cat((keep, done * log_std.exp() + mean), 1)
+        return F.pixel_shuffle(_back(self.steps, x, self.save), 2)
 
 # %% ../../nbs/core/glow.ipynb #c017
 class PointGlow(Flow):
@@ -147,63 +200,84 @@ class PointGlow(Flow):
 
     Raises `ValueError` for an odd number of coordinates.
     """
-    def __init__(self,
-        dim:int=2,    # Coordinates, even
-        width:int=64, # Hidden units of each of two layers
-        steps:int=16, # Steps K
+    def __init__(
+        self,
+        dim: int = 2,  # Coordinates, even
+        width: int = 64,  # Hidden units of each of two layers
+        steps: int = 16,  # Steps K
     ):
         super().__init__()
-        if dim%2 or dim<2: raise ValueError(f"a point needs an even number of coordinates to be split, got {dim}")
-        self.shape,self.steps = (dim,),nn.ModuleList(Step(dim, width, 1) for _ in range(steps))
+        if dim % 2 or dim < 2:
+            raise ValueError(
+                f"a point needs an even number of coordinates to be split, got {dim}"
+            )
+        self.shape = (dim,)
+        self.steps = nn.ModuleList(Step(dim, width, 1) for _ in range(steps))
 
-    def encode(self,
-        x:Tensor, # (B, dim) points
-    )->tuple:     # z (B, dim), and log |det dz/dx| (B,) in nats
-        h,total = self.check(x)[:,:,None,None], 0
-        for s in self.steps:
-            h,o = s(h)
-            total = total+o
-        return h[:,:,0,0], total
+    def encode(
+        self,
+        x: Tensor,  # (B, dim) points
+    ) -> tuple:  # z (B, dim), and log |det dz/dx| (B,) in nats
+        z, logdet = _through(self.steps, self.check(x)[:, :, None, None])
+        return z[:, :, 0, 0], logdet
 
-    def decode(self,
-        z:Tensor, # (B, dim)
-    )->Tensor:    # (B, dim) points
-        h = self.check(z)[:,:,None,None]
-        for s in reversed(self.steps): h = s.inverse(h)
-        return h[:,:,0,0]
+    def decode(
+        self,
+        z: Tensor,  # (B, dim)
+    ) -> Tensor:  # (B, dim) points
+        return _back(self.steps, self.check(z)[:, :, None, None])[:, :, 0, 0]
 
 # %% ../../nbs/core/glow.ipynb #c023
 class Glow(Flow):
     """Glow for images in [-1, 1]; the defaults are the size of the paper's CIFAR-10 model.
 
     Raises `ValueError` for sizes that cannot be halved at every scale.
-    Source: Kingma and Dhariwal 2018, section 3; bounded slopes are ours.
+    Source: Kingma and Dhariwal 2018, section 3; its slopes have no bound.
     """
-    def __init__(self,
-        shape:tuple=(3, 32, 32), # Of one image; height and width multiples of 2^n_levels
+    def __init__(
+        self,
+        shape: tuple = (3, 32, 32),  # Of one image; sides are multiples of 2^n_levels
         *,
-        n_levels:int=3,  # Scales L
-        depth:int=32,    # Steps K at each scale
-        width:int=512,   # Hidden channels of the couplings
-        levels:int=256,  # Grey levels G of a pixel
-        save:bool=False, # Whether to save memory by computing each step again in the backward pass
+        n_levels: int = 3,  # Scales L
+        depth: int = 32,  # Steps K at each scale
+        width: int = 512,  # Hidden channels of the couplings
+        levels: int = 256,  # Grey levels G of a pixel
+        save: bool = False,  # Save memory: compute each step again in the backward pass
     ):
         super().__init__()
-        if len(shape)!=3 or any(o%2**n_levels for o in shape[1:]): raise ValueError(f"{tuple(shape)} cannot be halved {n_levels} times")
-        self.shape,self.levels,self.body = tuple(shape),levels,Level(shape[0], depth, width, n_levels, save)
+        if len(shape) != 3 or any(side % 2**n_levels for side in shape[1:]):
+            raise ValueError(f"{tuple(shape)} cannot be halved {n_levels} times")
+        self.shape = tuple(shape)
+        self.levels = levels
+        self.body = Level(shape[0], depth, width, n_levels, save)
 
     @property
-    def contrast(self)->float: return (self.levels-1)/(2*self.levels) # du/dx
+    def contrast(self) -> float:
+        return (self.levels - 1) / (2 * self.levels)  # du/dx
 
-    def encode(self, x, v=None, generator=None): # images in [-1, 1] -> z like x, log |det dz/dx| (B,); v None is drawn
+    def encode(
+        self,
+        x: Tensor,  # (B, C, H, W) images in [-1, 1]
+        v=None,  # Place within the levels, like x or one number; None is drawn
+        generator=None,  # Source of v
+    ) -> tuple:  # z like x, and log |det dz/dx| (B,) in nats
         self.check(x)
-        if v is None: v = torch.special.ndtr(normal(x, generator))
-        z,logdet = self.body(self.contrast*x + (2*v-1)/(2*self.levels))
-        return z, logdet + x[0].numel()*math.log(self.contrast)
+        if v is None:
+            v = torch.special.ndtr(normal(x, generator))
+        z, logdet = self.body(self.contrast * x + (2 * v - 1) / (2 * self.levels))
+        return z, logdet + x[0].numel() * math.log(self.contrast)
 
-    def decode(self, z): # images, in the tails a little outside [-1, 1]; gradients pass to z and to all parameters
-        return self.body.inverse(self.check(z))/self.contrast
+    def decode(
+        self,
+        z: Tensor,  # (B, C, H, W)
+    ) -> Tensor:  # (B, C, H, W) images, in the tails a little outside [-1, 1]
+        "Gradients pass to z and to all parameters."
+        return self.body.inverse(self.check(z)) / self.contrast
 
-    def log_prob(self, x, generator=None): # images -> (B,) nats, one draw of the bound
-        z,logdet = self.encode(x, generator=generator)
-        return log_normal(z) + logdet + x[0].numel()*math.log(2/(self.levels-1))
+    def log_prob(
+        self,
+        x: Tensor,  # (B, C, H, W) images in [-1, 1]
+        generator=None,  # Source of the noise
+    ) -> Tensor:  # (B,) nats, one draw of the bound
+        z, logdet = self.encode(x, generator=generator)
+        return log_normal(z) + logdet + x[0].numel() * math.log(2 / (self.levels - 1))

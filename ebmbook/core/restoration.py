@@ -10,243 +10,446 @@ __all__ = ['MAX_ENTRIES', 'OPERATORS', 'Operator', 'project', 'consistency', 'ma
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import reduce
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 # %% ../../nbs/core/restoration.ipynb #c006
+def _checked(function, name, shape):
+    """`function`, refusing batches of another shape.
+
+    It is out of reach of autocast, which would round y to 8 bits.
+    """
+
+    def checked(x):
+        if x.shape[1:] != shape or not x.is_floating_point():
+            raise ValueError(
+                f"{name}: expected floats (B, {str(shape)[1:-1]}), "
+                f"got {x.dtype} {tuple(x.shape)}"
+            )
+        with torch.autocast(x.device.type, enabled=False):
+            return function(x)
+
+    return checked
+
+
+def _constant(value):
+    """A function of x that returns `value` in the type and on the device of x.
+
+    It is copied once for each of them, so that there is no transfer inside a chain.
+    """
+    copies = {}
+
+    def like(x):
+        key = (x.dtype, x.device)
+        if key not in copies:
+            with torch.inference_mode(False):  # the copy may serve a gradient later
+                copies[key] = value.to(x.dtype).to(x.device)
+        return copies[key]
+
+    return like
+
+# %% ../../nbs/core/restoration.ipynb #0d104ec2
 @dataclass(frozen=True, eq=False)
 class Operator:
-    """A linear map of images with its transpose and its pseudo-inverse; all three take batches and let gradients pass.
+    """A linear map of images with its transpose and its pseudo-inverse.
 
+    All three take batches and let gradients pass.
     They compute in the type of the batch, also under automatic mixed precision.
-    Each of them raises `ValueError` for a batch of another shape, or one that is not of floats.
+    Each of them raises `ValueError` for a batch of another shape, or one that is not of
+    floats.
     """
-    name:str           # As `operator` knows it, or any other
-    shape:tuple        # (C, H, W) of an image
-    measured:tuple     # (C', H', W') of a measurement
-    A:Callable = field(repr=False)         # (B, C, H, W) -> (B, C', H', W')
-    A_adjoint:Callable = field(repr=False) # (B, C', H', W') -> (B, C, H, W), the transpose
-    A_dagger:Callable = field(repr=False)  # (B, C', H', W') -> (B, C, H, W), the pseudo-inverse
+
+    name: str  # As `operator` knows it, or any other
+    shape: tuple  # (C, H, W) of an image
+    measured: tuple  # (C', H', W') of a measurement
+    A: Callable = field(repr=False)  # (B, C, H, W) -> (B, C', H', W')
+    A_adjoint: Callable = field(repr=False)  # Transpose, (B, C', H', W') -> (B, C, H, W)
+    A_dagger: Callable = field(repr=False)  # Pseudo-inverse, shapes as the transpose
 
     def __post_init__(self):
-        for k,o in (('A', self.shape), ('A_adjoint', self.measured), ('A_dagger', self.measured)):
-            object.__setattr__(self, k, _checked(getattr(self, k), f'{self.name}.{k}', tuple(o)))
-
-def _checked(f, name, shape): # f, refusing batches of another shape, and out of reach of autocast, which would round y to 8 bits
-    def g(x):
-        if x.shape[1:]!=shape or not x.is_floating_point(): raise ValueError(f"{name}: expected floats (B, {str(shape)[1:-1]}), got {x.dtype} {tuple(x.shape)}")
-        with torch.autocast(x.device.type, enabled=False): return f(x)
-    return g
-
-def _on(m): # a constant in the type and on the device of x, copied once for each: no transfer inside a chain
-    memo = {}
-    def at(x):
-        if (k := (x.dtype, x.device)) not in memo:
-            with torch.inference_mode(False): memo[k] = m.to(x.dtype).to(x.device) # it may serve a gradient later
-        return memo[k]
-    return at
+        shapes = dict(A=self.shape, A_adjoint=self.measured, A_dagger=self.measured)
+        for name, shape in shapes.items():
+            checked = _checked(getattr(self, name), f'{self.name}.{name}', tuple(shape))
+            object.__setattr__(self, name, checked)
 
 # %% ../../nbs/core/restoration.ipynb #c010
-def _fits(op, y): # y, unless it would broadcast to a measurement that it is not
-    if y.shape[1:]!=tuple(op.measured): raise ValueError(f"{op.name}: expected measurements (B, {str(tuple(op.measured))[1:-1]}), got {tuple(y.shape)}")
+def _check_measurement(op, y):  # a wrong one would broadcast
+    if y.shape[1:] != tuple(op.measured):
+        wanted = str(tuple(op.measured))[1:-1]
+        raise ValueError(
+            f"{op.name}: expected measurements (B, {wanted}), got {tuple(y.shape)}"
+        )
     return y
 
+
 def project(
-    op:Operator,  # What was done to the image
-    y:Tensor,     # (B or 1, C', H', W') measurement; with noise, the noise is reproduced too
-    guess:Tensor, # (B, C, H, W) in [-1, 1], any image
-)->Tensor:        # (B, C, H, W), a few values may leave [-1, 1]
+    op: Operator,  # What was done to the image
+    y: Tensor,  # (B or 1, C', H', W') measurement; with noise, the noise is reproduced too
+    guess: Tensor,  # (B, C, H, W) in [-1, 1], any image
+) -> Tensor:  # (B, C, H, W), a few values may leave [-1, 1]
     """The image nearest to `guess` whose measurement is `y`; differentiable in both.
 
-    Computes label `eq-restoration-project` as guess + A_dagger(y - A guess), which by linearity is the same and needs one inverse instead of two.
-    Where no image has the measurement `y`, the result has the nearest one, A A_dagger y. Raises `ValueError` for wrong shapes.
+    Computes label `eq-restoration-project` as guess + A_dagger(y - A guess), which by
+    linearity is the same and needs one inverse instead of two.
+    Where no image has the measurement `y`, the result has the nearest one, A A_dagger y.
+    Raises `ValueError` for wrong shapes.
     Source: Wang et al. 2023, range-null decomposition.
     """
-    return guess + op.A_dagger(_fits(op, y)-op.A(guess))
+    return guess + op.A_dagger(_check_measurement(op, y) - op.A(guess))
+
 
 def consistency(
-    op:Operator, # What was done to the image
-    x:Tensor,    # (B, C, H, W) restored images in [-1, 1]
-    y:Tensor,    # (B or 1, C', H', W') measurements
+    op: Operator,  # What was done to the image
+    x: Tensor,  # (B, C, H, W) restored images in [-1, 1]
+    y: Tensor,  # (B or 1, C', H', W') measurements
     *,
-    each:bool=False, # Return one value per image
-)->tuple:            # Sum and mean over the numbers of a measurement: averaged over images, or two tensors (B,)
-    "Distance |A x - y| in the 1-norm, in units of the range [-1, 1]: one grey level of 256 is 2/255, half of it in the range [0, 1]. Raises `ValueError` for wrong shapes."
-    d = (op.A(x)-_fits(op, y)).abs().flatten(1)
-    return (d.sum(1), d.mean(1)) if each else (d.sum(1).mean().item(), d.mean().item())
+    each: bool = False,  # Return one value per image
+) -> tuple:  # Sum and mean over a measurement's numbers: averaged over images, or two (B,)
+    """Distance |A x - y| in the 1-norm, in units of the range [-1, 1].
+
+    One grey level of 256 is 2/255, half of it in the range [0, 1].
+    Raises `ValueError` for wrong shapes.
+    """
+    distance = (op.A(x) - _check_measurement(op, y)).abs().flatten(1)
+    if each:
+        return distance.sum(1), distance.mean(1)
+    return distance.sum(1).mean().item(), distance.mean().item()
 
 # %% ../../nbs/core/restoration.ipynb #c013
 def mask(
-    kind:str,         # centre: a box of half the side is hidden; half: the lower half is; random: single pixels
-    size:tuple,       # (H, W) in pixels
+    kind: str,  # centre, half or random
+    size: tuple,  # (H, W) in pixels
     *,
-    keep:float=.3,    # Share of pixels that stay, for random
-    generator:torch.Generator|None=None, # Source of the draw; on the CPU, so that all machines draw the same mask
-)->Tensor:            # (1, H, W) float64, 1 where a pixel is known
-    "Which pixels are known. Raises `ValueError` for another kind."
-    h,w = size
-    m = torch.ones(1, h, w, dtype=torch.float64)
-    if kind=='centre': m[:, h//4:h-h//4, w//4:w-w//4] = 0
-    elif kind=='half': m[:, h//2:] = 0
-    elif kind=='random': m.view(-1)[torch.randperm(h*w, generator=generator)[round(keep*h*w):]] = 0
-    else: raise ValueError(f"unknown mask {kind!r}; known: centre, half, random")
-    return m
+    keep: float = 0.3,  # Share of pixels that stay, for random
+    generator: torch.Generator | None = None,  # Source of the draw, on the CPU
+) -> Tensor:  # (1, H, W) float64, 1 where a pixel is known
+    """Which pixels are known.
 
+    centre: a box of half the side is hidden; half: the lower half is; random: single
+    pixels are, drawn on the CPU, so that all machines draw the same mask.
+    Raises `ValueError` for another kind.
+    """
+    height, width = size
+    known = torch.ones(1, height, width, dtype=torch.float64)
+    if kind == 'centre':
+        known[:, height // 4 : height - height // 4, width // 4 : width - width // 4] = 0
+    elif kind == 'half':
+        known[:, height // 2 :] = 0
+    elif kind == 'random':
+        order = torch.randperm(height * width, generator=generator)
+        known.view(-1)[order[round(keep * height * width) :]] = 0
+    else:
+        raise ValueError(f"unknown mask {kind!r}; known: centre, half, random")
+    return known
+
+# %% ../../nbs/core/restoration.ipynb #545e7e9d
 def inpaint(
-    shape:tuple,  # (C, H, W)
-    known:Tensor, # (1 or C, H, W), 1 where a pixel is known, 0 where it is not
-    name:str='inpaint', # Of the operator
-)->Operator:      # Measurements have the shape of images, hidden pixels are 0
+    shape: tuple,  # (C, H, W)
+    known: Tensor,  # (1 or C, H, W), 1 where a pixel is known, 0 where it is not
+    name: str = 'inpaint',  # Of the operator
+) -> Operator:  # Measurements have the shape of images, hidden pixels are 0
     "Hide pixels. Raises `ValueError` unless the mask is of zeros and ones and fits."
-    if known.shape[1:]!=tuple(shape[1:]) or known.shape[0] not in (1, shape[0]): raise ValueError(f"a mask {tuple(known.shape)} does not fit images {tuple(shape)}")
-    if not ((known==0) | (known==1)).all(): raise ValueError("a mask holds zeros and ones")
-    m = _on(known.double())
-    hide = lambda x: x*m(x)
+    if known.shape[1:] != tuple(shape[1:]) or known.shape[0] not in (1, shape[0]):
+        raise ValueError(f"a mask {tuple(known.shape)} does not fit images {tuple(shape)}")
+    if not ((known == 0) | (known == 1)).all():
+        raise ValueError("a mask holds zeros and ones")
+    factor = _constant(known.double())
+
+    def hide(x):
+        return x * factor(x)
+
     return Operator(name, tuple(shape), tuple(shape), hide, hide, hide)
 
 # %% ../../nbs/core/restoration.ipynb #c015
 def colour(
-    shape:tuple,                 # (C, H, W), C >= 2
-    weights:tuple|None=None,     # One per channel; None is 1/C each
-    name:str='colour',           # Of the operator
-)->Operator:                     # Measurements (1, H, W)
-    "Keep one weighted sum of the channels. Raises `ValueError` for grey images and for as many weights as there are not channels."
-    c,h,w = shape
-    v = torch.tensor(weights or (1/c,)*c, dtype=torch.float64)
-    if c<2: raise ValueError(f"to lose its colour an image needs 2 channels or more, got {tuple(shape)}")
-    if len(v)!=c or not v.any(): raise ValueError(f"expected {c} weights, not all zero, got {weights}")
-    a,b = _on(v.view(-1, 1, 1)), _on((v/v.square().sum()).view(-1, 1, 1))
-    return Operator(name, (c, h, w), (1, h, w), lambda x: (a(x)*x).sum(1, keepdim=True), lambda y: a(y)*y, lambda y: b(y)*y)
+    shape: tuple,  # (C, H, W), C >= 2
+    weights: tuple | None = None,  # One per channel; None is 1/C each
+    name: str = 'colour',  # Of the operator
+) -> Operator:  # Measurements (1, H, W)
+    """Keep one weighted sum of the channels.
 
+    Raises `ValueError` for grey images, and unless there is one weight for each channel,
+    not all of them zero.
+    """
+    channels, height, width = shape
+    w = torch.tensor(weights or (1 / channels,) * channels, dtype=torch.float64)
+    if channels < 2:
+        raise ValueError(
+            f"to lose its colour an image needs 2 channels or more, got {tuple(shape)}"
+        )
+    if len(w) != channels or not w.any():
+        raise ValueError(f"expected {channels} weights, not all zero, got {weights}")
+    forward = _constant(w.view(-1, 1, 1))
+    inverse = _constant((w / w.square().sum()).view(-1, 1, 1))
+    return Operator(
+        name,
+        (channels, height, width),
+        (1, height, width),
+        lambda x: (forward(x) * x).sum(1, keepdim=True),
+        lambda y: forward(y) * y,
+        lambda y: inverse(y) * y,
+    )
+
+# %% ../../nbs/core/restoration.ipynb #b91a1a2f
 def pool(
-    shape:tuple,   # (C, H, W), height and width multiples of s
-    s:int,         # Factor
-    name:str='sr', # Of the operator
-)->Operator:       # Measurements (C, H/s, W/s)
-    "Keep the mean of each s x s square. Raises `ValueError` for sizes that are no multiples."
-    c,h,w = shape
-    if h%s or w%s: raise ValueError(f"{tuple(shape)} cannot be divided into squares of {s} pixels")
-    repeat = lambda y: y.repeat_interleave(s, 2).repeat_interleave(s, 3)
-    return Operator(name, (c, h, w), (c, h//s, w//s), lambda x: F.avg_pool2d(x, s), lambda y: repeat(y)/s**2, repeat)
+    shape: tuple,  # (C, H, W), height and width multiples of s
+    s: int,  # Factor
+    name: str = 'sr',  # Of the operator
+) -> Operator:  # Measurements (C, H/s, W/s)
+    """Keep the mean of each s x s square.
+
+    Raises `ValueError` for sizes that are no multiples.
+    """
+    channels, height, width = shape
+    if height % s or width % s:
+        raise ValueError(f"{tuple(shape)} cannot be divided into squares of {s} pixels")
+
+    def repeat(y):
+        return y.repeat_interleave(s, 2).repeat_interleave(s, 3)
+
+    return Operator(
+        name,
+        (channels, height, width),
+        (channels, height // s, width // s),
+        lambda x: F.avg_pool2d(x, s),
+        lambda y: repeat(y) / s**2,
+        repeat,
+    )
 
 # %% ../../nbs/core/restoration.ipynb #c019
-def _cut(m, threshold): # a matrix without its small singular values, and the pseudo-inverse of what is left
-    u,s,v = torch.linalg.svd(m.double(), full_matrices=False)
-    keep = s>=max(threshold, 1e-12*s[0])                                 # below, float64 knows nothing
-    if not keep.any(): raise ValueError(f"no singular value reaches the threshold {threshold}; the largest is {s[0]:.3g}")
-    u,s,v = u[:, keep], s[keep], v[keep]
-    return (u*s)@v, (v.mT/s)@u.mT
+def _cut(matrix, threshold):
+    "A matrix without its small singular values, and the pseudo-inverse of what is left."
+    left, values, right = torch.linalg.svd(matrix.double(), full_matrices=False)
+    keep = values >= max(threshold, 1e-12 * values[0])  # below, float64 knows nothing
+    if not keep.any():
+        raise ValueError(
+            f"no singular value reaches the threshold {threshold}; "
+            f"the largest is {values[0]:.3g}"
+        )
+    left, values, right = left[:, keep], values[keep], right[keep]
+    return (left * values) @ right, (right.mT / values) @ left.mT
+
+
+def _both_axes(rows, cols):
+    "The map of x to rows x cols^T, for two constant matrices."
+    rows, cols = _constant(rows), _constant(cols)
+    return lambda x: rows(x) @ x @ cols(x).mT
+
 
 def separable(
-    name:str,             # Of the operator
-    channels:int,         # C
-    rows:Tensor,          # (H', H) matrix B_1, acts on columns of pixels
-    cols:Tensor|None=None,# (W', W) matrix B_2, acts on rows of pixels; None is `rows`
-    threshold:float=3e-2, # Singular values of each matrix below this become 0; 0 keeps all
-)->Operator:              # Images (C, H, W), measurements (C, H', W')
+    name: str,  # Of the operator
+    channels: int,  # C
+    rows: Tensor,  # (H', H) matrix B_1, acts on columns of pixels
+    cols: Tensor | None = None,  # (W', W) B_2, acts on rows of pixels; None is `rows`
+    threshold: float = 3e-2,  # Smaller singular values of a matrix become 0; 0 keeps all
+) -> Operator:  # Images (C, H, W), measurements (C, H', W')
     """Blur or shrink both axes, each channel alike.
 
-    Computes label `eq-restoration-separable`. Raises `ValueError` if the threshold leaves nothing.
+    Computes label `eq-restoration-separable`.
+    Raises `ValueError` if the threshold leaves nothing.
     Source: Wang et al. 2023; the threshold is that of their code.
     """
     cols = rows if cols is None else cols
-    (a,a_inv),(b,b_inv) = (_cut(m, threshold) for m in (rows, cols))
-    both = lambda p,q: lambda x: p(x)@x@q(x).mT
-    shape,measured = (channels, rows.shape[1], cols.shape[1]), (channels, rows.shape[0], cols.shape[0])
-    return Operator(name, shape, measured, both(_on(a), _on(b)), both(_on(a.mT), _on(b.mT)), both(_on(a_inv), _on(b_inv)))
+    shape = (channels, rows.shape[1], cols.shape[1])
+    measured = (channels, rows.shape[0], cols.shape[0])
+    rows, rows_inverse = _cut(rows, threshold)
+    cols, cols_inverse = _cut(cols, threshold)
+    return Operator(
+        name,
+        shape,
+        measured,
+        _both_axes(rows, cols),
+        _both_axes(rows.mT, cols.mT),
+        _both_axes(rows_inverse, cols_inverse),
+    )
 
 # %% ../../nbs/core/restoration.ipynb #c022
 def gaussian(
-    n:int,       # Taps, odd
-    sigma:float, # Standard deviation in pixels
-)->Tensor:       # (n,) float64, sums to 1
+    n: int,  # Taps, odd
+    sigma: float,  # Standard deviation in pixels
+) -> Tensor:  # (n,) float64, sums to 1
     "A Gaussian kernel, cut off after `n` taps and scaled."
-    t = torch.arange(n, dtype=torch.float64) - (n-1)/2
-    k = torch.exp(-t**2/(2*sigma**2))
-    return k/k.sum()
+    offset = torch.arange(n, dtype=torch.float64) - (n - 1) / 2
+    weight = torch.exp(-(offset**2) / (2 * sigma**2))
+    return weight / weight.sum()
+
 
 def blur_matrix(
-    n:int,       # Pixels
-    taps:Tensor, # (K,) kernel, K odd
-)->Tensor:       # (n, n) float64
-    "One axis of a blur with zeros outside the image; all taps are used. Raises `ValueError` for an even number of taps."
-    if len(taps)%2==0: raise ValueError(f"a kernel needs a middle: its number of taps is odd, got {len(taps)}")
-    k = torch.arange(n) - torch.arange(n)[:, None] + len(taps)//2
-    return torch.where((k>=0) & (k<len(taps)), taps.double()[k.clamp(0, len(taps)-1)], 0.)
+    n: int,  # Pixels
+    taps: Tensor,  # (K,) kernel, K odd
+) -> Tensor:  # (n, n) float64
+    """One axis of a blur with zeros outside the image; all taps are used.
 
+    Raises `ValueError` for an even number of taps.
+    """
+    if len(taps) % 2 == 0:
+        raise ValueError(
+            f"a kernel needs a middle: its number of taps is odd, got {len(taps)}"
+        )
+    tap = torch.arange(n) - torch.arange(n)[:, None] + len(taps) // 2
+    inside = (tap >= 0) & (tap < len(taps))
+    return torch.where(inside, taps.double()[tap.clamp(0, len(taps) - 1)], 0.0)
+
+# %% ../../nbs/core/restoration.ipynb #9080cac6
 def bicubic_matrix(
-    n:int, # Pixels, a multiple of s
-    s:int, # Factor
-)->Tensor: # (n/s, n) float64, rows sum to 1
-    "One axis of bicubic shrinking with 4s taps, mirrored at the border. Raises `ValueError` if s does not divide n."
-    if n%s: raise ValueError(f"{n} pixels cannot be shrunk {s} times")
-    j = torch.arange(-2*s, n+2*s)
-    u = ((j - s*torch.arange(n//s)[:, None] - (s-1)/2).double()/s).abs()  # distance to the middle of the new pixel, in new pixels
-    k = torch.where(u<=1, 1.5*u**3 - 2.5*u**2 + 1, torch.where(u<2, -.5*u**3 + 2.5*u**2 - 4*u + 2, 0.))
-    fold = torch.minimum(j%(2*n), 2*n-1 - j%(2*n))                        # -1 is pixel 0, n is pixel n-1, as often as needed
-    return torch.zeros(n//s, n, dtype=torch.float64).index_add_(1, fold, k/k.sum(1, keepdim=True))
+    n: int,  # Pixels, a multiple of s
+    s: int,  # Factor
+) -> Tensor:  # (n/s, n) float64, rows sum to 1
+    """One axis of bicubic shrinking with 4s taps, mirrored at the border.
+
+    Raises `ValueError` if s does not divide n.
+    """
+    if n % s:
+        raise ValueError(f"{n} pixels cannot be shrunk {s} times")
+    source = torch.arange(-2 * s, n + 2 * s)
+    middle = s * torch.arange(n // s)[:, None]
+    # distance to the middle of the new pixel, in new pixels
+    distance = ((source - middle - (s - 1) / 2).double() / s).abs()
+    near = 1.5 * distance**3 - 2.5 * distance**2 + 1
+    far = -0.5 * distance**3 + 2.5 * distance**2 - 4 * distance + 2
+    weight = torch.where(distance <= 1, near, torch.where(distance < 2, far, 0.0))
+    # -1 is pixel 0, n is pixel n-1, as often as needed
+    mirrored = torch.minimum(source % (2 * n), 2 * n - 1 - source % (2 * n))
+    out = torch.zeros(n // s, n, dtype=torch.float64)
+    return out.index_add_(1, mirrored, weight / weight.sum(1, keepdim=True))
 
 # %% ../../nbs/core/restoration.ipynb #c027
-MAX_ENTRIES = 2**24 # Of a dense matrix, 128 MB in float64
+MAX_ENTRIES = 2**24  # Of a dense matrix, 128 MB in float64
+
+
+def _matrix_map(matrix, shape):
+    "The map that multiplies each flattened example by a constant matrix."
+    matrix = _constant(matrix)
+    return lambda x: (x.flatten(1) @ matrix(x).mT).view(-1, *shape)
+
 
 @torch.no_grad()
 def dense(
-    name:str,             # Of the operator
-    shape:tuple,          # (C, H, W)
-    f:Callable,           # (B, C, H, W) float64 -> (B, C', H', W'), linear
-    threshold:float=1e-6, # Singular values below this become 0, as in `separable`; the default is what float32 resolves
-)->Operator:
+    name: str,  # Of the operator
+    shape: tuple,  # (C, H, W)
+    function: Callable,  # (B, C, H, W) float64 -> (B, C', H', W'), linear
+    threshold: float = 1e-6,  # Singular values below this become 0, as in `separable`
+) -> Operator:
     """Turn any linear map of small images into an operator, by its matrix.
 
+    The default threshold is what float32 resolves.
     Raises `ValueError` for a map that is not linear, and for a matrix above `MAX_ENTRIES`.
     """
-    n,x = math.prod(shape), torch.linspace(-1, 1, math.prod(shape), dtype=torch.float64).view(1, *shape)
-    measured = tuple(f(x).shape[1:])
-    if n*math.prod(measured)>MAX_ENTRIES: raise ValueError(f"{name}: a matrix from {tuple(shape)} to {measured} has more than {MAX_ENTRIES} entries")
-    unit = lambda i: F.one_hot(i, n).double().view(-1, *shape)
-    m = torch.cat([f(unit(i)).flatten(1) for i in torch.arange(n).split(256)]).mT
-    if not torch.allclose(m@x.flatten(), f(x).flatten()): raise ValueError(f"{name}: the map is not linear")
-    m,inv = _cut(m, threshold)
-    times = lambda a,out: lambda x: (x.flatten(1)@a(x).mT).view(-1, *out)
-    return Operator(name, tuple(shape), measured, times(_on(m), measured), times(_on(m.mT), shape), times(_on(inv), shape))
+    n = math.prod(shape)
+    x = torch.linspace(-1, 1, n, dtype=torch.float64).view(1, *shape)
+    measured = tuple(function(x).shape[1:])
+    if n * math.prod(measured) > MAX_ENTRIES:
+        raise ValueError(
+            f"{name}: a matrix from {tuple(shape)} to {measured} "
+            f"has more than {MAX_ENTRIES} entries"
+        )
+    columns = []
+    for indices in torch.arange(n).split(256):
+        units = F.one_hot(indices, n).double().view(-1, *shape)
+        columns.append(function(units).flatten(1))
+    matrix = torch.cat(columns).mT
+    if not torch.allclose(matrix @ x.flatten(), function(x).flatten()):
+        raise ValueError(f"{name}: the map is not linear")
+    matrix, inverse = _cut(matrix, threshold)
+    return Operator(
+        name,
+        tuple(shape),
+        measured,
+        _matrix_map(matrix, measured),
+        _matrix_map(matrix.mT, shape),
+        _matrix_map(inverse, shape),
+    )
 
+# %% ../../nbs/core/restoration.ipynb #386e46ae
 def compose(
-    *ops:Operator,        # In the order in which they happen
-    name:str='',          # Of the chain; empty joins theirs
-    threshold:float=1e-6, # As in `dense`
-)->Operator:
-    "One damage after the other, with the least-squares inverse of the whole. Raises `ValueError` if shapes do not meet."
-    return dense(name or '-'.join(o.name for o in ops), ops[0].shape, lambda x: reduce(lambda v,o: o.A(v), ops, x), threshold)
+    *ops: Operator,  # In the order in which they happen
+    name: str = '',  # Of the chain; empty joins theirs
+    threshold: float = 1e-6,  # As in `dense`
+) -> Operator:
+    """One damage after the other, with the least-squares inverse of the whole.
+
+    Raises `ValueError` if shapes do not meet.
+    """
+
+    def chain(x):
+        for op in ops:
+            x = op.A(x)
+        return x
+
+    return dense(name or '-'.join(op.name for op in ops), ops[0].shape, chain, threshold)
 
 # %% ../../nbs/core/restoration.ipynb #c030
-def _inpaint(kind): return lambda shape, seed: inpaint(shape, mask(kind, shape[1:], generator=torch.Generator().manual_seed(seed)), f'inpaint-{kind}')
-def _pool(s): return lambda shape, seed: pool(shape, s, f'sr{s}')
-def _bicubic(s): return lambda shape, seed: separable(f'bicubic{s}', shape[0], *(bicubic_matrix(n, s) for n in shape[1:]))
-def _blur(name, *taps): return lambda shape, seed: separable(name, shape[0], *(blur_matrix(n, t) for n,t in zip(shape[1:], taps)))
-def _chain(shape, seed):
-    first = _inpaint('random')(shape, seed)
-    return compose(first, colour(shape), pool((1, *shape[1:]), 4), name='inpaint-colour-sr4')
+def _inpaint(kind):
+    def make(shape, seed):
+        generator = torch.Generator().manual_seed(seed)
+        known = mask(kind, shape[1:], generator=generator)
+        return inpaint(shape, known, f'inpaint-{kind}')
 
-_box = torch.full((9,), 1/9, dtype=torch.float64)
-OPERATORS = { # name -> function of (shape, seed)
-    **{f'inpaint-{k}': _inpaint(k) for k in ('centre', 'half', 'random')},
-    'colour': lambda shape, seed: colour(shape),
-    **{f'sr{s}': _pool(s) for s in (2, 4, 8)},
-    **{f'bicubic{s}': _bicubic(s) for s in (2, 4, 8)},
+    return make
+
+
+def _colour(shape, seed):
+    return colour(shape)
+
+
+def _pool(s):
+    return lambda shape, seed: pool(shape, s, f'sr{s}')
+
+
+def _bicubic(s):
+    def make(shape, seed):
+        rows, cols = (bicubic_matrix(n, s) for n in shape[1:])
+        return separable(f'bicubic{s}', shape[0], rows, cols)
+
+    return make
+
+
+def _blur(name, row_taps, col_taps):
+    def make(shape, seed):
+        rows, cols = blur_matrix(shape[1], row_taps), blur_matrix(shape[2], col_taps)
+        return separable(name, shape[0], rows, cols)
+
+    return make
+
+
+def _inpaint_colour_pool(shape, seed):
+    first = _inpaint('random')(shape, seed)
+    small = pool((1, *shape[1:]), 4)
+    return compose(first, colour(shape), small, name='inpaint-colour-sr4')
+
+# %% ../../nbs/core/restoration.ipynb #3f578124
+_box = torch.full((9,), 1 / 9, dtype=torch.float64)
+
+OPERATORS = {  # name -> function of (shape, seed)
+    'inpaint-centre': _inpaint('centre'),
+    'inpaint-half': _inpaint('half'),
+    'inpaint-random': _inpaint('random'),
+    'colour': _colour,
+    'sr2': _pool(2),
+    'sr4': _pool(4),
+    'sr8': _pool(8),
+    'bicubic2': _bicubic(2),
+    'bicubic4': _bicubic(4),
+    'bicubic8': _bicubic(8),
     'blur-uniform': _blur('blur-uniform', _box, _box),
-    'blur-gauss': _blur('blur-gauss', gaussian(5, 10.), gaussian(5, 10.)),
-    'blur-aniso': _blur('blur-aniso', gaussian(9, 20.), gaussian(9, 1.)),
-    'inpaint-colour-sr4': _chain, # small images only
+    'blur-gauss': _blur('blur-gauss', gaussian(5, 10.0), gaussian(5, 10.0)),
+    'blur-aniso': _blur('blur-aniso', gaussian(9, 20.0), gaussian(9, 1.0)),
+    'inpaint-colour-sr4': _inpaint_colour_pool,  # small images only
 }
 
+
 def operator(
-    name:str,     # A key of `OPERATORS`
-    shape:tuple,  # (C, H, W) of the images
-    seed:int=0,   # Of the mask, where one is drawn
-)->Operator:
-    "An operator by its name. Raises `ValueError` for an unknown name, listing the known ones, and for a shape that the operator cannot damage."
-    if name not in OPERATORS: raise ValueError(f"unknown operator {name!r}; known: {', '.join(OPERATORS)}")
+    name: str,  # A key of `OPERATORS`
+    shape: tuple,  # (C, H, W) of the images
+    seed: int = 0,  # Of the mask, where one is drawn
+) -> Operator:
+    """An operator by its name.
+
+    Raises `ValueError` for an unknown name, listing the known ones, and for a shape that
+    the operator cannot damage.
+    """
+    if name not in OPERATORS:
+        raise ValueError(f"unknown operator {name!r}; known: {', '.join(OPERATORS)}")
     return OPERATORS[name](tuple(shape), seed)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SHAPE_RANGES', 'Camera', 'pairs', 'camera_to_world', 'pose_of', 'rays', 'draw_car_shapes', 'draw_car_colours',
-           'car_distances', 'View', 'trace', 'render_cars', 'draw_cars', 'spoil', 'kept']
+           'car_distances', 'trace', 'View', 'render_cars', 'draw_cars', 'corrupt', 'kept']
 
 # %% ../../nbs/core/scenes.ipynb #1e1463cc
 import math
@@ -24,246 +24,400 @@ from tqdm import tqdm
 # %% ../../nbs/core/scenes.ipynb #ae054f00
 @dataclass(frozen=True)
 class Camera:
-    "A pinhole camera that looks at one point from a fixed distance, and the depths between which something can be."
-    fov:float = 30.              # Angle of view from left to right, degrees
-    radius:float = 4.5           # Distance from the target, world units
-    near:float = 3.2             # Depth along the optical axis at which rays start
-    far:float = 5.8              # Depth at which they end
-    target:tuple = (0., 0., .3)  # The point it looks at
+    """A pinhole camera that looks at one point from a fixed distance.
 
+    Whatever can be seen lies between the depths `near` and `far`.
+    """
+
+    fov: float = 30.0  # Angle of view from left to right, degrees
+    radius: float = 4.5  # Distance from the target, world units
+    near: float = 3.2  # Depth along the optical axis at which rays start
+    far: float = 5.8  # Depth at which they end
+    target: tuple = (0.0, 0.0, 0.3)  # The point it looks at
+
+# %% ../../nbs/core/scenes.ipynb #c2dba64b
 def pairs(
-    angles:Tensor, # (...) radians
-)->Tensor:         # (..., 2) sine and cosine
+    angles: Tensor,  # (...) radians
+) -> Tensor:  # (..., 2) sine and cosine
     "Angles as points of the unit circle."
     return torch.stack([angles.sin(), angles.cos()], -1)
 
+
 def camera_to_world(
-    pose:Tensor,            # (B, 2) azimuth and elevation in radians, or (B, 2, 2) their (sine, cosine)
-    camera:Camera=Camera(), # Its distance and target
-)->Tensor:                  # (B, 3, 4): axes of the camera and its place, in world coordinates
-    "Where the camera is and how it is turned. Raises `ValueError` for another shape."
-    if pose.ndim==2 and pose.shape[1]==2: pose = pairs(pose)
-    if pose.ndim!=3 or pose.shape[1:]!=(2, 2): raise ValueError(f"pose must be (B, 2) angles or (B, 2, 2) sines and cosines, got {tuple(pose.shape)}")
-    (sa,ca),(se,ce) = pose[:,0].T,pose[:,1].T
-    back = torch.stack([ce*sa, ce*ca, se], 1)
-    axes = [torch.stack([-ca, sa, torch.zeros_like(sa)], 1), torch.stack([-se*sa, -se*ca, ce], 1), back]
-    return torch.stack([*axes, pose.new_tensor(camera.target)+camera.radius*back], 2)
+    pose: Tensor,  # (B, 2) azimuth and elevation, radians, or (B, 2, 2) (sine, cosine)
+    camera: Camera = Camera(),  # Its distance and target
+) -> Tensor:  # (B, 3, 4): axes of the camera and its place, in world coordinates
+    """Where the camera is and how it is turned.
+
+    Raises `ValueError` for another shape.
+    """
+    if pose.ndim == 2 and pose.shape[1] == 2:
+        pose = pairs(pose)
+    if pose.ndim != 3 or pose.shape[1:] != (2, 2):
+        raise ValueError(
+            "pose must be (B, 2) angles or (B, 2, 2) sines and cosines,"
+            f" got {tuple(pose.shape)}"
+        )
+    sin_a, cos_a = pose[:, 0].T
+    sin_e, cos_e = pose[:, 1].T
+    back = torch.stack([cos_e * sin_a, cos_e * cos_a, sin_e], 1)
+    right = torch.stack([-cos_a, sin_a, torch.zeros_like(sin_a)], 1)
+    up = torch.stack([-sin_e * sin_a, -sin_e * cos_a, cos_e], 1)
+    place = pose.new_tensor(camera.target) + camera.radius * back
+    return torch.stack([right, up, back, place], 2)
 
 # %% ../../nbs/core/scenes.ipynb #c6af4872
 def pose_of(
-    c2w:Tensor,    # (N, 3, 4) as from `camera_to_world`
-    camera:Camera, # What is on record
-)->Tensor:         # (N, 2) azimuth in (-pi, pi] and elevation, radians
-    "Where cameras are. Raises `ValueError` for axes that are not orthogonal units, or a place more than a tenth nearer or farther than on record."
-    axes = c2w[:,:,:3]
-    if not torch.allclose(axes.mT@axes, torch.eye(3).to(axes).expand_as(axes), atol=1e-3): raise ValueError("the axes of a camera are not orthogonal unit vectors")
-    radius = (c2w[:,:,3]-c2w.new_tensor(camera.target)).norm(dim=1)
-    if ((radius/camera.radius-1).abs()>.1).any(): raise ValueError(f"a camera is {radius.min():.3g} to {radius.max():.3g} away from its target, expected {camera.radius}")
-    return torch.stack([torch.atan2(axes[:,0,2], axes[:,1,2]), axes[:,2,2].clamp(-1, 1).asin()], 1)
+    c2w: Tensor,  # (N, 3, 4) as from `camera_to_world`
+    camera: Camera,  # What is on record
+) -> Tensor:  # (N, 2) azimuth in (-pi, pi] and elevation, radians
+    """Where cameras are.
+
+    Raises `ValueError` for axes that are not orthogonal units, or a place more than a
+    tenth nearer or farther than on record.
+    """
+    axes = c2w[:, :, :3]
+    if not torch.allclose(axes.mT @ axes, torch.eye(3).to(axes).expand_as(axes), atol=1e-3):
+        raise ValueError("the axes of a camera are not orthogonal unit vectors")
+    radius = (c2w[:, :, 3] - c2w.new_tensor(camera.target)).norm(dim=1)
+    if ((radius / camera.radius - 1).abs() > 0.1).any():
+        raise ValueError(
+            f"a camera is {radius.min():.3g} to {radius.max():.3g} away from its target,"
+            f" expected {camera.radius}"
+        )
+    azimuth = torch.atan2(axes[:, 0, 2], axes[:, 1, 2])
+    return torch.stack([azimuth, axes[:, 2, 2].clamp(-1, 1).asin()], 1)
 
 # %% ../../nbs/core/scenes.ipynb #1482ab5c
 def rays(
-    c2w:Tensor,            # (B, 3, 4) from `camera_to_world`
-    size:int,              # Pixels a side of the image
-    fov:float,             # Angle of view, degrees
-    pixels:Tensor|None=None, # (R,) or (B, R) int64, row*size + column; None is all, row by row
-    shift:tuple=(0., 0.),  # Added to column and row; (0.5, 0.5) looks through the other convention
-)->tuple:                  # Origins (B, R, 3) and directions (B, R, 3), whose length is distance per unit of depth
-    "The rays of pixels. Raises `ValueError` if a pixel lies outside."
-    pixels = torch.arange(size*size, device=c2w.device) if pixels is None else pixels
-    if len(pixels.shape)>2 or pixels.numel() and not 0<=int(pixels.min())<=int(pixels.max())<size*size:
-        raise ValueError(f"pixels must be (R,) or (B, R) numbers below {size*size}, got {tuple(pixels.shape)}")
-    half = size/2
-    f = half/math.tan(math.radians(fov)/2)
-    i,j = (pixels%size).to(c2w)+shift[0],(pixels//size).to(c2w)+shift[1]
-    d = torch.stack([(i-half)/f, (half-j)/f, -torch.ones_like(i)], -1).expand(len(c2w), -1, 3)
-    return c2w[:,None,:,3].expand_as(d), d@c2w[:,:,:3].mT
+    c2w: Tensor,  # (B, 3, 4) from `camera_to_world`
+    size: int,  # Pixels a side of the image
+    fov: float,  # Angle of view, degrees
+    pixels: Tensor | None = None,  # (R,) or (B, R) int64, row*size + column; None is all
+    shift: tuple = (0.0, 0.0),  # Added to column and row
+) -> tuple:  # Origins and directions, (B, R, 3) each
+    """The rays of pixels; without `pixels` of all of them, row by row.
+
+    The length of a direction is distance per unit of depth. A `shift` of (0.5, 0.5) looks
+    through the other convention.
+    Raises `ValueError` if a pixel lies outside.
+    """
+    pixels = torch.arange(size * size, device=c2w.device) if pixels is None else pixels
+    inside = not pixels.numel() or 0 <= int(pixels.min()) <= int(pixels.max()) < size * size
+    if len(pixels.shape) > 2 or not inside:
+        raise ValueError(
+            f"pixels must be (R,) or (B, R) numbers below {size * size},"
+            f" got {tuple(pixels.shape)}"
+        )
+    half = size / 2
+    focal = half / math.tan(math.radians(fov) / 2)
+    column = (pixels % size).to(c2w) + shift[0]
+    row = (pixels // size).to(c2w) + shift[1]
+    seen = [(column - half) / focal, (half - row) / focal, -torch.ones_like(column)]
+    directions = torch.stack(seen, -1).expand(len(c2w), -1, 3)
+    return c2w[:, None, :, 3].expand_as(directions), directions @ c2w[:, :, :3].mT
 
 # %% ../../nbs/core/scenes.ipynb #b99af1a2
-SHAPE_RANGES = dict(                                     # Ten numbers of a shape, each drawn uniformly; world units unless said
-    length=(.70, 1.0), width=(.32, .46), height=(.14, .24), # Half sizes of the body
-    corner=(.03, .10),                                   # Radius of its edges
-    clearance=(.08, .14),                                # Free space below
-    cabin_length=(.30, .62),                             # Half length of the cabin, as a share of the body's
-    cabin_height=(.12, .26), cabin_shift=(-.25, .15),    # Its half height, and its place forwards
-    wheel_radius=(.13, .20), wheel_place=(.50, .72))     # Radius, and place from the middle as a share of the half length
-_GLASS,_TYRE,_HUB,_FRONT,_REAR = (.13, .16, .22), (.07, .07, .08), (.62, .62, .65), (1., .96, .78), (.75, .08, .08)
+# ten numbers of a shape, each drawn uniformly; world units unless said otherwise
+SHAPE_RANGES = dict(
+    # half sizes of the body
+    length=(0.70, 1.0),
+    width=(0.32, 0.46),
+    height=(0.14, 0.24),
+    corner=(0.03, 0.10),  # radius of its edges
+    clearance=(0.08, 0.14),  # free space below
+    cabin_length=(0.30, 0.62),  # half length of the cabin, as a share of the body's
+    cabin_height=(0.12, 0.26),  # its half height
+    cabin_shift=(-0.25, 0.15),  # its place forwards
+    wheel_radius=(0.13, 0.20),
+    wheel_place=(0.50, 0.72),  # from the middle, as a share of the half length
+)
+
 
 def draw_car_shapes(
-    n:int, # Number of cars
-    generator:torch.Generator|None=None, # Source of every draw; None is the global one
-)->Tensor: # (n, 10) in the order of `SHAPE_RANGES`
+    n: int,  # Number of cars
+    generator: torch.Generator
+    | None = None,  # Source of every draw; None is the global one
+) -> Tensor:  # (n, 10) in the order of `SHAPE_RANGES`
     "Draw shapes of cars, each number uniformly between its bounds."
-    low,high = torch.tensor(list(SHAPE_RANGES.values())).T
-    return low+(high-low)*torch.rand(n, len(low), generator=generator)
+    low, high = torch.tensor(list(SHAPE_RANGES.values())).T
+    return low + (high - low) * torch.rand(n, len(low), generator=generator)
+
+# %% ../../nbs/core/scenes.ipynb #1d2d95d7
+def _rgb(hue, saturation, value):  # (n,) each, in [0, 1] -> (n, 3)
+    sector = (hue[:, None] * 6 + torch.tensor([5.0, 3.0, 1.0])) % 6
+    share = torch.minimum(sector, 4 - sector).clamp(0, 1)
+    return value[:, None] * (1 - saturation[:, None] * share)
+
 
 def draw_car_colours(
-    n:int, # Number of cars
-    generator:torch.Generator|None=None, # Source of every draw; None is the global one
-)->Tensor: # (n, 6) in [0, 1]: red, green, blue of the body, then of the roof
-    "Draw paint: any hue; 35 roofs of 100 have a colour of their own, the others are darker than the body."
-    u = torch.rand(n, 7, generator=generator)
-    def paint(h, s, v): # hue, saturation, value
-        k = (h[:,None]*6+torch.tensor([5., 3., 1.]))%6
-        return v[:,None]*(1-s[:,None]*torch.minimum(k, 4-k).clamp(0, 1))
-    body,own = (paint(u[:,i], .35+.6*u[:,i+1], .35+.6*u[:,i+2]) for i in (0, 3))
-    return torch.cat([body, torch.where(u[:,6:]<.35, own, .7*body)], 1)
+    n: int,  # Number of cars
+    generator: torch.Generator
+    | None = None,  # Source of every draw; None is the global one
+) -> Tensor:  # (n, 6) in [0, 1]: red, green, blue of the body, then of the roof
+    """Draw paint of any hue.
+
+    35 roofs of 100 have a colour of their own, the others are darker than the body.
+    """
+    drawn = torch.rand(n, 7, generator=generator)
+    body = _rgb(drawn[:, 0], 0.35 + 0.6 * drawn[:, 1], 0.35 + 0.6 * drawn[:, 2])
+    own = _rgb(drawn[:, 3], 0.35 + 0.6 * drawn[:, 4], 0.35 + 0.6 * drawn[:, 5])
+    return torch.cat([body, torch.where(drawn[:, 6:] < 0.35, own, 0.7 * body)], 1)
 
 # %% ../../nbs/core/scenes.ipynb #6a66919e
-def _box(q, half, r): # distance of |point| q (N, 3) to a box with half sizes (N, 3) and edges of radius r (N, 1)
-    q = q-half+r
-    return q.clamp(min=0).norm(dim=1)+q.amax(1).clamp(max=0)-r[:,0]
+def _box(
+    point, half, edge
+):  # (N, 3), half sizes (N, 3), radius of the edges (N, 1) -> (N,)
+    "Distance of |point| to a box around the origin."
+    beyond = point - half + edge
+    return beyond.clamp(min=0).norm(dim=1) + beyond.amax(1).clamp(max=0) - edge[:, 0]
 
-def _parts(shape): # (N, 10) -> half sizes and middle of the body, of the cabin, and the wheel's radius, place and side; (N,) each
-    length,width,height,_,clear,long,tall,shift,radius,place = shape.unbind(1)
-    top = clear+2*height
-    return (length, width, height, clear+height), (long*length, .86*width, tall, shift, top+.6*tall), (radius, place*length, .92*width)
 
+def _parts(shape):  # (N, 10) -> body, cabin and wheels, whose numbers are (N,) each
+    "Half sizes and middle of body and cabin; radius, place and side of the wheels."
+    length, width, height, _, clear, long, tall, shift, radius, place = shape.unbind(1)
+    top = clear + 2 * height
+    body = (length, width, height, clear + height)
+    cabin = (long * length, 0.86 * width, tall, shift, top + 0.6 * tall)
+    return body, cabin, (radius, place * length, 0.92 * width)
+
+# %% ../../nbs/core/scenes.ipynb #1f1d0e29
 def car_distances(
-    points:Tensor, # (N, 3) in world coordinates
-    shape:Tensor,  # (N, 10) the car that each point belongs to
-)->Tensor:         # (3, N) to body, cabin and wheels; negative inside, never longer than the true distance
-    "Signed distances to the three parts of a car."
-    (l,w,h,z),(cl,cw,ch,cx,cz),(wr,wx,wy) = _parts(shape)
-    x,y,up = points.unbind(1)
-    y,r = y.abs(),shape[:,3:4]
-    body = _box(torch.stack([x.abs(), y, (up-z).abs()], 1), torch.stack([l, w, h], 1), r)
-    rise = ((up-cz)/ch+1).clamp(0, 2)/2                                       # 0 at the cabin's floor, 1 at its roof
-    lean = torch.minimum(.55*cl, ch),torch.minimum(.3*cw, .5*ch)              # never steeper than 1/2 and 1/4, which stretches lengths by 4/3 at most
-    cabin = .75*_box(torch.stack([(x-cx).abs()+rise*lean[0], y+rise*lean[1], (up-cz).abs()], 1), torch.stack([cl, cw, ch], 1), r)
-    flat = torch.stack([((x.abs()-wx)**2+(up-wr)**2).sqrt()-wr, (y-wy).abs()-.06], 1)
-    wheel = flat.clamp(min=0).norm(dim=1)+flat.amax(1).clamp(max=0)
-    return torch.stack([body, cabin, wheel])
+    points: Tensor,  # (N, 3) in world coordinates
+    shape: Tensor,  # (N, 10) the car that each point belongs to
+) -> Tensor:  # (3, N) to body, cabin and wheels; negative inside
+    "Signed distances to the three parts of a car, never longer than the true ones."
+    (length, width, height, middle), cabin, wheel = _parts(shape)
+    x, left, up = points.unbind(1)
+    side = left.abs()
+    edge = shape[:, 3:4]
+    from_body = torch.stack([x.abs(), side, (up - middle).abs()], 1)
+    body_distance = _box(from_body, torch.stack([length, width, height], 1), edge)
+
+    long, wide, tall, shift, level = cabin
+    rise = ((up - level) / tall + 1).clamp(
+        0, 2
+    ) / 2  # 0 at the cabin's floor, 1 at its roof
+    # never steeper than 1/2 and 1/4, which stretches lengths by 4/3 at most
+    lean_x = torch.minimum(0.55 * long, tall)
+    lean_y = torch.minimum(0.3 * wide, 0.5 * tall)
+    leaning = [(x - shift).abs() + rise * lean_x, side + rise * lean_y, (up - level).abs()]
+    cabin_size = torch.stack([long, wide, tall], 1)
+    cabin_distance = 0.75 * _box(torch.stack(leaning, 1), cabin_size, edge)
+
+    radius, axle, out = wheel
+    across = ((x.abs() - axle) ** 2 + (up - radius) ** 2).sqrt() - radius
+    beyond = torch.stack([across, (side - out).abs() - 0.06], 1)
+    wheel_distance = beyond.clamp(min=0).norm(dim=1) + beyond.amax(1).clamp(max=0)
+    return torch.stack([body_distance, cabin_distance, wheel_distance])
 
 # %% ../../nbs/core/scenes.ipynb #6661efaa
-class View(NamedTuple):
-    "What a camera sees of a car."
-    image:Tensor # (B, 3, S, S) in [-1, 1], white background
-    depth:Tensor # (B, 1, S, S) along the optical axis, mean over what was hit; `camera.far` where nothing was
-    cover:Tensor # (B, 1, S, S) share of the pixel that shows the car, in [0, 1]
+def _span(origin, ray, shape):  # -> (N,) and (N,)
+    "Depths at which rays enter and leave the box around their car."
+    (length, _, _, _), (long, _, tall, shift, level), (_, _, out) = _parts(shape)
+    zero = torch.zeros_like(length)
+    reach = torch.maximum(length, shift.abs() + long)
+    low = torch.stack([-reach, -out - 0.06, zero], 1)
+    high = torch.stack([reach, out + 0.06, level + tall], 1)
+    first, second = (low - origin) / ray, (high - origin) / ray
+    enter = torch.minimum(first, second).amax(1) - 0.01
+    return enter, torch.maximum(first, second).amin(1) + 0.01
 
-def _span(origin, ray, shape): # depths (N,) at which rays enter and leave the box around their car
-    (l,w,_,_),(cl,_,ch,cx,cz),(_,_,wy) = _parts(shape)
-    zero,reach = torch.zeros_like(l),torch.maximum(l, cx.abs()+cl)
-    low,high = torch.stack([-reach, -wy-.06, zero], 1),torch.stack([reach, wy+.06, cz+ch], 1)
-    a,b = (low-origin)/ray,(high-origin)/ray
-    return torch.minimum(a, b).amax(1)-.01, torch.maximum(a, b).amin(1)+.01
 
 def trace(
-    origin:Tensor,  # (N, 3)
-    ray:Tensor,     # (N, 3), of any length
-    shape:Tensor,   # (N, 10) the car of each ray
-    n_steps:int=48, # Steps at most
-    eps:float=1e-3, # A surface is hit when it is closer than this, world units
-)->Tensor:          # (N,) t of the hit in origin + t*ray; inf where the ray misses
-    "Walk along rays until they meet their car."
-    out,(t,end) = torch.full_like(origin[:,0], math.inf),_span(origin, ray, shape)
-    at = (t<end).nonzero()[:,0]
-    o,d,s,t,end,length = origin[at],ray[at],shape[at],t[at],end[at],ray[at].norm(dim=1)
-    for k in range(n_steps):
-        gap = car_distances(o+t[:,None]*d, s).amin(0)
-        hit = gap<(eps if k<n_steps-1 else 20*eps) # a grazing ray may still creep at the end
-        t = torch.where(hit, t, t+gap/length)
-        if k%4==3 or k==n_steps-1: # drop what has arrived or left
+    origin: Tensor,  # (N, 3)
+    ray: Tensor,  # (N, 3), of any length
+    shape: Tensor,  # (N, 10) the car of each ray
+    n_steps: int = 48,  # Steps at most
+    eps: float = 1e-3,  # A surface is hit when it is closer than this, world units
+) -> Tensor:  # (N,) t of the hit in origin + t*ray; inf where the ray misses
+    "Sphere tracing: follow rays until they meet their car."
+    out = torch.full_like(origin[:, 0], math.inf)
+    t, end = _span(origin, ray, shape)
+    at = (t < end).nonzero()[:, 0]
+    origin, ray, shape, t, end = origin[at], ray[at], shape[at], t[at], end[at]
+    length = ray.norm(dim=1)
+    for step in range(n_steps):
+        gap = car_distances(origin + t[:, None] * ray, shape).amin(0)
+        last = step == n_steps - 1
+        hit = gap < (20 * eps if last else eps)  # a grazing ray may still creep at the end
+        t = torch.where(hit, t, t + gap / length)
+        if step % 4 == 3 or last:  # drop what has arrived or left
             out[at[hit]] = t[hit]
-            on = ~hit & (t<end)
-            at,o,d,s,t,end,length = (v[on] for v in (at, o, d, s, t, end, length))
-            if not len(at): break
+            going = ~hit & (t < end)
+            at, t, end, length = at[going], t[going], end[going], length[going]
+            origin, ray, shape = origin[going], ray[going], shape[going]
+            if not len(at):
+                break
     return out
 
 # %% ../../nbs/core/scenes.ipynb #f4652f92
-def _paint(x, ray, shape, colour): # hit points (N, 3) -> their colours (N, 3) in [0, 1]
-    k = x.new_tensor([[1., -1, -1], [-1, -1, 1], [-1, 1, -1], [1, 1, 1]])    # corners of a tetrahedron give the gradient
-    gap = car_distances((x[:,None]+1e-3*k).flatten(0, 1), shape.repeat_interleave(4, 0)).amin(0).view(-1, 4)
-    normal = torch.nn.functional.normalize(gap@k, dim=1)
-    part = car_distances(x, shape).argmin(0)[:,None]
-    (l,w,h,z),_,(wr,wx,_) = _parts(shape)
-    body,roof = colour[:,:3],colour[:,3:]
-    lamp = (normal[:,0].abs()>.7) & ((x[:,1].abs()-.68*w).abs()<.22*w) & ((x[:,2]-z-.2*h).abs()<.38*h)
-    lamps = torch.where(x[:,:1]>0, x.new_tensor(_FRONT), x.new_tensor(_REAR))
-    hub = ((x[:,0].abs()-wx)**2+(x[:,2]-wr)**2 < (.45*wr)**2)[:,None]
-    ink = torch.where(part==0, torch.where(lamp[:,None], lamps, body), torch.where(part==1,
-        torch.where(normal[:,2:]>.75, roof, x.new_tensor(_GLASS)), torch.where(hub, x.new_tensor(_HUB), x.new_tensor(_TYRE))))
-    sun = torch.nn.functional.normalize(x.new_tensor([.4, .3, .86]), dim=0)
-    return ink*(.45+.55*(normal@sun).clamp(min=0))[:,None]
+_GLASS = (0.13, 0.16, 0.22)
+_TYRE = (0.07, 0.07, 0.08)
+_HUB = (0.62, 0.62, 0.65)
+_FRONT_LAMP = (1.0, 0.96, 0.78)
+_REAR_LAMP = (0.75, 0.08, 0.08)
+
+
+def _normals(x, shape):  # (N, 3), (N, 10) -> (N, 3)
+    "Directions away from the surface, from the distances at the corners of a tetrahedron."
+    corner = x.new_tensor([[1.0, -1, -1], [-1, -1, 1], [-1, 1, -1], [1, 1, 1]])
+    around = (x[:, None] + 1e-3 * corner).flatten(0, 1)
+    gap = car_distances(around, shape.repeat_interleave(4, 0)).amin(0).view(-1, 4)
+    return torch.nn.functional.normalize(gap @ corner, dim=1)
+
+
+def _paint(x, shape, colour):  # hit points (N, 3) -> their colours (N, 3) in [0, 1]
+    normal = _normals(x, shape)
+    part = car_distances(x, shape).argmin(0)[:, None]
+    (_, width, height, middle), _, (radius, axle, _) = _parts(shape)
+    beside = ((x[:, 1].abs() - 0.68 * width).abs() < 0.22 * width) & (
+        (x[:, 2] - middle - 0.2 * height).abs() < 0.38 * height
+    )
+    lamp = ((normal[:, 0].abs() > 0.7) & beside)[:, None]
+    lamps = torch.where(x[:, :1] > 0, x.new_tensor(_FRONT_LAMP), x.new_tensor(_REAR_LAMP))
+    hub = ((x[:, 0].abs() - axle) ** 2 + (x[:, 2] - radius) ** 2 < (0.45 * radius) ** 2)[
+        :, None
+    ]
+    body = torch.where(lamp, lamps, colour[:, :3])
+    cabin = torch.where(normal[:, 2:] > 0.75, colour[:, 3:], x.new_tensor(_GLASS))
+    wheel = torch.where(hub, x.new_tensor(_HUB), x.new_tensor(_TYRE))
+    ink = torch.where(part == 0, body, torch.where(part == 1, cabin, wheel))
+    sun = torch.nn.functional.normalize(x.new_tensor([0.4, 0.3, 0.86]), dim=0)
+    return ink * (0.45 + 0.55 * (normal @ sun).clamp(min=0))[:, None]
+
+# %% ../../nbs/core/scenes.ipynb #d2b3623b
+@torch.no_grad()
+def _render(shape, colour, pose, size, camera):  # image, depth and cover of a few cars
+    c2w = camera_to_world(pose, camera)
+    n = len(pose)
+    shifts = [(i, j) for i in (-0.25, 0.25) for j in (-0.25, 0.25)]  # four rays a pixel
+    four = zip(*(rays(c2w, size, camera.fov, shift=shift) for shift in shifts))
+    origin, ray = (torch.stack(parts, 2).flatten(0, 2) for parts in four)
+    car = torch.arange(n, device=ray.device).repeat_interleave(4 * size * size)
+    t = trace(origin, ray, shape[car])
+    at = t.isfinite().nonzero()[:, 0]
+    rgb = torch.ones_like(ray)
+    rgb[at] = _paint(origin[at] + t[at, None] * ray[at], shape[car[at]], colour[car[at]])
+
+    def fold(values):  # the four rays of a pixel on an axis of their own
+        return values.view(n, size, size, 4, -1)
+
+    hit = fold(t.isfinite().to(ray))
+    depth = fold(torch.where(t.isfinite(), t, 0.0)).sum(3) / hit.sum(3).clamp(min=1)
+    depth = torch.where(hit.sum(3) > 0, depth, camera.far)
+    image = 2 * fold(rgb).mean(3) - 1
+    return tuple(
+        part.permute(0, 3, 1, 2).contiguous() for part in (image, depth, hit.mean(3))
+    )
 
 # %% ../../nbs/core/scenes.ipynb #483f7a18
-def render_cars(
-    shape:Tensor,   # (B, 10) as from `draw_car_shapes`
-    colour:Tensor,  # (B, 6) as from `draw_car_colours`
-    pose:Tensor,    # (B, 2) azimuth and elevation, radians
-    size:int=32,    # Pixels a side
-    camera:Camera=Camera(),
-    *,
-    chunk:int=64,   # Images at a time; bounds the memory
-)->View:
-    "True pictures of cars. Raises `ValueError` unless there is one shape, one paint and one pose for each."
-    if not len(shape)==len(colour)==len(pose): raise ValueError(f"{len(shape)} shapes, {len(colour)} colours and {len(pose)} poses")
-    parts = [_render(*o, size, camera) for o in zip(shape.split(chunk), colour.split(chunk), pose.split(chunk))]
-    return View(*(torch.cat(o) for o in zip(*parts)))
+class View(NamedTuple):
+    """What a camera sees of a car.
 
-@torch.no_grad()
-def _render(shape, colour, pose, size, camera):
-    c2w,n = camera_to_world(pose, camera),len(pose)
-    o,d = (torch.stack(v, 2).flatten(0, 2) for v in zip(*(rays(c2w, size, camera.fov, shift=(i, j)) for i in (-.25, .25) for j in (-.25, .25))))
-    of = torch.arange(n, device=d.device).repeat_interleave(4*size*size)
-    t = trace(o, d, shape[of])
-    at = t.isfinite().nonzero()[:,0]
-    rgb = torch.ones_like(d)
-    rgb[at] = _paint(o[at]+t[at,None]*d[at], d[at], shape[of[at]], colour[of[at]])
-    fold = lambda v: v.view(n, size, size, 4, -1)
-    hit = fold(t.isfinite().to(d))
-    depth = fold(torch.where(t.isfinite(), t, 0.)).sum(3)/hit.sum(3).clamp(min=1)
-    depth = torch.where(hit.sum(3)>0, depth, camera.far)
-    return tuple(v.permute(0, 3, 1, 2).contiguous() for v in (2*fold(rgb).mean(3)-1, depth, hit.mean(3)))
+    `depth` is the mean over what was hit, and `camera.far` where nothing was.
+    """
+
+    image: Tensor  # (B, 3, S, S) in [-1, 1], white background
+    depth: Tensor  # (B, 1, S, S) along the optical axis
+    cover: Tensor  # (B, 1, S, S) share of the pixel that shows the car, in [0, 1]
+
+
+def render_cars(
+    shape: Tensor,  # (B, 10) as from `draw_car_shapes`
+    colour: Tensor,  # (B, 6) as from `draw_car_colours`
+    pose: Tensor,  # (B, 2) azimuth and elevation, radians
+    size: int = 32,  # Pixels a side
+    camera: Camera = Camera(),
+    *,
+    chunk: int = 64,  # Images at a time; bounds the memory
+) -> View:
+    """True pictures of cars.
+
+    Raises `ValueError` unless there is one shape, one paint and one pose for each.
+    """
+    if not len(shape) == len(colour) == len(pose):
+        raise ValueError(
+            f"{len(shape)} shapes, {len(colour)} colours and {len(pose)} poses"
+        )
+    some = zip(shape.split(chunk), colour.split(chunk), pose.split(chunk))
+    parts = [_render(*cars, size, camera) for cars in some]
+    return View(*(torch.cat(values) for values in zip(*parts)))
 
 # %% ../../nbs/core/scenes.ipynb #119bc6d2
 def draw_cars(
-    n_cars:int,  # Number of cars
-    n_views:int, # Views of each
-    size:int,    # Pixels a side
-    seed:int,    # Of shapes, paint and cameras
-    elevation:tuple=(10, 60), # Lowest and highest, degrees
-)->dict:         # x (N, 3, size, size) uint8 and pose, object, shape, colour of each, N = n_cars*n_views, car by car
-    "Draw cars and render them from random places: azimuth uniform, elevation uniform in its sine."
-    g,n = torch.Generator().manual_seed(seed),n_cars*n_views
-    shape,colour = draw_car_shapes(n_cars, g),draw_car_colours(n_cars, g)
-    u = torch.rand(n, 2, generator=g)
-    low,high = (math.sin(math.radians(o)) for o in elevation)
-    pose = torch.stack([math.pi*(1-2*u[:,0]), (low+(high-low)*u[:,1]).asin()], 1)
-    of = torch.arange(n_cars).repeat_interleave(n_views)
-    bar = tqdm(of.split(128), desc=f'rendering {n:,} images', disable=n<500 or bool(os.environ.get('IN_TEST')))
-    x = [render_cars(shape[i], colour[i], p, size).image for i,p in zip(bar, pose.split(128))]
-    x = torch.cat([o.add(1).mul(127.5).round().byte() for o in x])
-    return dict(x=x, pose=pose, object=of, shape=shape[of], colour=colour[of])
+    n_cars: int,  # Number of cars
+    n_views: int,  # Views of each
+    size: int,  # Pixels a side
+    seed: int,  # Of shapes, paint and cameras
+    elevation: tuple = (10, 60),  # Lowest and highest, degrees
+) -> dict:  # x (N, 3, size, size) uint8 and pose, object, shape, colour of each
+    """Draw cars and render them from random places; N = n_cars*n_views images, car by car.
+
+    The azimuth is uniform, the elevation uniform in its sine.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    n = n_cars * n_views
+    shape = draw_car_shapes(n_cars, generator)
+    colour = draw_car_colours(n_cars, generator)
+    drawn = torch.rand(n, 2, generator=generator)
+    low, high = (math.sin(math.radians(bound)) for bound in elevation)
+    azimuth = math.pi * (1 - 2 * drawn[:, 0])
+    pose = torch.stack([azimuth, (low + (high - low) * drawn[:, 1]).asin()], 1)
+    car = torch.arange(n_cars).repeat_interleave(n_views)
+    quiet = n < 500 or bool(os.environ.get('IN_TEST'))
+    bar = tqdm(car.split(128), desc=f'rendering {n:,} images', disable=quiet)
+    parts = [
+        render_cars(shape[some], colour[some], where, size).image
+        for some, where in zip(bar, pose.split(128))
+    ]
+    x = torch.cat([part.add(1).mul(127.5).round().byte() for part in parts])
+    return dict(x=x, pose=pose, object=car, shape=shape[car], colour=colour[car])
 
 # %% ../../nbs/core/scenes.ipynb #b7c1233d
-def spoil(
-    x:Tensor,       # (N, C, S, S) uint8
-    generator=None, # Source of every draw
-)->tuple:           # Images, and mask (N, 1, S, S), true where an image is still itself
-    "Overwrite one square of each image, 25 to 50 % of the side, with noise of mean 1/2 and spread 1/5 of the range."
-    n,_,size,_ = x.shape
-    u = torch.rand(n, 3, generator=generator)
-    side = (size*(.25+.25*u[:,:1])).round()
-    first = (u[:,1:]*(size-side+1)).floor()
-    at = torch.arange(size)
-    row,column = ((at>=o) & (at<o+side) for o in first.split(1, 1))
-    mask = ~(row[:,None,:,None] & column[:,None,None,:])
-    noise = (.5+.2*torch.randn(x.shape, generator=generator)).clamp(0, 1).mul(255).round().byte()
-    return torch.where(mask, x, noise), mask
+def corrupt(
+    x: Tensor,  # (N, C, S, S) uint8
+    generator=None,  # Source of every draw
+) -> tuple:  # Images, and mask (N, 1, S, S), true where an image is still itself
+    """Overwrite one square of each image with noise.
 
+    Its sides are 25 to 50 % of the image's; the noise has mean 1/2 and spread 1/5 of the
+    range of a colour.
+    """
+    n, _, size, _ = x.shape
+    drawn = torch.rand(n, 3, generator=generator)
+    side = (size * (0.25 + 0.25 * drawn[:, :1])).round()
+    first = (drawn[:, 1:] * (size - side + 1)).floor()
+    at = torch.arange(size)
+    row, column = ((at >= start) & (at < start + side) for start in first.split(1, 1))
+    mask = ~(row[:, None, :, None] & column[:, None, None, :])
+    noise = 0.5 + 0.2 * torch.randn(x.shape, generator=generator)
+    return torch.where(mask, x, noise.clamp(0, 1).mul(255).round().byte()), mask
+
+# %% ../../nbs/core/scenes.ipynb #4b526b4b
 def kept(
-    path:Path,     # Of an npz file
-    make:Callable, # () -> dict of tensors
-)->dict:           # The same from the file
-    "Tensors from a file, or made and written. A file that is damaged is made again; one that cannot be written is a warning."
-    try: return {k: torch.from_numpy(v) for k,v in np.load(path, allow_pickle=False).items()}
-    except (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile): pass # absent or damaged: make it again
-    made,part = make(),path.with_name(f'{path.stem}.{os.getpid()}.part')
+    path: Path,  # Of an npz file
+    make: Callable,  # () -> dict of tensors
+) -> dict:  # The same from the file
+    """Tensors from a file, or made and written.
+
+    A file that is damaged is made again; one that cannot be written is a warning.
+    """
+    try:
+        saved = np.load(path, allow_pickle=False)
+        return {name: torch.from_numpy(values) for name, values in saved.items()}
+    except (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile):
+        pass  # absent or damaged: make it again
+    made = make()
+    part = path.with_name(f'{path.stem}.{os.getpid()}.part')
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with open(part, 'wb') as f: np.savez(f, **{k: v.numpy() for k,v in made.items()})
-        part.replace(path)                                           # whole or not at all
-    except OSError as e: warnings.warn(f"cannot keep the rendered images in {path.parent}, the next run renders them again: {e}")
+        with open(part, 'wb') as file:
+            np.savez(file, **{name: values.numpy() for name, values in made.items()})
+        part.replace(path)  # whole or not at all
+    except OSError as error:
+        warnings.warn(
+            f"cannot keep the rendered images in {path.parent}, the next run renders them"
+            f" again: {error}"
+        )
     return made
