@@ -31,6 +31,7 @@ from .mcmc import Rates, frozen, grid_log_z, langevin, normal, ula, uniform
 @dataclass(frozen=True, kw_only=True)
 class SwitchFields:
     "Choices that the paper's ablations turn, and ours; each default is the full method."
+
     schedule: str = 'cosine'  # 'cosine' (this paper); 'drl-t6' or 'drl-t8' (predecessor's)
     norm: bool = True  # Spectral norm on the energy
     pretrain: int = 0  # Steps of the initialiser alone, denoising data; not in the paper
@@ -48,6 +49,7 @@ class SwitchFields:
 @dataclass(frozen=True, kw_only=True)
 class DataFields:
     "What is modelled."
+
     data: str  # Name in `ebmbook.data.DATASETS`, or folder:PATH
     shape: tuple[int, ...]  # One example as the networks see it, e.g. (3, 32, 32) or (2,)
     flip: bool = False  # Random horizontal flips
@@ -58,6 +60,7 @@ class DataFields:
 @dataclass(frozen=True, kw_only=True)
 class ChainFields:
     "The ladder of noise and the Langevin chain of each level."
+
     n_levels: int = 6  # T, noise levels
     n_steps: int = 15  # K, Langevin updates at each level
     step: float = 4e-4  # Constant of the step size: s_t^2 = step/sbar_0 * sbar_t * sigma^2
@@ -67,6 +70,7 @@ class ChainFields:
 @dataclass(frozen=True, kw_only=True)
 class NetFields:
     "Sizes of the two networks."
+
     ch: int = 128  # Width of the energy
     mult: tuple[int, ...] = (1, 2, 2, 2)  # Widths of its levels, in units of ch
     blocks: int = 8  # Residual blocks in each of them
@@ -80,6 +84,7 @@ class NetFields:
 @dataclass(frozen=True, kw_only=True)
 class OptimFields:
     "How the two networks are trained together."
+
     n_iters: int  # Optimiser steps
     lr: float = 1e-4  # Adam step size of the energy
     lr_init: float = 1e-5  # Adam step size of the initialiser
@@ -91,6 +96,7 @@ class OptimFields:
 @dataclass(frozen=True, kw_only=True)
 class LabelFields:
     "How classes enter."
+
     n_classes: int = 0  # Classes of the energy; 0 is unconditional
     init_cond: bool = True  # Whether the initialiser sees the class too
     label_drop: float = 0.1  # How often a label is replaced by "none" in training

@@ -50,11 +50,12 @@ class SwitchFields:
     turns `wet` on, and has `flow_every` at 5 for pretrained CelebA.
     Neither source rounds refined images (`quantise`).
     """
+
     method: str = 'coopflow'  # What is trained: one of four words
     noise: str = 'off'  # Noise of the chain: one of four words
     decay: int = 0  # Optimiser steps K after which decaying noise is gone
-    clip: float = .1  # Clamp on the change of each pixel in one update; 0 is none
-    bound: float = 1.  # Clamp on coordinates to [-bound, bound] after an update; 0 is none
+    clip: float = 0.1  # Clamp on the change of each pixel in one update; 0 is none
+    bound: float = 1.0  # Clamp on coordinates to [-bound, bound] after an update; 0 is none
     exact: bool = True  # Undo the flow's contraction by 0.9 when it decodes
     wet: bool = False  # Dropout while the flow proposes in training
     quantise: bool = False  # Round refined images to grey levels before the flow learns
@@ -64,6 +65,7 @@ class SwitchFields:
 @dataclass(frozen=True, kw_only=True)
 class DataFields:
     "What is modelled and how it is measured."
+
     data: str  # Name in `ebmbook.data.DATASETS`, or folder:PATH
     shape: tuple[int, ...]  # Shape of one example, (C, H, W) or (2,)
     flip: bool = False  # Random horizontal flips
@@ -73,6 +75,7 @@ class DataFields:
 @dataclass(frozen=True, kw_only=True)
 class StageFields:
     "Lengths of the parts of a training."
+
     n_iters: int  # Optimiser steps of the energy, warm-up included
     warm: int = 0  # The first of them, in which the flow rests
     n_pre: int = 0  # Steps in which the flow learns alone from data, before
@@ -81,21 +84,23 @@ class StageFields:
 @dataclass(frozen=True, kw_only=True)
 class ChainFields:
     "The Langevin flow."
+
     n_steps: int = 30  # T, Langevin updates
-    delta: float = .03  # Their step in training: drift delta^2/2, noise delta
-    delta_test: float = .04  # Their step when sampling
+    delta: float = 0.03  # Their step in training: drift delta^2/2, noise delta
+    delta_test: float = 0.04  # Their step when sampling
 
 # %% ../nbs/04_coopflow.ipynb #d5fd184f
 @dataclass(frozen=True, kw_only=True)
 class OptimFields:
     "Learning rates and limits of the gradients."
+
     lr: float = 1e-4  # Adam step size of the energy
     lr_flow: float = 1e-4  # Adam step size of the flow, or of the free generator
     lr_pre: float = 1e-3  # Adam step size of the flow alone
     lr_warm: int = 200  # Steps over which all of them rise from zero
-    cooldown: float = 0.  # Last part of the steps in which they fall to zero; paper: none
-    ebm_clip: float = 0.  # Largest gradient norm of the energy; 0 is none
-    flow_clip: float = 1.  # Largest gradient norm of the flow
+    cooldown: float = 0.0  # Last part of the steps in which they fall to zero; paper: none
+    ebm_clip: float = 0.0  # Largest gradient norm of the energy; 0 is none
+    flow_clip: float = 1.0  # Largest gradient norm of the flow
 
 # %% ../nbs/04_coopflow.ipynb #c1226d7c
 @dataclass(frozen=True, kw_only=True)
@@ -104,6 +109,7 @@ class NetFields:
 
     `deq` holds couplings, blocks and context channels of the flow's dequantiser.
     """
+
     ch: int = 128  # Width of the energy
     blocks: int = 3  # Its residual blocks; each halves the image and doubles the width
     flow_steps: tuple[int, ...] = (4, 2, 3)  # Couplings by group; one number for points
@@ -111,7 +117,7 @@ class NetFields:
     flow_blocks: int = 10  # Blocks in each coupling's network
     flow_width: int = 96  # Its channels
     n_mix: int = 32  # Components of each mixture
-    drop: float = .2  # Dropout of the flow
+    drop: float = 0.2  # Dropout of the flow
     levels: int = 256  # Grey levels of a pixel
     save: bool = False  # Save memory in the flow at the price of time
 
@@ -119,12 +125,13 @@ class NetFields:
 @dataclass(frozen=True, kw_only=True)
 class RivalFields:
     "What only CoopNets and the short-run EBM need."
+
     nz: int = 100  # CoopNets: latent numbers
     gen_ch: int = 64  # CoopNets: width of the generator
-    sigma: float = .3  # CoopNets: its observation noise
+    sigma: float = 0.3  # CoopNets: its observation noise
     infer_steps: int = 0  # CoopNets: updates of the inference
-    infer_delta: float = .1  # CoopNets: their step
-    blur: float = .03  # Short-run EBM: noise on the data
+    infer_delta: float = 0.1  # CoopNets: their step
+    blur: float = 0.03  # Short-run EBM: noise on the data
 
 # %% ../nbs/04_coopflow.ipynb #c009
 # A dataclass lists the fields of its last base first; `ebmbook presets` shows the first.
@@ -146,26 +153,26 @@ _PLANE = dict(
     data='spiral',
     shape=(2,),
     noise='on',
-    clip=.1,
+    clip=0.1,
     bound=1.5,
     batch=256,
     ch=64,
     flow_steps=(8,),
     flow_width=64,
     n_mix=8,
-    flow_clip=5.,
-    ebm_clip=1.,
+    flow_clip=5.0,
+    ebm_clip=1.0,
     lr_pre=5e-3,
-    cooldown=.3,
-    ema=.99,
+    cooldown=0.3,
+    ema=0.99,
     log_every=20,
     save_every=250,
     nz=2,
 )
-_PLANE_SHORT = dict(_PLANE, delta=.02, delta_test=.02, lr=1e-3, lr_flow=1e-3, lr_warm=50)
+_PLANE_SHORT = dict(_PLANE, delta=0.02, delta_test=0.02, lr=1e-3, lr_flow=1e-3, lr_warm=50)
 # From scratch: a flow that has seen the data would fit them whatever the chain.
 _PLANE_SCRATCH = dict(
-    _PLANE, delta=.03, delta_test=.03, lr=2e-3, lr_flow=1e-3, lr_warm=20, n_iters=600
+    _PLANE, delta=0.03, delta_test=0.03, lr=2e-3, lr_flow=1e-3, lr_warm=20, n_iters=600
 )
 # All numbers are chosen here.
 # fmt: off
@@ -190,18 +197,19 @@ _DIGITS = dict(
     flow_steps=(1, 1, 1),
     deq=(),
     flow_blocks=1,
-    drop=0.,
+    drop=0.0,
     levels=17,
     lr_pre=5e-3,
     lr_warm=50,
-    cooldown=.2,
-    ebm_clip=1.,
-    ema=.98,
+    cooldown=0.2,
+    ebm_clip=1.0,
+    ema=0.98,
     log_every=20,
     save_every=250,
     nz=16,
     gen_ch=32,
 )
+
 
 def _digits(T, deltas, n_iters, n_pre, warm, **more):
     return Config(
@@ -239,10 +247,11 @@ _CLAIM_PRESETS = {
 # fmt: on
 
 # %% ../nbs/04_coopflow.ipynb #f8e79877
-def _passes(data, batch, epochs): # optimiser steps
+def _passes(data, batch, epochs):  # optimiser steps
     return round(epochs * DATASETS[data].n[0] / batch)
 
-def _paper(data, batch, T, deltas, epochs, pre=0, warm=0, **more): # a line of Table 4.4
+
+def _paper(data, batch, T, deltas, epochs, pre=0, warm=0, **more):  # a line of Table 4.4
     return Config(
         data=data,
         shape=(3, 32, 32),
@@ -253,7 +262,7 @@ def _paper(data, batch, T, deltas, epochs, pre=0, warm=0, **more): # a line of T
         n_iters=_passes(data, batch, epochs),
         n_pre=_passes(data, batch, pre),
         warm=_passes(data, batch, warm),
-        ema=0.,
+        ema=0.0,
         save_every=1_000,
         **more,
     )
@@ -261,8 +270,8 @@ def _paper(data, batch, T, deltas, epochs, pre=0, warm=0, **more): # a line of T
 # %% ../nbs/04_coopflow.ipynb #e542c799
 # CIFAR-10 alone is flipped, and alone goes without a clip on the energy.
 _FLIP = dict(flip=True)
-_CLIP = dict(ebm_clip=1.)
-_CLIP_SLOW = dict(ebm_clip=1., flow_every=5)
+_CLIP = dict(ebm_clip=1.0)
+_CLIP_SLOW = dict(ebm_clip=1.0, flow_every=5)
 _CELEBA = 'celeba32_wide'
 # Passes over the data: of the energy, warm-up included; of the flow alone; of the warm-up.
 # fmt: off
@@ -296,6 +305,7 @@ _KINDS = dict(
     noise=('off', 'on', 'decay', 'printed'),
 )
 
+
 def check_config(
     cfg: Config,  # Resolved settings
     spec=None,  # What `require` returned for the data set; None looks its name up
@@ -321,13 +331,16 @@ def check_config(
     check_shape(cfg.data, cfg.shape, spec)
     return cfg
 
+
 def _check_images(cfg):
     if cfg.shape[1] % 2**cfg.blocks:
         raise ValueError(
             f"blocks={cfg.blocks} halve the image too often for shape={cfg.shape}"
         )
     if cfg.bound not in (0, 1):
-        raise ValueError(f"images live in [-1, 1]: bound is 1, or 0 for none, got {cfg.bound}")
+        raise ValueError(
+            f"images live in [-1, 1]: bound is 1, or 0 for none, got {cfg.bound}"
+        )
 
 # %% ../nbs/04_coopflow.ipynb #c016
 def langevin_flow(
@@ -336,9 +349,9 @@ def langevin_flow(
     n_steps: int,  # T, updates; 0 returns the start
     delta: float,  # Drift delta^2/2, noise delta
     *,
-    noise: float = 0.,  # Share tau of noise: 0 is the Langevin flow, 1 Langevin dynamics
-    clip: float = 0.,  # Clamp on a coordinate's change in an update, with noise; 0 is none
-    bound: float = 0.,  # Clamp to [-bound, bound] after each update; 0 is none
+    noise: float = 0.0,  # Share tau of noise: 0 is the Langevin flow, 1 Langevin dynamics
+    clip: float = 0.0,  # Clamp on a coordinate's change in an update, with noise; 0 is none
+    bound: float = 0.0,  # Clamp to [-bound, bound] after each update; 0 is none
     generator=None,  # Source of the noise
     differentiable: bool = False,  # Keep the graph, second order included
     on_step: Callable | None = None,  # As in `langevin`
@@ -370,7 +383,8 @@ def noise_decay(
     Source: Zhu 2024, eq. 4.14 with its bracket corrected.
     """
     left = 1 - epoch / end
-    return max(left**20, 0.) if printed else max(left, 0.) ** 20
+    return max(left**20, 0.0) if printed else max(left, 0.0) ** 20
+
 
 def noise_share(
     cfg,  # Uses noise and decay
@@ -384,6 +398,7 @@ def noise_share(
 # %% ../nbs/04_coopflow.ipynb #c023
 class Block(nn.Module):
     "Residual block, then a mean over squares of 2x2 pixels."
+
     def __init__(
         self,
         n_in: int,  # Channels in
@@ -394,7 +409,7 @@ class Block(nn.Module):
         self.outer = nn.Conv2d(n_in, n_out, 3, padding=1)
         self.side = nn.Conv2d(n_in, n_out, 3, padding=1)
 
-    def forward(self, x): # (B, n_in, H, W) -> (B, n_out, H/2, W/2)
+    def forward(self, x):  # (B, n_in, H, W) -> (B, n_out, H/2, W/2)
         main = F.silu(self.outer(F.silu(self.inner(x))))
         return F.avg_pool2d(main + F.silu(self.side(x)), 2)
 
@@ -404,6 +419,7 @@ class ImageEnergy(nn.Module):
 
     Source: Zhu 2024, Table 4.3, corrected.
     """
+
     def __init__(
         self,
         in_ch: int = 3,  # Channels of an image
@@ -417,7 +433,7 @@ class ImageEnergy(nn.Module):
         self.blocks = nn.ModuleList(Block(*pair) for pair in zip(widths, widths[1:]))
         self.last = nn.Conv2d(widths[-1], 100, size // 2**blocks)
 
-    def forward(self, x): # (B, C, H, W) in [-1, 1] -> (B,) nats
+    def forward(self, x):  # (B, C, H, W) in [-1, 1] -> (B,) nats
         x = F.silu(self.first(x))
         for block in self.blocks:
             x = block(x)
@@ -443,13 +459,15 @@ def flow_of(
         drop=cfg.drop,
     )
 
+
 def _energy_of(cfg):
     if len(cfg.shape) == 1:
-        return PlaneEnergy(cfg.ch, 1., unit=.15)
+        return PlaneEnergy(cfg.ch, 1.0, unit=0.15)
     net = ImageEnergy(cfg.shape[0], cfg.shape[1], cfg.ch, cfg.blocks)
     return net.to(memory_format=torch.channels_last)
 
-def _generator_of(cfg): # the free generator of CoopNets
+
+def _generator_of(cfg):  # the free generator of CoopNets
     if len(cfg.shape) == 1:
         return PointGenerator(cfg.shape[0], cfg.nz)
     return Generator(cfg.shape, cfg.nz, cfg.gen_ch)
@@ -460,6 +478,7 @@ class Nets(nn.Module, PyTorchModelHubMixin):
 
     `save_pretrained` and `from_pretrained` keep them with their settings.
     """
+
     def __init__(
         self,
         cfg: Config,  # Resolved settings
@@ -473,6 +492,7 @@ class Nets(nn.Module, PyTorchModelHubMixin):
         if cfg.method == 'coopnets':
             self.generator = _generator_of(cfg)
 
+
 def build(
     cfg: Config,  # Resolved settings
 ) -> Nets:  # Fresh networks from torch's global seed
@@ -484,6 +504,7 @@ def _generate(nets, like, cfg, generator):
     if cfg.method == 'coopnets':
         return nets.generator(normal(like.new_empty(len(like), cfg.nz), generator))
     return nets.flow.decode(normal(like, generator))
+
 
 def propose(
     nets,  # With `flow` or `generator`, as the method asks
@@ -500,7 +521,7 @@ def propose(
     with torch.no_grad(), parametrize.cached():
         x = _generate(nets, like, cfg, generator)
     # far in the tails a young flow overflows; such a chain starts in the middle
-    x = x.nan_to_num(0., math.inf, -math.inf)
+    x = x.nan_to_num(0.0, math.inf, -math.inf)
     if len(cfg.shape) == 3:
         return x.clamp(-1, 1)
     return x.clamp(-cfg.bound, cfg.bound) if cfg.bound else x
@@ -513,7 +534,7 @@ def refine(
     *,
     n_steps: int | None = None,  # Updates; None is the preset's
     delta: float | None = None,  # Step; None is the preset's in training
-    noise: float = 0.,  # Share of the noise
+    noise: float = 0.0,  # Share of the noise
     generator=None,  # Source of the noise
     differentiable: bool = False,  # Keep the graph
     clamps: bool | None = None,  # Whether the two clamps act; None: unless `differentiable`
@@ -535,8 +556,8 @@ def refine(
             cfg.n_steps if n_steps is None else n_steps,
             cfg.delta if delta is None else delta,
             noise=noise,
-            clip=cfg.clip if clamps else 0.,
-            bound=cfg.bound if clamps else 0.,
+            clip=cfg.clip if clamps else 0.0,
+            bound=cfg.bound if clamps else 0.0,
             generator=generator,
             differentiable=differentiable,
             on_step=on_step,
@@ -577,9 +598,10 @@ def flow_target(
     return ((fake + 1) / 2 * top).round() * 2 / top - 1
 
 # %% ../nbs/04_coopflow.ipynb #c033
-def _flipped(batch, cfg, generator): # the batch's examples, mirrored at random if asked
+def _flipped(batch, cfg, generator):  # the batch's examples, mirrored at random if asked
     x = batch['x']
     return random_flip(x, uniform(len(x), x, generator)) if cfg.flip else x
+
 
 def losses(
     nets,  # The networks
@@ -609,6 +631,7 @@ def losses(
         yield from coopnets_losses(nets.energy, nets.generator, x, z, chain, **options)
     else:
         yield from _coopflow_losses(nets, x, cfg, ctx, chain)
+
 
 def _coopflow_losses(nets, x, cfg, ctx, chain):
     if ctx.step == 0:
@@ -642,21 +665,23 @@ def flow_losses(
     yield 'flow', -nets.flow.log_prob(x, generator=ctx.generator).mean(), {}
 
 # %% ../nbs/04_coopflow.ipynb #c035
-def _schedule(cfg, total): # warm-up from exactly zero, and our optional cooldown
+def _schedule(cfg, total):  # warm-up from exactly zero, and our optional cooldown
     def factor(step):
         rise = step / max(cfg.lr_warm, 1)
         fall = (total - step) / max(cfg.cooldown * total, 1)
-        return min(1., rise, fall)
+        return min(1.0, rise, fall)
 
     return factor
 
-def _flow_group(net, lr, cfg, total): # weight decay on weight-norm gains only
+
+def _flow_group(net, lr, cfg, total):  # weight decay on weight-norm gains only
     slow = gains(net)
     ids = {id(gain) for gain in slow}
     groups = [dict(params=[value for value in net.parameters() if id(value) not in ids])]
     if slow:
         groups.append(dict(params=slow, weight_decay=5e-5))
     return Group(torch.optim.Adam(groups, lr), _schedule(cfg, total), cfg.flow_clip)
+
 
 def optimisers(
     nets,  # The networks
@@ -672,10 +697,12 @@ def optimisers(
     if hasattr(nets, 'flow'):
         groups['flow'] = _flow_group(nets.flow, cfg.lr_flow, cfg, cfg.n_iters)
     if hasattr(nets, 'generator'):
-        adam = torch.optim.Adam(nets.generator.parameters(), cfg.lr_flow, betas=(.5, .999))
+        adam = torch.optim.Adam(
+            nets.generator.parameters(), cfg.lr_flow, betas=(0.5, 0.999)
+        )
         groups['generator'] = Group(adam, schedule, cfg.flow_clip)
     if hasattr(nets, 'energy'):
-        adam = torch.optim.Adam(nets.energy.parameters(), cfg.lr, betas=(.5, .5))
+        adam = torch.optim.Adam(nets.energy.parameters(), cfg.lr, betas=(0.5, 0.5))
         groups['energy'] = Group(adam, schedule, cfg.ebm_clip or None)
     return groups
 
@@ -686,6 +713,7 @@ def flow_steps(
     "Optimiser steps of the flow alone: all of them where there is nothing else."
     return {'coopflow': cfg.n_pre, 'flow': cfg.n_pre + cfg.n_iters}.get(cfg.method, 0)
 
+
 def flow_optimisers(
     nets,  # The networks
     cfg,  # Learning rate, warm-up, clipping
@@ -695,8 +723,10 @@ def flow_optimisers(
         return {}
     return dict(flow=_flow_group(nets.flow, cfg.lr_pre, cfg, flow_steps(cfg)))
 
+
 def _coop_steps(cfg):
     return 0 if cfg.method == 'flow' else cfg.n_iters
+
 
 STAGES = (
     Stage('flow', flow_losses, flow_optimisers, flow_steps),
@@ -758,18 +788,20 @@ def pixel_error(
     return (error * mask).flatten(1).sum(1) / mask.flatten(1).sum(1)
 
 # %% ../nbs/04_coopflow.ipynb #c050
-class _Place(NamedTuple): # where the descent stands, one entry for each image
+class _Place(NamedTuple):  # where the descent stands, one entry for each image
     start: Tensor  # (B, C, H, W) proposals
     grad: Tensor  # (B, C, H, W) gradient of the squared error
     error: Tensor  # (B,) error per pixel
 
-def _measure_place(make, start, x, mask): # mask as in `reconstruct`
+
+def _measure_place(make, start, x, mask):  # mask as in `reconstruct`
     known = torch.ones_like(x[:1, :1], dtype=torch.bool) if mask is None else mask
     out = make(start.requires_grad_())
     grad = torch.autograd.grad(((x - out) * known).square().sum(), start)[0]
     return _Place(start.detach(), grad, pixel_error(x, out.detach(), mask))
 
-def _keep_better(new, old): # image by image; and (B, 1, 1, 1), where the new place is kept
+
+def _keep_better(new, old):  # image by image; and (B, 1, 1, 1), where the new place is kept
     kept = new.error <= old.error  # false for NaN
     wide = kept.view(-1, 1, 1, 1)
     start = torch.where(wide, new.start, old.start)
@@ -782,9 +814,11 @@ class Found(NamedTuple):
 
     Errors are squared, summed over channels and averaged over the known pixels.
     """
+
     start: Tensor  # (B, ...) proposals that explain them
     image: Tensor  # (B, ...) what the chain makes of these
     errors: list  # After each step, (B,) error per pixel
+
 
 def reconstruct(
     make: Callable,  # F: proposals (B, ...) -> images (B, ...), differentiable
@@ -792,8 +826,8 @@ def reconstruct(
     x: Tensor,  # (B, C, H, W) images to explain
     *,
     n_iters: int = 200,  # Steps of gradient descent
-    lr: float = .05,  # gamma_0
-    decay: float = 1.,  # rho
+    lr: float = 0.05,  # gamma_0
+    decay: float = 1.0,  # rho
     mask: Tensor | None = None,  # (1 or B, 1, H, W) bool, True where known; None is all
     safe: bool = False,  # Whether steps are taken back and halved; not in the paper
 ) -> Found:
@@ -850,8 +884,8 @@ def inpaint(
 
     Source: Zhu 2024, section 4.4.3; 201 steps of 0.03 x 0.99^j from the released script.
     """
-    options = dict(n_iters=201, lr=.03, decay=.99) | options
-    known = torch.where(mask, x, 0.)
+    options = dict(n_iters=201, lr=0.03, decay=0.99) | options
+    known = torch.where(mask, x, 0.0)
     found = explain(nets, known, cfg, generator=generator, mask=mask, **options)
     return torch.where(mask, x, found.image.clamp(-1, 1))
 
@@ -868,8 +902,8 @@ def interpolate(
     Source: Zhu 2024, section 4.4.4.
     """
     with torch.no_grad(), frozen(nets):
-        z0 = nets.flow.encode(first.clamp(-1, 1), v=.5)[0]
-        z1 = nets.flow.encode(last.clamp(-1, 1), v=.5)[0]
+        z0 = nets.flow.encode(first.clamp(-1, 1), v=0.5)[0]
+        z1 = nets.flow.encode(last.clamp(-1, 1), v=0.5)[0]
         shares = torch.linspace(0, 1, n).tolist()
         z = torch.stack([z0 + (z1 - z0) * share for share in shares], 1).flatten(0, 1)
         x = refine(nets, nets.flow.decode(z).clamp(-1, 1), cfg).clamp(-1, 1)
@@ -886,7 +920,9 @@ def sliced_distance(
     Raises `ValueError` if the counts differ.
     """
     if len(points) != len(others):
-        raise ValueError(f"the clouds must have one size, got {len(points)} and {len(others)}")
+        raise ValueError(
+            f"the clouds must have one size, got {len(points)} and {len(others)}"
+        )
     angles = math.pi * torch.arange(n).to(points) / n
     directions = torch.stack([angles.cos(), angles.sin()])
     ranked = (points @ directions).sort(0)[0]
@@ -898,7 +934,8 @@ def _measure_samples(x, fresh, data, least, name):
     near = (log_density(data, x) > least).float().mean().item()
     return {f'distance_{name}': sliced_distance(x, fresh), f'near_{name}': near}
 
-def _grid_loglik(nets, x, truth, side): # mean log-density of x, in nats
+
+def _grid_loglik(nets, x, truth, side):  # mean log-density of x, in nats
     def learned(points):
         return energy(nets, points)
 
@@ -907,7 +944,8 @@ def _grid_loglik(nets, x, truth, side): # mean log-density of x, in nats
 
     return plane_scores(learned, x, exact, side, 400)['loglik']
 
-def _measure_points(nets, cfg, generator, n, **options): # options of `sample`
+
+def _measure_points(nets, cfg, generator, n, **options):  # options of `sample`
     n = n or 4_000
     own = next(nets.parameters())
     test = load(cfg.data, split='test').tensor(2 * n)
@@ -920,18 +958,19 @@ def _measure_points(nets, cfg, generator, n, **options): # options of `sample`
     if hasattr(nets, 'energy'):
         side = max(cfg.bound, 1.2)  # the grid covers the whole box of the chains
         out['loglik_energy'] = _grid_loglik(nets, held_out.to(own), truth, side)
-    least = truth.quantile(.01)
+    least = truth.quantile(0.01)
     for name, chain in dict(start=dict(n_steps=0), pair=options).items():
         x = sample(nets, n, cfg, generator=generator, **chain).cpu()
         out |= _measure_samples(x, fresh, cfg.data, least, name)
     return {name: (value, n, '') for name, value in out.items()}
 
 # %% ../nbs/04_coopflow.ipynb #c057
-def _few(examples): # up to 50,000 images, the released program's number, chosen at random
+def _few(examples):  # up to 50,000 images, the released program's number, chosen at random
     if len(examples) <= 50_000:
         return examples
     generator = torch.Generator().manual_seed(0)
     return examples.x[torch.randperm(len(examples), generator=generator)[:50_000]]
+
 
 # options of `sample`
 def _measure_images(nets, cfg, generator, n, extractor='', **options):
@@ -942,7 +981,8 @@ def _measure_images(nets, cfg, generator, n, extractor='', **options):
     out = evaluate_images(x, _few(reference), name, ('fid', 'prc'))
     return {key: (out[key], n, out['extractor']) for key in ('fid', 'precision', 'recall')}
 
-def _measure_errors(nets, cfg, generator, n, **options): # options of `explain`
+
+def _measure_errors(nets, cfg, generator, n, **options):  # options of `explain`
     own = next(nets.parameters())
     x = load(cfg.data, split='test').tensor(n or 1_000)
     errors = []
@@ -951,12 +991,15 @@ def _measure_errors(nets, cfg, generator, n, **options): # options of `explain`
         errors.append(pixel_error(part, found.image.cpu()))
     return dict(mse=(torch.cat(errors).mean().item(), len(x), ''))
 
+
 # the flow's own bound on bits of held-out images
 def _measure_bits(nets, cfg, generator, n):
     own = next(nets.parameters())
     x = load(cfg.data, split='test').tensor(n or 1_000)
     with torch.no_grad(), frozen(nets):
-        nats = [nets.flow.log_prob(part.to(own), generator=generator) for part in x.split(100)]
+        nats = [
+            nets.flow.log_prob(part.to(own), generator=generator) for part in x.split(100)
+        ]
     bits = -torch.cat(nats).mean().item() / x[0].numel() / math.log(2)
     return dict(bits=(bits, len(x), ''))
 

@@ -27,7 +27,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .core.scenes import SHAPE_RANGES, Camera, camera_to_world, draw_cars, kept, pose_of, corrupt
+from ebmbook.core.scenes import (
+    SHAPE_RANGES,
+    Camera,
+    camera_to_world,
+    draw_cars,
+    kept,
+    pose_of,
+    corrupt,
+)
 
 # %% ../nbs/00_data.ipynb #c006
 class Lazy:
@@ -35,31 +43,40 @@ class Lazy:
 
     For that `fetch` must be a function of a module or a `partial` of one.
     """
-    def __init__(self,
-        n:int,          # Number of images
-        fetch:Callable, # list of indices -> (B, C, H, W) uint8
+
+    def __init__(
+        self,
+        n: int,  # Number of images
+        fetch: Callable,  # list of indices -> (B, C, H, W) uint8
     ):
         self.n = n
         self.fetch = fetch
 
-    def __len__(self): return self.n
+    def __len__(self):
+        return self.n
 
     def __getitem__(self, idx):
-        if isinstance(idx, slice): idx = range(*idx.indices(self.n))
+        if isinstance(idx, slice):
+            idx = range(*idx.indices(self.n))
         return self.fetch([int(i) for i in idx])
 
-def as_is(batch): return batch # collate_fn for a DataLoader over `Examples`
+
+def as_is(batch):
+    return batch  # collate_fn for a DataLoader over `Examples`
 
 # %% ../nbs/00_data.ipynb #0f81bbac
 def _check_lengths(x, y, extra):
-    if y is not None and len(y)!=len(x):
+    if y is not None and len(y) != len(x):
         raise ValueError(f"{len(x)} examples but {len(y)} labels")
-    for name,values in extra.items():
-        if len(values)!=len(x):
+    for name, values in extra.items():
+        if len(values) != len(x):
             raise ValueError(f"{len(x)} examples but {len(values)} of {name!r}")
-        if name in ('x', 'y'): raise ValueError(f"{name!r} cannot be an extra")
+        if name in ('x', 'y'):
+            raise ValueError(f"{name!r} cannot be an extra")
 
-def _as_float(x): return x.float().div_(127.5).sub_(1) if x.dtype==torch.uint8 else x.float()
+
+def _as_float(x):
+    return x.float().div_(127.5).sub_(1) if x.dtype == torch.uint8 else x.float()
 
 # %% ../nbs/00_data.ipynb #4b4dd819
 class Examples(torch.utils.data.Dataset):
@@ -67,37 +84,47 @@ class Examples(torch.utils.data.Dataset):
 
     Raises `ValueError` if they differ in length.
     """
-    def __init__(self,
-        x:Tensor|Lazy,       # (N, C, H, W) uint8 or float32 in [-1, 1], or (N, 2) points
-        y:Tensor|None=None,  # int64 classes (N,), or attributes (N, A) of 0 and 1
-        shape:tuple=(),      # Of one example; () reads it off `x`
-        extra:dict|None=None, # Name -> (N, ...) handed out as it is, such as cameras
+
+    def __init__(
+        self,
+        x: Tensor | Lazy,  # (N, C, H, W) uint8 or float32 in [-1, 1], or (N, 2) points
+        y: Tensor | None = None,  # int64 classes (N,), or attributes (N, A) of 0 and 1
+        shape: tuple = (),  # Of one example; () reads it off `x`
+        extra: dict | None = None,  # Name -> (N, ...) handed out as it is, such as cameras
     ):
         extra = extra or {}
         _check_lengths(x, y, extra)
-        self.x,self.y,self.extra = x,y,extra
+        self.x, self.y, self.extra = x, y, extra
         self.shape = tuple(shape or x.shape[1:])
 
-    def __len__(self): return len(self.x)
+    def __len__(self):
+        return len(self.x)
 
-    def __getitems__(self,
-        idx,    # list, range or tensor of indices
-    )->dict:    # x float32 (B, ...); y int64 (B,) or (B, A) if there are labels; extras
-        idx = torch.as_tensor(idx if isinstance(idx, Tensor) else list(idx), dtype=torch.long)
+    def __getitems__(
+        self,
+        idx,  # list, range or tensor of indices
+    ) -> dict:  # x float32 (B, ...); y int64 (B,) or (B, A) if there are labels; extras
+        idx = torch.as_tensor(
+            idx if isinstance(idx, Tensor) else list(idx), dtype=torch.long
+        )
         labels = {} if self.y is None else dict(y=self.y[idx])
-        extra = {name: values[idx] for name,values in self.extra.items()}
+        extra = {name: values[idx] for name, values in self.extra.items()}
         return dict(x=_as_float(self.x[idx])) | labels | extra
 
-    def batch(self, idx)->dict: return self.__getitems__(idx)
+    def batch(self, idx) -> dict:
+        return self.__getitems__(idx)
 
-    def __getitem__(self, i:int)->dict:
-        return {name: values[0] for name,values in self.batch([range(len(self))[i]]).items()}
+    def __getitem__(self, i: int) -> dict:
+        return {
+            name: values[0] for name, values in self.batch([range(len(self))[i]]).items()
+        }
 
-    def tensor(self,
-        n:int|None=None, # How many from the start; None is all
-    )->Tensor:           # (n, ...) float32
+    def tensor(
+        self,
+        n: int | None = None,  # How many from the start; None is all
+    ) -> Tensor:  # (n, ...) float32
         n = len(self) if n is None else min(n, len(self))
-        parts = [self.batch(range(i, min(n, i+4096)))['x'] for i in range(0, n, 4096)]
+        parts = [self.batch(range(i, min(n, i + 4096)))['x'] for i in range(0, n, 4096)]
         return torch.cat(parts or [torch.empty(0, *self.shape)])
 
 # %% ../nbs/00_data.ipynb #c009
@@ -108,37 +135,49 @@ class Spec:
     Its source is `embedded`, `torchvision`, `files`, or `rendered`: made here on first use,
     in minutes.
     """
-    shape:tuple         # Of one example: (C, H, W), or (2,) for points
-    n_classes:int       # Classes in y; 0 means no class labels
-    source:str          # embedded, rendered, torchvision or files
-    about:str           # One phrase for tables
-    attributes:tuple=() # Names of the columns of y, if y holds attributes
-    n:tuple=(0, 0)      # Examples for training, for testing
-    files:tuple=()      # What must exist below the data root; a name may also carry .gz
-    get:str=''          # How to get it
+
+    shape: tuple  # Of one example: (C, H, W), or (2,) for points
+    n_classes: int  # Classes in y; 0 means no class labels
+    source: str  # embedded, rendered, torchvision or files
+    about: str  # One phrase for tables
+    attributes: tuple = ()  # Names of the columns of y, if y holds attributes
+    n: tuple = (0, 0)  # Examples for training, for testing
+    files: tuple = ()  # What must exist below the data root; a name may also carry .gz
+    get: str = ''  # How to get it
 
 # %% ../nbs/00_data.ipynb #c010
-_ATTRIBUTES = tuple("""
+_ATTRIBUTES = tuple(
+    """
 5_o_Clock_Shadow Arched_Eyebrows Attractive Bags_Under_Eyes Bald Bangs Big_Lips Big_Nose
 Black_Hair Blond_Hair Blurry Brown_Hair Bushy_Eyebrows Chubby Double_Chin Eyeglasses Goatee
 Gray_Hair Heavy_Makeup High_Cheekbones Male Mouth_Slightly_Open Mustache Narrow_Eyes
 No_Beard Oval_Face Pale_Skin Pointy_Nose Receding_Hairline Rosy_Cheeks Sideburns Smiling
 Straight_Hair Wavy_Hair Wearing_Earrings Wearing_Hat Wearing_Lipstick Wearing_Necklace
 Wearing_Necktie Young
-""".split())
+""".split()
+)
 # attributes of `shapes`: 1 means yes, 0 means disc, cool, small
 SHAPE_NAMES = ('square', 'warm', 'large')
-_INKS = tuple(f'{part}_{ink}' for part in ('body', 'roof') for ink in ('red', 'green', 'blue'))
+_INKS = tuple(
+    f'{part}_{ink}' for part in ('body', 'roof') for ink in ('red', 'green', 'blue')
+)
 # attributes of `cars`: 1 means above the middle of the range
 CAR_NAMES = (*SHAPE_RANGES, *_INKS)
 
-def _below(folder, *names): return tuple(f'{folder}/{name}' for name in names)
 
-def _numbered(stem, last): return tuple(f'{stem}{i}' for i in range(1, last+1))
+def _below(folder, *names):
+    return tuple(f'{folder}/{name}' for name in names)
+
+
+def _numbered(stem, last):
+    return tuple(f'{stem}{i}' for i in range(1, last + 1))
+
 
 def _idx_files(folder):
     kinds = ('images-idx3', 'labels-idx1')
-    return tuple(f'{folder}/raw/{part}-{kind}-ubyte' for part in ('train', 't10k') for kind in kinds)
+    return tuple(
+        f'{folder}/raw/{part}-{kind}-ubyte' for part in ('train', 't10k') for kind in kinds
+    )
 
 # %% ../nbs/00_data.ipynb #c011
 # fmt: off
@@ -164,14 +203,22 @@ _EMBEDDED_SETS = {
 # fmt: on
 
 # %% ../nbs/00_data.ipynb #8c5390f9
-_CIFAR10 = _below('cifar-10-batches-py', 'batches.meta', *_numbered('data_batch_', 5), 'test_batch')
+_CIFAR10 = _below(
+    'cifar-10-batches-py', 'batches.meta', *_numbered('data_batch_', 5), 'test_batch'
+)
 _CIFAR100 = _below('cifar-100-python', 'meta', 'train', 'test')
 _SVHN = _below('svhn', 'train_32x32.mat', 'test_32x32.mat')
 _STL10 = _below('stl10_binary', 'train_X.bin', 'unlabeled_X.bin', 'test_X.bin')
-_CELEBA = _below('celeba', 'list_eval_partition.txt', 'list_attr_celeba.txt', 'img_align_celeba')
-_FACES = dict(n=(162_770, 19_962), attributes=_ATTRIBUTES, files=_CELEBA,
-              get='ebmbook datasets --get celeba64 (needs the package gdown), or unpack the '
-                  'aligned images of http://mmlab.ie.cuhk.edu.hk/projects/CelebA.html there')
+_CELEBA = _below(
+    'celeba', 'list_eval_partition.txt', 'list_attr_celeba.txt', 'img_align_celeba'
+)
+_FACES = dict(
+    n=(162_770, 19_962),
+    attributes=_ATTRIBUTES,
+    files=_CELEBA,
+    get='ebmbook datasets --get celeba64 (needs the package gdown), or unpack the '
+    'aligned images of http://mmlab.ie.cuhk.edu.hk/projects/CelebA.html there',
+)
 
 # %% ../nbs/00_data.ipynb #422233ee
 # fmt: off
@@ -202,7 +249,7 @@ _TORCHVISION_SETS = {
 # fmt: on
 _TORCHVISION_SETS = {
     name: replace(spec, get=spec.get or f'ebmbook datasets --get {name}')
-    for name,spec in _TORCHVISION_SETS.items()
+    for name, spec in _TORCHVISION_SETS.items()
 }
 
 # %% ../nbs/00_data.ipynb #8741fbcb
@@ -274,52 +321,66 @@ DATASETS = {**_EMBEDDED_SETS, **_TORCHVISION_SETS, **_FILE_SETS, **_CAMERA_SETS}
 
 # %% ../nbs/00_data.ipynb #c012
 def data_root(
-    root:str|Path|None=None, # None: EBMBOOK_DATA, else ~/.cache/ebmbook
-)->Path:
+    root: str | Path | None = None,  # None: EBMBOOK_DATA, else ~/.cache/ebmbook
+) -> Path:
     """The folder below which data sets lie.
 
     EBMBOOK_DATA is an environment variable.
     """
     return Path(root or os.environ.get('EBMBOOK_DATA') or '~/.cache/ebmbook').expanduser()
 
+
 def _unknown_set(name):
     near = difflib.get_close_matches(name, DATASETS, 1)
     hint = f', did you mean {near[0]!r}?' if near else ''
-    return ValueError(f"unknown data set {name!r}{hint}; known: {', '.join(DATASETS)}, folder:PATH")
+    return ValueError(
+        f"unknown data set {name!r}{hint}; known: {', '.join(DATASETS)}, folder:PATH"
+    )
+
 
 def _incomplete(name, missing, root):
-    return FileNotFoundError('\n'.join([
-        f"the data set {name!r} is not complete",
-        f"  missing:      {', '.join(missing)}",
-        f"  looked below: {root.resolve()} "
-        "(the environment variable EBMBOOK_DATA chooses another place)",
-        f"  to get it:    {DATASETS[name].get}",
-    ]))
+    return FileNotFoundError(
+        '\n'.join(
+            [
+                f"the data set {name!r} is not complete",
+                f"  missing:      {', '.join(missing)}",
+                f"  looked below: {root.resolve()} "
+                "(the environment variable EBMBOOK_DATA chooses another place)",
+                f"  to get it:    {DATASETS[name].get}",
+            ]
+        )
+    )
 
 # %% ../nbs/00_data.ipynb #1ee5db9a
 def require(
-    name:str,                # A name in `DATASETS`, or folder:PATH
-    root:str|Path|None=None, # As in `data_root`
-)->Spec:
+    name: str,  # A name in `DATASETS`, or folder:PATH
+    root: str | Path | None = None,  # As in `data_root`
+) -> Spec:
     """Make sure that a data set is there, before any work is done.
 
     Raises `ValueError` for an unknown name, `FileNotFoundError` saying what is missing,
     where, and how to get it.
     """
     root = data_root(root)
-    if name.startswith('folder:'): return _folder(name, root, 'train')[2]
-    if name not in DATASETS: raise _unknown_set(name)
+    if name.startswith('folder:'):
+        return _folder(name, root, 'train')[2]
+    if name not in DATASETS:
+        raise _unknown_set(name)
     spec = DATASETS[name]
-    def exists(file): return (root/file).exists() or (root/f'{file}.gz').exists()
+
+    def exists(file):
+        return (root / file).exists() or (root / f'{file}.gz').exists()
+
     missing = [file for file in spec.files if not exists(file)]
-    if missing: raise _incomplete(name, missing, root)
+    if missing:
+        raise _incomplete(name, missing, root)
     return spec
 
 # %% ../nbs/00_data.ipynb #c014
 def check_shape(
-    name:str,       # Data set of a preset
-    shape:tuple,    # Shape of one example, as the preset has it
-    spec:Spec|None=None, # What `require` said of the data set
+    name: str,  # Data set of a preset
+    shape: tuple,  # Shape of one example, as the preset has it
+    spec: Spec | None = None,  # What `require` said of the data set
 ):
     """Refuse a preset whose examples have another shape than its data set.
 
@@ -327,59 +388,68 @@ def check_shape(
     Raises `ValueError` naming both shapes.
     """
     spec = spec or DATASETS.get(name)
-    if spec is not None and tuple(spec.shape)!=tuple(shape):
-        raise ValueError(f"data set {name!r} has shape {spec.shape}, but shape={tuple(shape)}")
+    if spec is not None and tuple(spec.shape) != tuple(shape):
+        raise ValueError(
+            f"data set {name!r} has shape {spec.shape}, but shape={tuple(shape)}"
+        )
 
 # %% ../nbs/00_data.ipynb #c019
-STD25 = .0839 # spread of a bump
+STD25 = 0.0839  # spread of a bump
 _POINT_SETS = ('gaussians25', 'spiral', 'checkerboard')
-_CENTRES25 = torch.cartesian_prod(torch.arange(-2., 3), torch.arange(-2., 3))
+_CENTRES25 = torch.cartesian_prod(torch.arange(-2.0, 3), torch.arange(-2.0, 3))
 # final angle, final radius and noise of the spiral are chosen here; no paper states them
-_TURN = 3*math.pi
-_RADIUS = .9
-_STD_SPIRAL = .03
-_CELLS = [(x, y) for x in range(-2, 2) for y in range(-2, 2) if (x+y)%2==0]
-_SQUARES = torch.tensor([(4*x+2., 4*y+2.) for x,y in _CELLS]) # centres of the 8 filled squares
+_TURN = 3 * math.pi
+_RADIUS = 0.9
+_STD_SPIRAL = 0.03
+_CELLS = [(x, y) for x in range(-2, 2) for y in range(-2, 2) if (x + y) % 2 == 0]
+_SQUARES = torch.tensor(
+    [(4 * x + 2.0, 4 * y + 2.0) for x, y in _CELLS]
+)  # centres of the 8 filled squares
 
-def _gen(seed): return torch.Generator().manual_seed(seed)
 
-def _curve(along): # place in [0, 1] -> point of the spiral
-    radius = along.sqrt() # makes the points about equally dense along it
-    angle = _TURN*radius
-    return _RADIUS*radius[:, None]*torch.stack([torch.cos(angle), torch.sin(angle)], 1)
+def _gen(seed):
+    return torch.Generator().manual_seed(seed)
+
+
+def _curve(along):  # place in [0, 1] -> point of the spiral
+    radius = along.sqrt()  # makes the points about equally dense along it
+    angle = _TURN * radius
+    return _RADIUS * radius[:, None] * torch.stack([torch.cos(angle), torch.sin(angle)], 1)
 
 # %% ../nbs/00_data.ipynb #3bed8db8
 def draw_points(
-    name:str, # gaussians25, spiral or checkerboard
-    n:int,    # Number of points
-    generator:torch.Generator|None=None, # Source of every draw; None: global
-)->tuple:     # (n, 2) float32 points, and of gaussians25 the bumps (n,) int64, else None
+    name: str,  # gaussians25, spiral or checkerboard
+    n: int,  # Number of points
+    generator: torch.Generator | None = None,  # Source of every draw; None: global
+) -> tuple:  # (n, 2) float32 points, and of gaussians25 the bumps (n,) int64, else None
     "Draw from one of the three densities."
-    if name=='gaussians25':
+    if name == 'gaussians25':
         y = torch.randint(25, (n,), generator=generator)
-        return _CENTRES25[y] + STD25*torch.randn(n, 2, generator=generator), y
-    if name=='spiral':
+        return _CENTRES25[y] + STD25 * torch.randn(n, 2, generator=generator), y
+    if name == 'spiral':
         on_curve = _curve(torch.rand(n, generator=generator))
-        return on_curve + _STD_SPIRAL*torch.randn(n, 2, generator=generator), None
-    if name!='checkerboard': raise ValueError(f"{name!r} is none of {', '.join(_POINT_SETS)}")
+        return on_curve + _STD_SPIRAL * torch.randn(n, 2, generator=generator), None
+    if name != 'checkerboard':
+        raise ValueError(f"{name!r} is none of {', '.join(_POINT_SETS)}")
     square = torch.randint(8, (n,), generator=generator)
-    return _SQUARES[square] + 4*torch.rand(n, 2, generator=generator) - 2, None
+    return _SQUARES[square] + 4 * torch.rand(n, 2, generator=generator) - 2, None
 
 # %% ../nbs/00_data.ipynb #c021
 def edge(
-    x:Tensor, # (B, 2) points
-)->Tensor:    # (B,) distance to the border of the filled squares, positive inside
+    x: Tensor,  # (B, 2) points
+) -> Tensor:  # (B,) distance to the border of the filled squares, positive inside
     """Signed distance of points to the border of the checkerboard's filled squares.
 
     Negative outside.
     """
-    beyond = (x[:, None]-_SQUARES.to(x)).abs() - 2
+    beyond = (x[:, None] - _SQUARES.to(x)).abs() - 2
     return -(beyond.clamp(min=0).norm(dim=2) + beyond.amax(2).clamp(max=0)).amin(1)
 
+
 def in_square(
-    x:Tensor,          # (B, 2) points
-    margin:float=0.,   # Distance kept from the border; negative forgives so much
-)->Tensor:             # (B,) bool
+    x: Tensor,  # (B, 2) points
+    margin: float = 0.0,  # Distance kept from the border; negative forgives so much
+) -> Tensor:  # (B,) bool
     """Which points lie in a filled square of the checkerboard.
 
     A negative margin also counts points that miss a square by less.
@@ -388,98 +458,118 @@ def in_square(
 
 # %% ../nbs/00_data.ipynb #85676f3f
 def log_density(
-    name:str, # gaussians25, spiral or checkerboard
-    x:Tensor, # (B, 2) points
-)->Tensor:    # (B,) nats
+    name: str,  # gaussians25, spiral or checkerboard
+    x: Tensor,  # (B, 2) points
+) -> Tensor:  # (B,) nats
     """The exact log-density of a set of points.
 
     For the spiral by quadrature along the curve.
     """
-    if name=='checkerboard': return torch.where(in_square(x), -math.log(128), -math.inf).to(x)
-    if name not in _POINT_SETS: raise ValueError(f"{name!r} is none of {', '.join(_POINT_SETS)}")
-    if name=='gaussians25':
-        means,std = _CENTRES25,STD25
+    if name == 'checkerboard':
+        return torch.where(in_square(x), -math.log(128), -math.inf).to(x)
+    if name not in _POINT_SETS:
+        raise ValueError(f"{name!r} is none of {', '.join(_POINT_SETS)}")
+    if name == 'gaussians25':
+        means, std = _CENTRES25, STD25
     else:
-        means,std = _curve((torch.arange(1000)+.5)/1000),_STD_SPIRAL
+        means, std = _curve((torch.arange(1000) + 0.5) / 1000), _STD_SPIRAL
     parts = []
     for part in x.split(8192):
         squared = torch.cdist(part.double(), means.to(part).double()).square()
-        parts.append(torch.logsumexp(-squared/(2*std**2), 1))
-    return (torch.cat(parts) - math.log(len(means)*2*math.pi*std**2)).to(x)
+        parts.append(torch.logsumexp(-squared / (2 * std**2), 1))
+    return (torch.cat(parts) - math.log(len(means) * 2 * math.pi * std**2)).to(x)
 
 # %% ../nbs/00_data.ipynb #c025
-def _resize(x, size): # (B, C, H, W) float -> size x size, cubic, kept within [-1, 1]
+def _resize(x, size):  # (B, C, H, W) float -> size x size, cubic, kept within [-1, 1]
     x = F.interpolate(x, (size, size), mode='bicubic', align_corners=False, antialias=True)
     return x.clamp(-1, 1)
 
-def _stratified(y, n_test): # indices for training and for testing, each class with its share in both
+
+def _stratified(
+    y, n_test
+):  # indices for training and for testing, each class with its share in both
     order = torch.randperm(len(y), generator=_gen(0))
-    share = y.bincount()*n_test/len(y)
+    share = y.bincount() * n_test / len(y)
     held = share.long()
     # largest remainders fill up to n_test
-    held[(share-held).argsort(descending=True, stable=True)[:n_test-held.sum()]] += 1
-    first = [order[y[order]==kind][:count] for kind,count in enumerate(held.tolist())]
+    held[(share - held).argsort(descending=True, stable=True)[: n_test - held.sum()]] += 1
+    first = [order[y[order] == kind][:count] for kind, count in enumerate(held.tolist())]
     test = torch.isin(order, torch.cat(first))
+
     # the first scans of each class went to the test half, so mix again
-    def shuffle(half): return half[torch.randperm(len(half), generator=_gen(1))]
-    return shuffle(order[~test]),shuffle(order[test])
+    def shuffle(half):
+        return half[torch.randperm(len(half), generator=_gen(1))]
+
+    return shuffle(order[~test]), shuffle(order[test])
 
 # %% ../nbs/00_data.ipynb #683d12f3
 @lru_cache(1)
-def _digits(): # (1797, 1, 8, 8) in [-1, 1], labels, indices for training, for testing
+def _digits():  # (1797, 1, 8, 8) in [-1, 1], labels, indices for training, for testing
     from sklearn.datasets import load_digits
-    x,y = (torch.as_tensor(part) for part in load_digits(return_X_y=True))
-    train,test = _stratified(y, 360)
-    return x.float().view(-1, 1, 8, 8)/8-1, y.long(), train, test
 
-def _triples(x, y, n, seed): # n stacks of three, drawn with replacement
+    x, y = (torch.as_tensor(part) for part in load_digits(return_X_y=True))
+    train, test = _stratified(y, 360)
+    return x.float().view(-1, 1, 8, 8) / 8 - 1, y.long(), train, test
+
+
+def _triples(x, y, n, seed):  # n stacks of three, drawn with replacement
     chosen = torch.randint(len(x), (n, 3), generator=_gen(seed))
     stacks = x[chosen.view(-1)].view(n, 3, *x.shape[2:])
-    return stacks, y[chosen]@torch.tensor([100, 10, 1])
+    return stacks, y[chosen] @ torch.tensor([100, 10, 1])
+
 
 def _load_digits(name, split):
-    x,y,train,test = _digits()
-    half = train if split=='train' else test
-    if name=='stacked_digits':
-        n,seed = (20_000, 2) if split=='train' else (4_000, 3)
+    x, y, train, test = _digits()
+    half = train if split == 'train' else test
+    if name == 'stacked_digits':
+        n, seed = (20_000, 2) if split == 'train' else (4_000, 3)
         return Examples(*_triples(x[half], y[half], n, seed))
-    return Examples(_resize(x[half], 16) if name=='digits16' else x[half], y[half])
+    return Examples(_resize(x[half], 16) if name == 'digits16' else x[half], y[half])
 
 # %% ../nbs/00_data.ipynb #c030
-def _hsv_to_rgb(hue, saturation, value): # (N,) each in [0, 1] -> (N, 3)
-    sixth = (hue[:, None]*6 + torch.tensor([5., 3., 1.])) % 6
-    return value[:, None]*(1 - saturation[:, None]*torch.minimum(sixth, 4-sixth).clamp(0, 1))
+def _hsv_to_rgb(hue, saturation, value):  # (N,) each in [0, 1] -> (N, 3)
+    sixth = (hue[:, None] * 6 + torch.tensor([5.0, 3.0, 1.0])) % 6
+    return value[:, None] * (
+        1 - saturation[:, None] * torch.minimum(sixth, 4 - sixth).clamp(0, 1)
+    )
 
-def _cover(centre, radius, square): # share (N, 1, 16, 16) of each pixel that lies in the shape
-    pixels = torch.arange(16.)
-    across = (pixels-centre[:, :1]).abs()[:, None, :]
-    down = (pixels-centre[:, 1:]).abs()[:, :, None]
+
+def _cover(
+    centre, radius, square
+):  # share (N, 1, 16, 16) of each pixel that lies in the shape
+    pixels = torch.arange(16.0)
+    across = (pixels - centre[:, :1]).abs()[:, None, :]
+    down = (pixels - centre[:, 1:]).abs()[:, :, None]
     radius = radius[:, None, None]
-    to_square = torch.maximum(across, down) - .92*radius
-    to_disc = (across**2+down**2).sqrt() - radius
-    return (.5-torch.where(square[:, None, None], to_square, to_disc)).clamp(0, 1)[:, None]
+    to_square = torch.maximum(across, down) - 0.92 * radius
+    to_disc = (across**2 + down**2).sqrt() - radius
+    return (0.5 - torch.where(square[:, None, None], to_square, to_disc)).clamp(0, 1)[
+        :, None
+    ]
 
 # %% ../nbs/00_data.ipynb #d5e266e0
 def draw_shapes(
-    n:int, # Number of images
-    generator:torch.Generator|None=None, # Source of every draw; None: global
-)->tuple:  # (n, 3, 16, 16) uint8, (n, 3) int64 attributes as in `SHAPE_NAMES`
+    n: int,  # Number of images
+    generator: torch.Generator | None = None,  # Source of every draw; None: global
+) -> tuple:  # (n, 3, 16, 16) uint8, (n, 3) int64 attributes as in `SHAPE_NAMES`
     """Draw anti-aliased coloured shapes with independent binary attributes.
 
     Image i does not depend on n.
     """
-    draws = torch.rand(n, 9+256, generator=generator)
-    y = (draws[:, :3]<.5).long()
-    square,warm,large = y.bool().T
-    radius = torch.where(large, 4.6, 2.6) + draws[:, 3]*.6 # half the width in pixels
-    room = torch.minimum(7-radius, torch.tensor(3.))       # the shape stays inside the frame
-    centre = 7.5 + (2*draws[:, 4:6]-1)*room[:, None]
-    hue = torch.where(warm, 0., .5) + draws[:, 6]*.12      # red to orange, or cyan to blue
-    ink = _hsv_to_rgb(hue, .75+.2*draws[:, 7], torch.full((n,), .95))[:, :, None, None]
-    paper = (.12+.2*draws[:, 8])[:, None, None, None]
-    grain = .06*(draws[:, 9:].view(n, 1, 16, 16)-.5)
+    draws = torch.rand(n, 9 + 256, generator=generator)
+    y = (draws[:, :3] < 0.5).long()
+    square, warm, large = y.bool().T
+    radius = torch.where(large, 4.6, 2.6) + draws[:, 3] * 0.6  # half the width in pixels
+    room = torch.minimum(7 - radius, torch.tensor(3.0))  # the shape stays inside the frame
+    centre = 7.5 + (2 * draws[:, 4:6] - 1) * room[:, None]
+    hue = torch.where(warm, 0.0, 0.5) + draws[:, 6] * 0.12  # red to orange, or cyan to blue
+    ink = _hsv_to_rgb(hue, 0.75 + 0.2 * draws[:, 7], torch.full((n,), 0.95))[
+        :, :, None, None
+    ]
+    paper = (0.12 + 0.2 * draws[:, 8])[:, None, None, None]
+    grain = 0.06 * (draws[:, 9:].view(n, 1, 16, 16) - 0.5)
     cover = _cover(centre, radius, square)
-    x = cover*ink + (1-cover)*paper + grain
+    x = cover * ink + (1 - cover) * paper + grain
     return x.clamp(0, 1).mul(255).round().byte(), y
 
 # %% ../nbs/00_data.ipynb #c034
@@ -488,491 +578,666 @@ def _load_textures(name, split):
 
     package = importlib.util.find_spec('skimage')
     if package is None:
-        raise FileNotFoundError("the data set 'textures' needs scikit-image: pip install scikit-image")
-    test = split!='train'
+        raise FileNotFoundError(
+            "the data set 'textures' needs scikit-image: pip install scikit-image"
+        )
+    test = split != 'train'
     n = 100 if test else 1000
     parts = []
-    for kind,texture in enumerate(('brick', 'grass', 'gravel')):
-        photo = Image.open(Path(package.origin).parent/'data'/f'{texture}.png')
+    for kind, texture in enumerate(('brick', 'grass', 'gravel')):
+        photo = Image.open(Path(package.origin).parent / 'data' / f'{texture}.png')
         photo = torch.from_numpy(np.array(photo.convert('L').resize((256, 256), Image.BOX)))
         half = photo[:, 168:] if test else photo[:, :168]
-        crops = half.unfold(0, 64, 1).unfold(1, 64, 1).flatten(0, 1)  # a view of every place
-        order = torch.randperm(len(crops), generator=_gen(10+kind+3*test))
+        crops = (
+            half.unfold(0, 64, 1).unfold(1, 64, 1).flatten(0, 1)
+        )  # a view of every place
+        order = torch.randperm(len(crops), generator=_gen(10 + kind + 3 * test))
         parts.append(crops[order[:n]])
-    order = torch.randperm(3*n, generator=_gen(20+test))
-    return Examples(torch.cat(parts)[order, None], torch.arange(3).repeat_interleave(n)[order])
+    order = torch.randperm(3 * n, generator=_gen(20 + test))
+    return Examples(
+        torch.cat(parts)[order, None], torch.arange(3).repeat_interleave(n)[order]
+    )
 
 # %% ../nbs/00_data.ipynb #bd38bdd7
-_SRN_FOV = 2*math.degrees(math.atan(64/131.25)) # focal length of its intrinsics.txt, in pixels of 128
+_SRN_FOV = 2 * math.degrees(
+    math.atan(64 / 131.25)
+)  # focal length of its intrinsics.txt, in pixels of 128
 CAMERAS = {
     'cars': Camera(),
-    'carla': Camera(30., 10., 7.5, 12.5, (0., 0., 0.)),
-    'srn_cars': Camera(_SRN_FOV, 1.3, .8, 1.8, (0., 0., 0.)),
+    'carla': Camera(30.0, 10.0, 7.5, 12.5, (0.0, 0.0, 0.0)),
+    'srn_cars': Camera(_SRN_FOV, 1.3, 0.8, 1.8, (0.0, 0.0, 0.0)),
 }
 CAMERAS |= {name: CAMERAS['cars'] for name in DATASETS if name.startswith('cars')}
 
-def _views(name): # of each car
-    if name in ('cars', 'cars64'): return 1
-    return 10 if DATASETS[name].shape[1]==32 else 20
+
+def _views(name):  # of each car
+    if name in ('cars', 'cars64'):
+        return 1
+    return 10 if DATASETS[name].shape[1] == 32 else 20
+
 
 def _load_cars(name, root, split):
     spec = DATASETS[name]
-    test = split=='test'
+    test = split == 'test'
     size = spec.shape[1]
     views = _views(name)
-    n = spec.n[test]//views
-    seed = 2*views+test
-    path = root/'cars'/f'v1-{n}x{views}-{size}px-seed{seed}.npz'
+    n = spec.n[test] // views
+    seed = 2 * views + test
+    path = root / 'cars' / f'v1-{n}x{views}-{size}px-seed{seed}.npz'
     extra = kept(path, lambda: draw_cars(n, views, size, seed))
     x = extra.pop('x')
     extra['c2w'] = camera_to_world(extra['pose'])
     middle = torch.tensor(list(SHAPE_RANGES.values())).mean(1)
-    y = torch.cat([extra['shape']>middle, extra['colour']>.5], 1).long()
-    if 'masked' in name: x,extra['mask'] = corrupt(x, _gen(seed+100))
+    y = torch.cat([extra['shape'] > middle, extra['colour'] > 0.5], 1).long()
+    if 'masked' in name:
+        x, extra['mask'] = corrupt(x, _gen(seed + 100))
     return Examples(x, y, extra=extra)
 
 # %% ../nbs/00_data.ipynb #c038
 def _damaged(path, why):
     return ValueError(f"cannot read {path}: {why}; replace it by an intact copy")
 
-def _read_idx(path): # an IDX file of bytes, plain or with .gz, -> uint8 tensor
-    path = path if path.exists() else path.with_name(path.name+'.gz')
-    try: raw = gzip.decompress(path.read_bytes()) if path.suffix=='.gz' else path.read_bytes()
-    except (OSError, EOFError, zlib.error) as error: raise _damaged(path, error) from None
-    if raw[:3]!=b'\0\0\x08' or len(raw) < 4+4*raw[3]:
+
+def _read_idx(path):  # an IDX file of bytes, plain or with .gz, -> uint8 tensor
+    path = path if path.exists() else path.with_name(path.name + '.gz')
+    try:
+        raw = (
+            gzip.decompress(path.read_bytes())
+            if path.suffix == '.gz'
+            else path.read_bytes()
+        )
+    except (OSError, EOFError, zlib.error) as error:
+        raise _damaged(path, error) from None
+    if raw[:3] != b'\0\0\x08' or len(raw) < 4 + 4 * raw[3]:
         raise _damaged(path, "not an IDX file of bytes")
     shape = np.frombuffer(raw, '>i4', raw[3], 4).tolist()
-    start = 4+4*raw[3]
-    if len(raw)!=start+math.prod(shape):
+    start = 4 + 4 * raw[3]
+    if len(raw) != start + math.prod(shape):
         raise _damaged(path, f"its header promises {shape}, its length disagrees")
     return torch.frombuffer(bytearray(raw), dtype=torch.uint8, offset=start).view(shape)
 
 # %% ../nbs/00_data.ipynb #980a7f73
-def _read_mnist(base, part): # images (N, 1, 28, 28) and labels of one part
-    x,y = (_read_idx(base/f'{part}-{kind}-ubyte') for kind in ('images-idx3', 'labels-idx1'))
+def _read_mnist(base, part):  # images (N, 1, 28, 28) and labels of one part
+    x, y = (
+        _read_idx(base / f'{part}-{kind}-ubyte') for kind in ('images-idx3', 'labels-idx1')
+    )
     return x[:, None], y.long()
+
 
 def _fetch_triples(x, triples, idx):
     return x[triples[idx].view(-1)].view(len(idx), 3, *x.shape[2:])
 
+
 def _load_mnist(name, root, split):
-    base = root/('FashionMNIST' if name=='fashion_mnist' else 'MNIST')/'raw'
-    if name!='stacked_mnist': return Examples(*_read_mnist(base, 'train' if split=='train' else 't10k'))
+    base = root / ('FashionMNIST' if name == 'fashion_mnist' else 'MNIST') / 'raw'
+    if name != 'stacked_mnist':
+        return Examples(*_read_mnist(base, 'train' if split == 'train' else 't10k'))
     parts = [_read_mnist(base, part) for part in ('train', 't10k')]
-    x,y = (torch.cat(halves) for halves in zip(*parts)) # PacGAN draws from all 70,000
-    n = 128_000 if split=='train' else 26_000
-    triples = torch.randint(len(x), (n, 3), generator=_gen(30+(split=='test')))
+    x, y = (torch.cat(halves) for halves in zip(*parts))  # PacGAN draws from all 70,000
+    n = 128_000 if split == 'train' else 26_000
+    triples = torch.randint(len(x), (n, 3), generator=_gen(30 + (split == 'test')))
     images = Lazy(n, partial(_fetch_triples, x, triples))
-    return Examples(images, y[triples]@torch.tensor([100, 10, 1]), (3, *x.shape[2:]))
+    return Examples(images, y[triples] @ torch.tensor([100, 10, 1]), (3, *x.shape[2:]))
 
 # %% ../nbs/00_data.ipynb #c040
 _BAD_NPZ = (OSError, EOFError, KeyError, ValueError, zipfile.BadZipFile, zlib.error)
 
+
 def _npz(path, key):
     try:
-        with np.load(path, allow_pickle=False) as file: return file[key]
-    except _BAD_NPZ as error: raise _damaged(path, error) from None
+        with np.load(path, allow_pickle=False) as file:
+            return file[key]
+    except _BAD_NPZ as error:
+        raise _damaged(path, error) from None
+
 
 def _load_imagenet32(name, root, split):
-    files = [root/file for file in DATASETS[name].files if ('train' in file)==(split=='train')]
+    files = [
+        root / file
+        for file in DATASETS[name].files
+        if ('train' in file) == (split == 'train')
+    ]
     labels = [torch.as_tensor(_npz(file, 'labels')).long() for file in files]
     # filled file by file: 3.9 GB, not twice
     x = torch.empty(sum(map(len, labels)), 3, 32, 32, dtype=torch.uint8)
     start = 0
-    for file,y in zip(files, labels):
+    for file, y in zip(files, labels):
         part = _npz(file, 'data')
-        if part.shape!=(len(y), 3072) or part.dtype!=np.uint8:
-            raise _damaged(file, f"data is {part.dtype} {part.shape}, not uint8 ({len(y)}, 3072)")
-        if not 1<=y.min()<=y.max()<=1000: raise _damaged(file, "labels leave 1..1000")
-        x[start:start+len(y)] = torch.from_numpy(part).view(-1, 3, 32, 32)
+        if part.shape != (len(y), 3072) or part.dtype != np.uint8:
+            raise _damaged(
+                file, f"data is {part.dtype} {part.shape}, not uint8 ({len(y)}, 3072)"
+            )
+        if not 1 <= y.min() <= y.max() <= 1000:
+            raise _damaged(file, "labels leave 1..1000")
+        x[start : start + len(y)] = torch.from_numpy(part).view(-1, 3, 32, 32)
         start += len(y)
-    return Examples(x, torch.cat(labels)-1)
+    return Examples(x, torch.cat(labels) - 1)
 
 # %% ../nbs/00_data.ipynb #c043
 _ENDINGS = {'.png', '.jpg', '.jpeg', '.bmp', '.webp', '.gif', '.tif', '.tiff'}
 
-def _resized(image, height, width): # cropped around its centre to these proportions, then resized
+
+def _resized(
+    image, height, width
+):  # cropped around its centre to these proportions, then resized
     from PIL import Image
 
-    if image.size==(width, height): return image
-    ratio = min(image.width/width, image.height/height)
+    if image.size == (width, height):
+        return image
+    ratio = min(image.width / width, image.height / height)
     # crop first, so that nothing from outside bleeds in
-    across = round(ratio*width)
-    down = round(ratio*height)
-    left = (image.width-across)//2
-    top = (image.height-down)//2
-    return image.crop((left, top, left+across, top+down)).resize((width, height), Image.BILINEAR)
+    across = round(ratio * width)
+    down = round(ratio * height)
+    left = (image.width - across) // 2
+    top = (image.height - down) // 2
+    return image.crop((left, top, left + across, top + down)).resize(
+        (width, height), Image.BILINEAR
+    )
 
-def _picture(path, shape, crop=None): # one file -> (C, H, W) uint8; crop is a box in pixels of the original
+
+def _picture(
+    path, shape, crop=None
+):  # one file -> (C, H, W) uint8; crop is a box in pixels of the original
     from PIL import Image
 
-    channels,height,width = shape
+    channels, height, width = shape
     try:
         with Image.open(path) as image:
-            image = image.convert('L' if channels==1 else 'RGB')
-            if crop: image = image.crop(crop)
+            image = image.convert('L' if channels == 1 else 'RGB')
+            if crop:
+                image = image.crop(crop)
             pixels = np.array(_resized(image, height, width))
-    except (OSError, SyntaxError, ValueError) as error: raise _damaged(path, error) from None
+    except (OSError, SyntaxError, ValueError) as error:
+        raise _damaged(path, error) from None
     return torch.from_numpy(pixels).view(height, width, channels).permute(2, 0, 1)
 
 # %% ../nbs/00_data.ipynb #db014828
 def _fetch_files(paths, shape, crop, idx):
     return torch.stack([_picture(paths[i], shape, crop) for i in idx])
 
-def _unpacked(lazy, shape): # all its images in one tensor, read in threads
+
+def _unpacked(lazy, shape):  # all its images in one tensor, read in threads
     full = torch.empty(len(lazy), *shape, dtype=torch.uint8)
-    def fill(start): full[start:start+256] = lazy[start:start+256]
+
+    def fill(start):
+        full[start : start + 256] = lazy[start : start + 256]
+
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
         list(pool.map(fill, range(0, len(lazy), 256)))
     return full
 
-def _pictures(paths, y, shape, crop=None, in_memory=None): # None: unpack what fits into 256 MiB
+
+def _pictures(
+    paths, y, shape, crop=None, in_memory=None
+):  # None: unpack what fits into 256 MiB
     x = Lazy(len(paths), partial(_fetch_files, paths, tuple(shape), crop))
-    if in_memory is None: in_memory = len(paths)*math.prod(shape) <= 2**28
+    if in_memory is None:
+        in_memory = len(paths) * math.prod(shape) <= 2**28
     return Examples(_unpacked(x, shape) if in_memory else x, y, shape)
 
 # %% ../nbs/00_data.ipynb #c046
-def _is_image(name): return os.path.splitext(name)[1].lower() in _ENDINGS
+def _is_image(name):
+    return os.path.splitext(name)[1].lower() in _ENDINGS
 
-def _image_files(path): # of a folder and all below it, sorted
+
+def _image_files(path):  # of a folder and all below it, sorted
     found = []
-    for folder,_,names in os.walk(path):
+    for folder, _, names in os.walk(path):
         found += [os.path.join(folder, name) for name in names if _is_image(name)]
     return sorted(found)
 
-def _split_files(path): # folders and files of the two splits; a folder is None where there is none
-    if (path/'train').is_dir():
-        tests = [path/name for name in ('test', 'val', 'valid') if (path/name).is_dir()]
-        folders = dict(train=path/'train', test=tests[0] if tests else None)
-        files = {split: _image_files(folder) if folder else [] for split,folder in folders.items()}
+
+def _split_files(
+    path,
+):  # folders and files of the two splits; a folder is None where there is none
+    if (path / 'train').is_dir():
+        tests = [path / name for name in ('test', 'val', 'valid') if (path / name).is_dir()]
+        folders = dict(train=path / 'train', test=tests[0] if tests else None)
+        files = {
+            split: _image_files(folder) if folder else []
+            for split, folder in folders.items()
+        }
         return folders, files
     every = _image_files(path)
     held_out = every[9::10]
-    rest = [file for i,file in enumerate(every) if i%10!=9]
+    rest = [file for i, file in enumerate(every) if i % 10 != 9]
     return dict(train=path, test=path), dict(train=rest, test=held_out)
 
 # %% ../nbs/00_data.ipynb #1e15e15c
-def _class_of(file, folder): # the subfolder of `folder` in which it lies, '' if in none
+def _class_of(file, folder):  # the subfolder of `folder` in which it lies, '' if in none
     parts = os.path.relpath(file, folder).split(os.sep)
-    return parts[0] if len(parts)>1 else ''
+    return parts[0] if len(parts) > 1 else ''
 
-def _classes(folders, files): # names of the classes, () if there are none, and the class of each file
-    kinds = {split: [_class_of(file, folders[split]) for file in files[split]] for split in files}
+
+def _classes(
+    folders, files
+):  # names of the classes, () if there are none, and the class of each file
+    kinds = {
+        split: [_class_of(file, folders[split]) for file in files[split]] for split in files
+    }
     names = sorted(set(kinds['train']))
-    if '' in names or len(names)<2: return (), kinds
-    odd = set(kinds['test'])-set(names)
+    if '' in names or len(names) < 2:
+        return (), kinds
+    odd = set(kinds['test']) - set(names)
     if odd:
-        raise ValueError(f"{folders['test']} holds classes that {folders['train']} lacks: "
-                         f"{sorted(odd)}")
+        raise ValueError(
+            f"{folders['test']} holds classes that {folders['train']} lacks: {sorted(odd)}"
+        )
     return names, kinds
 
-def _headers(paths): # sizes (W, H) found, and whether all are grey, in a thousand files at most
+
+def _headers(
+    paths,
+):  # sizes (W, H) found, and whether all are grey, in a thousand files at most
     from PIL import Image
 
     sizes = set()
     grey = True
-    for path in paths[::max(1, len(paths)//1000)]:
+    for path in paths[:: max(1, len(paths) // 1000)]:
         try:
             with Image.open(path) as image:
                 sizes.add(image.size)
                 grey &= image.mode in ('1', 'L', 'LA')
-        except OSError as error: raise _damaged(path, error) from None
+        except OSError as error:
+            raise _damaged(path, error) from None
     return sizes, grey
 
 # %% ../nbs/00_data.ipynb #1c86981b
-def _folder_shape(files, side): # (C, H, W); `side` is text, '' keeps a size that all share
-    sizes,grey = _headers(files)
+def _folder_shape(files, side):  # (C, H, W); `side` is text, '' keeps a size that all share
+    sizes, grey = _headers(files)
     channels = 1 if grey else 3
-    if len(sizes)==1 and not side:
-        width,height = next(iter(sizes))
+    if len(sizes) == 1 and not side:
+        width, height = next(iter(sizes))
         return channels, height, width
     side = int(side or min(map(min, sizes)))
     return channels, side, side
 
-def _folder(name, root, split): # -> files of the split, their classes or None, Spec
-    where,_,side = name.removeprefix('folder:').partition('@')
-    path = Path(where).expanduser() if name.startswith('folder:') else root/where
-    folders,files = _split_files(path)
+
+def _folder(name, root, split):  # -> files of the split, their classes or None, Spec
+    where, _, side = name.removeprefix('folder:').partition('@')
+    path = Path(where).expanduser() if name.startswith('folder:') else root / where
+    folders, files = _split_files(path)
     if not files['train'] or not files[split]:
         endings = ' '.join(sorted(_ENDINGS))
-        raise FileNotFoundError(f"{name!r}: no images ({endings}) for {split} "
-                                f"in {folders[split] or path}")
-    names,kinds = _classes(folders, files)
+        raise FileNotFoundError(
+            f"{name!r}: no images ({endings}) for {split} in {folders[split] or path}"
+        )
+    names, kinds = _classes(folders, files)
     y = torch.tensor([names.index(kind) for kind in kinds[split]]) if names else None
-    shape = _folder_shape(files['train']+files['test'], side)
+    shape = _folder_shape(files['train'] + files['test'], side)
     counts = len(files['train']), len(files['test'])
-    return files[split], y, Spec(shape, len(names), 'files', f'your images in {path}', n=counts)
+    return (
+        files[split],
+        y,
+        Spec(shape, len(names), 'files', f'your images in {path}', n=counts),
+    )
+
 
 def _load_folder(name, root, split):
-    if name!='celebahq256':
-        paths,y,spec = _folder(name, root, split)
+    if name != 'celebahq256':
+        paths, y, spec = _folder(name, root, split)
         return _pictures(paths, y, spec.shape)
-    paths,y,_ = _folder(f'{name}@256', root, split)
+    paths, y, _ = _folder(f'{name}@256', root, split)
     return _pictures(paths, y, (3, 256, 256))
 
 # %% ../nbs/00_data.ipynb #c049
-_CROPS = { # left, top, right, bottom of 178 x 218
+_CROPS = {  # left, top, right, bottom of 178 x 218
     'celeba64': (15, 40, 163, 188),
     'celeba32': (19, 39, 159, 179),
     'celeba32_wide': (0, 20, 178, 198),
 }
 
+
 def _load_celeba(name, root, split):
-    base = root/'celeba'
-    parts = [line.split() for line in (base/'list_eval_partition.txt').read_text().splitlines()]
-    table = base/'list_attr_celeba.txt'
+    base = root / 'celeba'
+    parts = [
+        line.split() for line in (base / 'list_eval_partition.txt').read_text().splitlines()
+    ]
+    table = base / 'list_attr_celeba.txt'
     lines = table.read_text().splitlines()
-    if tuple(lines[1].split())!=_ATTRIBUTES or len(lines)!=2+len(parts):
+    if tuple(lines[1].split()) != _ATTRIBUTES or len(lines) != 2 + len(parts):
         raise _damaged(table, "its names or length are not CelebA's")
-    number = '0' if split=='train' else '2'
-    keep = [i for i,part in enumerate(parts) if part[1]==number]
-    y = [[int(word)>0 for word in lines[2+i].split()[1:]] for i in keep]
-    files = [str(base/'img_align_celeba'/parts[i][0]) for i in keep]
+    number = '0' if split == 'train' else '2'
+    keep = [i for i, part in enumerate(parts) if part[1] == number]
+    y = [[int(word) > 0 for word in lines[2 + i].split()[1:]] for i in keep]
+    files = [str(base / 'img_align_celeba' / parts[i][0]) for i in keep]
     return _pictures(files, torch.tensor(y).long(), DATASETS[name].shape, _CROPS[name])
 
 # %% ../nbs/00_data.ipynb #c051
-def _load_torchvision(name, root, split): # CIFAR and SVHN, whose checksums torchvision verifies
+def _load_torchvision(
+    name, root, split
+):  # CIFAR and SVHN, whose checksums torchvision verifies
     import torchvision
 
     try:
-        if name=='svhn':
-            digits = torchvision.datasets.SVHN(str(root/'svhn'), split)
-            return Examples(torch.from_numpy(digits.data), torch.as_tensor(digits.labels).long())
-        photos = getattr(torchvision.datasets, name.upper())(str(root), split=='train')
+        if name == 'svhn':
+            digits = torchvision.datasets.SVHN(str(root / 'svhn'), split)
+            return Examples(
+                torch.from_numpy(digits.data), torch.as_tensor(digits.labels).long()
+            )
+        photos = getattr(torchvision.datasets, name.upper())(str(root), split == 'train')
     except RuntimeError as error:
-        raise _damaged(root/DATASETS[name].files[0], error) from None
+        raise _damaged(root / DATASETS[name].files[0], error) from None
     x = torch.from_numpy(photos.data).permute(0, 3, 1, 2).contiguous()
     return Examples(x, torch.as_tensor(photos.targets).long())
 
 # %% ../nbs/00_data.ipynb #03c3e5fb
-def _fetch_stl(paths, counts, idx): # column-major 96 x 96 planes, shrunk on the way
+def _fetch_stl(paths, counts, idx):  # column-major 96 x 96 planes, shrunk on the way
     # opened here: a map does not survive pickling
-    maps = [np.memmap(path, np.uint8, 'r', shape=(n, 3, 96, 96)) for path,n in zip(paths, counts)]
+    maps = [
+        np.memmap(path, np.uint8, 'r', shape=(n, 3, 96, 96))
+        for path, n in zip(paths, counts)
+    ]
     first = np.cumsum([0, *counts])
     images = []
     for i in idx:
-        file = int(np.searchsorted(first, i, 'right'))-1
-        images.append(maps[file][i-int(first[file])])
+        file = int(np.searchsorted(first, i, 'right')) - 1
+        images.append(maps[file][i - int(first[file])])
     x = torch.from_numpy(np.stack(images)).transpose(2, 3).float()
     x = F.interpolate(x, (32, 32), mode='bilinear', antialias=True, align_corners=False)
     return x.round().byte()
 
+
 def _load_stl10(name, root, split):
-    parts = ('train', 'unlabeled') if split=='train' else ('test',)
-    paths = [root/'stl10_binary'/f'{part}_X.bin' for part in parts]
+    parts = ('train', 'unlabeled') if split == 'train' else ('test',)
+    paths = [root / 'stl10_binary' / f'{part}_X.bin' for part in parts]
     for path in paths:
-        if path.stat().st_size % (3*96*96):
+        if path.stat().st_size % (3 * 96 * 96):
             raise _damaged(path, "its length is no multiple of one image")
-    counts = [path.stat().st_size//(3*96*96) for path in paths]
+    counts = [path.stat().st_size // (3 * 96 * 96) for path in paths]
     fetch = partial(_fetch_stl, [str(path) for path in paths], counts)
     return Examples(Lazy(sum(counts), fetch), None, (3, 32, 32))
 
 # %% ../nbs/00_data.ipynb #c053
 @lru_cache
-def _lsun(path, pid): # one handle per process; the database refuses to be shared across a fork
+def _lsun(
+    path, pid
+):  # one handle per process; the database refuses to be shared across a fork
     try:
         import lmdb
     except ImportError:
-        raise ImportError("the data set 'lsun_church64' needs the package lmdb: "
-                          "pip install lmdb") from None
+        raise ImportError(
+            "the data set 'lsun_church64' needs the package lmdb: pip install lmdb"
+        ) from None
     env = lmdb.open(path, readonly=True, lock=False, readahead=False, meminit=False)
-    with env.begin() as reader: return env,list(reader.cursor().iternext(keys=True, values=False))
+    with env.begin() as reader:
+        return env, list(reader.cursor().iternext(keys=True, values=False))
+
 
 def _fetch_lsun(path, idx):
-    env,keys = _lsun(path, os.getpid())
+    env, keys = _lsun(path, os.getpid())
     with env.begin() as reader:
         files = [io.BytesIO(reader.get(keys[i])) for i in idx]
         return torch.stack([_picture(file, (3, 64, 64)) for file in files])
 
+
 def _load_lsun(name, root, split):
-    path = str(root/DATASETS[name].files[split!='train'])
+    path = str(root / DATASETS[name].files[split != 'train'])
     n = len(_lsun(path, os.getpid())[1])
     return Examples(Lazy(n, partial(_fetch_lsun, path)), None, (3, 64, 64))
 
 # %% ../nbs/00_data.ipynb #3bbcf790
-def _camera_extras(c2w, car, name, where): # matrices (N, 3, 4), number of the car (N,) -> the extras
-    try: pose = pose_of(c2w, CAMERAS[name])
-    except ValueError as error: raise _damaged(where, error) from None
+def _camera_extras(
+    c2w, car, name, where
+):  # matrices (N, 3, 4), number of the car (N,) -> the extras
+    try:
+        pose = pose_of(c2w, CAMERAS[name])
+    except ValueError as error:
+        raise _damaged(where, error) from None
     return dict(pose=pose, c2w=c2w, object=car)
 
-def _check_fov(focal, centre, name, where): # both in pixels; refuses another camera than is on record
-    fov = 2*math.degrees(math.atan(centre/focal))
+
+def _check_fov(
+    focal, centre, name, where
+):  # both in pixels; refuses another camera than is on record
+    fov = 2 * math.degrees(math.atan(centre / focal))
     want = CAMERAS[name].fov
-    if abs(fov-want)>.5:
-        raise _damaged(where, f"it says an angle of view of {fov:.2f} degrees, expected {want:.2f}")
+    if abs(fov - want) > 0.5:
+        raise _damaged(
+            where, f"it says an angle of view of {fov:.2f} degrees, expected {want:.2f}"
+        )
+
 
 def _numpy(path, shape):
-    try: array = np.load(path, allow_pickle=False)
-    except (OSError, EOFError, ValueError) as error: raise _damaged(path, error) from None
-    if array.shape!=shape: raise _damaged(path, f"its shape is {array.shape}, expected {shape}")
+    try:
+        array = np.load(path, allow_pickle=False)
+    except (OSError, EOFError, ValueError) as error:
+        raise _damaged(path, error) from None
+    if array.shape != shape:
+        raise _damaged(path, f"its shape is {array.shape}, expected {shape}")
     return array
 
-def _numbers(path, least): # of a text file, `least` or more
-    try: numbers = [float(word) for word in path.read_text().split()]
-    except (OSError, ValueError) as error: raise _damaged(path, error) from None
-    if len(numbers)<least: raise _damaged(path, f"{len(numbers)} numbers, expected {least}")
+
+def _numbers(path, least):  # of a text file, `least` or more
+    try:
+        numbers = [float(word) for word in path.read_text().split()]
+    except (OSError, ValueError) as error:
+        raise _damaged(path, error) from None
+    if len(numbers) < least:
+        raise _damaged(path, f"{len(numbers)} numbers, expected {least}")
     return numbers
 
 # %% ../nbs/00_data.ipynb #76b54438
 def _load_carla(name, root, split):
-    base = root/'carla'
-    every = enumerate(_image_files(base/'imgs'))
-    files = [file for i,file in every if (i%10==9)==(split=='test')]
-    if not files: raise FileNotFoundError(f"{name!r}: no images for {split} in {base/'imgs'}")
-    poses = [base/'poses'/f'{Path(file).stem}_extrinsics.npy' for file in files]
+    base = root / 'carla'
+    every = enumerate(_image_files(base / 'imgs'))
+    files = [file for i, file in every if (i % 10 == 9) == (split == 'test')]
+    if not files:
+        raise FileNotFoundError(f"{name!r}: no images for {split} in {base / 'imgs'}")
+    poses = [base / 'poses' / f'{Path(file).stem}_extrinsics.npy' for file in files]
     missing = [pose for pose in poses if not pose.exists()]
     if missing:
-        raise FileNotFoundError(f"{name!r}: {len(missing)} images without camera, "
-                                f"the first needs {missing[0]}")
+        raise FileNotFoundError(
+            f"{name!r}: {len(missing)} images without camera, the first needs {missing[0]}"
+        )
     for path in sorted(base.rglob('intrinsics*.npy')):
         matrix = _numpy(path, (3, 3))
-        _check_fov(matrix[0,0], matrix[0,2], name, path)
+        _check_fov(matrix[0, 0], matrix[0, 2], name, path)
     c2w = torch.from_numpy(np.stack([_numpy(pose, (3, 4)) for pose in poses])).float()
     images = _pictures(files, None, DATASETS[name].shape)
-    extra = _camera_extras(c2w, torch.arange(len(files)), name, base/'poses')
+    extra = _camera_extras(c2w, torch.arange(len(files)), name, base / 'poses')
     return Examples(images.x, None, images.shape, extra)
 
 # %% ../nbs/00_data.ipynb #04a4808d
-def _srn_car(car, name, split): # its views, 50 of the training ones, and their cameras
-    views = _image_files(car/'rgb')
-    if split=='train' and len(views)>50: views = [views[i*len(views)//50] for i in range(50)]
-    intrinsics = car/'intrinsics.txt' # first line focal length and centre, last height and width
-    if intrinsics.exists():           # some copies lack it
-        focal,centre = _numbers(intrinsics, 6)[:2]
+def _srn_car(car, name, split):  # its views, 50 of the training ones, and their cameras
+    views = _image_files(car / 'rgb')
+    if split == 'train' and len(views) > 50:
+        views = [views[i * len(views) // 50] for i in range(50)]
+    intrinsics = (
+        car / 'intrinsics.txt'
+    )  # first line focal length and centre, last height and width
+    if intrinsics.exists():  # some copies lack it
+        focal, centre = _numbers(intrinsics, 6)[:2]
         _check_fov(focal, centre, name, intrinsics)
-    poses = [car/'pose'/f'{Path(view).stem}.txt' for view in views]
+    poses = [car / 'pose' / f'{Path(view).stem}.txt' for view in views]
     return views, [_numbers(pose, 16)[:12] for pose in poses]
 
+
 def _load_srn(name, root, split):
-    base = root/'srn_cars'/f'cars_{split}'
-    cars = sorted(folder for folder in base.iterdir() if (folder/'rgb').is_dir())
-    if not cars: raise FileNotFoundError(f"{name!r}: no object with a folder rgb in {base}")
+    base = root / 'srn_cars' / f'cars_{split}'
+    cars = sorted(folder for folder in base.iterdir() if (folder / 'rgb').is_dir())
+    if not cars:
+        raise FileNotFoundError(f"{name!r}: no object with a folder rgb in {base}")
     files = []
     cameras = []
     numbers = []
-    for i,car in enumerate(cars):
-        views,poses = _srn_car(car, name, split)
+    for i, car in enumerate(cars):
+        views, poses = _srn_car(car, name, split)
         files += views
         cameras += poses
-        numbers += [i]*len(views)
-    c2w = torch.tensor(cameras).view(-1, 3, 4)*torch.tensor([1., -1, -1, 1])
+        numbers += [i] * len(views)
+    c2w = torch.tensor(cameras).view(-1, 3, 4) * torch.tensor([1.0, -1, -1, 1])
     images = _pictures(files, None, DATASETS[name].shape)
     extra = _camera_extras(c2w, torch.tensor(numbers), name, base)
     return Examples(images.x, None, images.shape, extra)
 
 # %% ../nbs/00_data.ipynb #c056
 def _load_embedded(name, root, split):
-    if name=='textures': return _load_textures(name, split)
-    if name.startswith('cars'): return _load_cars(name, root, split)
-    if 'digits' in name: return _load_digits(name, split)
-    test = split=='test'
+    if name == 'textures':
+        return _load_textures(name, split)
+    if name.startswith('cars'):
+        return _load_cars(name, root, split)
+    if 'digits' in name:
+        return _load_digits(name, split)
+    test = split == 'test'
     n = DATASETS[name].n[test]
-    generator = _gen(list(DATASETS).index(name)*2+100+test)
-    return Examples(*(draw_shapes(n, generator) if name=='shapes' else draw_points(name, n, generator)))
+    generator = _gen(list(DATASETS).index(name) * 2 + 100 + test)
+    return Examples(
+        *(
+            draw_shapes(n, generator)
+            if name == 'shapes'
+            else draw_points(name, n, generator)
+        )
+    )
 
-_MADE_HERE = [name for name,spec in DATASETS.items() if spec.source in ('embedded', 'rendered')]
+
+_MADE_HERE = [
+    name for name, spec in DATASETS.items() if spec.source in ('embedded', 'rendered')
+]
 _LOADERS = dict.fromkeys(_MADE_HERE, _load_embedded) | dict(
-    mnist=_load_mnist, stacked_mnist=_load_mnist, fashion_mnist=_load_mnist,
-    cifar10=_load_torchvision, cifar100=_load_torchvision, svhn=_load_torchvision, stl10=_load_stl10,
-    celeba32=_load_celeba, celeba32_wide=_load_celeba, celeba64=_load_celeba,
-    carla=_load_carla, srn_cars=_load_srn, lsun_church64=_load_lsun,
-    imagenet32=_load_imagenet32, celebahq256=_load_folder, folder=_load_folder)
+    mnist=_load_mnist,
+    stacked_mnist=_load_mnist,
+    fashion_mnist=_load_mnist,
+    cifar10=_load_torchvision,
+    cifar100=_load_torchvision,
+    svhn=_load_torchvision,
+    stl10=_load_stl10,
+    celeba32=_load_celeba,
+    celeba32_wide=_load_celeba,
+    celeba64=_load_celeba,
+    carla=_load_carla,
+    srn_cars=_load_srn,
+    lsun_church64=_load_lsun,
+    imagenet32=_load_imagenet32,
+    celebahq256=_load_folder,
+    folder=_load_folder,
+)
 
 # %% ../nbs/00_data.ipynb #49442b57
 def load(
-    name:str,                # A name in `DATASETS`, or folder:PATH
-    root:str|Path|None=None, # As in `data_root`
-    split:str='train',       # train or test
-)->Examples:
+    name: str,  # A name in `DATASETS`, or folder:PATH
+    root: str | Path | None = None,  # As in `data_root`
+    split: str = 'train',  # train or test
+) -> Examples:
     """Load one split of a data set; embedded sets need no files and no network.
 
     Raises what `require` raises, and `ValueError` naming a file that is damaged.
     """
-    if split not in ('train', 'test'): raise ValueError(f"split must be 'train' or 'test', got {split!r}")
+    if split not in ('train', 'test'):
+        raise ValueError(f"split must be 'train' or 'test', got {split!r}")
     require(name, root)
     return _LOADERS[name.partition(':')[0]](name, data_root(root), split)
 
 # %% ../nbs/00_data.ipynb #c059
 _TORCHVISION = dict(
-    mnist='MNIST', stacked_mnist='MNIST', fashion_mnist='FashionMNIST',
-    cifar10='CIFAR10', cifar100='CIFAR100', svhn='SVHN', stl10='STL10',
-    celeba32='CelebA', celeba32_wide='CelebA', celeba64='CelebA')
+    mnist='MNIST',
+    stacked_mnist='MNIST',
+    fashion_mnist='FashionMNIST',
+    cifar10='CIFAR10',
+    cifar100='CIFAR100',
+    svhn='SVHN',
+    stl10='STL10',
+    celeba32='CelebA',
+    celeba32_wide='CelebA',
+    celeba64='CelebA',
+)
+
 
 def download(
-    name:str,                # A name in `DATASETS`
-    root:str|Path|None=None, # As in `data_root`; made if absent
-)->Spec:
+    name: str,  # A name in `DATASETS`
+    root: str | Path | None = None,  # As in `data_root`; made if absent
+) -> Spec:
     """Fetch a data set with torchvision's own downloader and check that it is complete.
 
     Raises `ValueError` for an unknown set, and for one that must be fetched by hand:
     the message says what to do.
     """
     root = data_root(root)
-    if name not in DATASETS: return require(name, root)
+    if name not in DATASETS:
+        return require(name, root)
     spec = DATASETS[name]
-    if spec.source=='files':
-        raise ValueError(f"{name!r} cannot be fetched by a program; below {root.resolve()}: {spec.get}")
-    if name not in _TORCHVISION: return require(name, root)
+    if spec.source == 'files':
+        raise ValueError(
+            f"{name!r} cannot be fetched by a program; below {root.resolve()}: {spec.get}"
+        )
+    if name not in _TORCHVISION:
+        return require(name, root)
     import torchvision
 
     kind = getattr(torchvision.datasets, _TORCHVISION[name])
     root.mkdir(parents=True, exist_ok=True)
-    if name=='svhn':
-        for split in ('train', 'test'): kind(str(root/'svhn'), split, download=True)
-    else: kind(str(root), download=True)
+    if name == 'svhn':
+        for split in ('train', 'test'):
+            kind(str(root / 'svhn'), split, download=True)
+    else:
+        kind(str(root), download=True)
     return require(name, root)
 
 # %% ../nbs/00_data.ipynb #c062
 def random_flip(
-    x:Tensor,     # (B, C, H, W) images
-    draws:Tensor, # (B,) uniform in [0, 1)
-)->Tensor:        # Same shape; images with draws < 1/2 mirrored left to right
+    x: Tensor,  # (B, C, H, W) images
+    draws: Tensor,  # (B,) uniform in [0, 1)
+) -> Tensor:  # Same shape; images with draws < 1/2 mirrored left to right
     """Mirror each image with probability one half.
 
     `ebmbook.mcmc.uniform` makes such draws, and knows parts of a batch.
     """
-    return torch.where((draws<.5).view(-1, 1, 1, 1), x.flip(-1), x)
+    return torch.where((draws < 0.5).view(-1, 1, 1, 1), x.flip(-1), x)
+
 
 def ood(
-    kind:str,  # constant, interpolation or noise
-    x:Tensor,  # (N, C, H, W) in [-1, 1]: gives the shape, and images to average
-    n:int,     # Number of images to make
-    generator:torch.Generator|None=None, # Source of every draw
-)->Tensor:     # (n, C, H, W) in [-1, 1]
+    kind: str,  # constant, interpolation or noise
+    x: Tensor,  # (N, C, H, W) in [-1, 1]: gives the shape, and images to average
+    n: int,  # Number of images to make
+    generator: torch.Generator | None = None,  # Source of every draw
+) -> Tensor:  # (n, C, H, W) in [-1, 1]
     """Out-of-distribution images: one colour each, the mean of two images, or noise.
 
     Raises `ValueError` for another `kind`, or fewer than two images to average.
     """
     device = generator.device if generator is not None else x.device
-    def rand(*shape): return torch.rand(*shape, generator=generator, device=device).to(x)
-    def randint(low): return torch.randint(low, len(x), (n,), generator=generator, device=device)
-    if kind=='noise': return rand(n, *x.shape[1:])*2-1
-    if kind=='constant':
-        return (rand(n, x.shape[1], 1, 1)*2-1).expand(n, *x.shape[1:]).contiguous()
-    if kind!='interpolation': raise ValueError(f"{kind!r} is none of constant, interpolation, noise")
-    if len(x)<2: raise ValueError("interpolation needs at least two images")
+
+    def rand(*shape):
+        return torch.rand(*shape, generator=generator, device=device).to(x)
+
+    def randint(low):
+        return torch.randint(low, len(x), (n,), generator=generator, device=device)
+
+    if kind == 'noise':
+        return rand(n, *x.shape[1:]) * 2 - 1
+    if kind == 'constant':
+        return (rand(n, x.shape[1], 1, 1) * 2 - 1).expand(n, *x.shape[1:]).contiguous()
+    if kind != 'interpolation':
+        raise ValueError(f"{kind!r} is none of constant, interpolation, noise")
+    if len(x) < 2:
+        raise ValueError("interpolation needs at least two images")
     one = randint(0).to(x.device)
-    ahead = randint(1).to(x.device) # at least one: never the mean of an image with itself
-    return (x[one]+x[(one+ahead)%len(x)])/2
+    ahead = randint(1).to(x.device)  # at least one: never the mean of an image with itself
+    return (x[one] + x[(one + ahead) % len(x)]) / 2
 
 # %% ../nbs/00_data.ipynb #c064
 def ood_sets(
-    name:str, # A data set, or folder:PATH
-    n:int,    # How many of each kind
-    generator:torch.Generator|None=None, # Source of every draw
-)->dict:      # Kind -> (n or as many as there are, C, H, W)
+    name: str,  # A data set, or folder:PATH
+    n: int,  # How many of each kind
+    generator: torch.Generator | None = None,  # Source of every draw
+) -> dict:  # Kind -> (n or as many as there are, C, H, W)
     """Out-of-distribution images of several kinds.
 
     Some are made from the test split, others are sets of the same shape, as far as they
     are there.
     """
     x = load(name, split='test').tensor(n)
-    out = {kind: ood(kind, x, n, generator) for kind in ('interpolation', 'constant', 'noise')}
-    spec = DATASETS.get(name) # None for a folder
-    if len(x[0])==1 or spec and spec.source=='embedded':
+    out = {
+        kind: ood(kind, x, n, generator) for kind in ('interpolation', 'constant', 'noise')
+    }
+    spec = DATASETS.get(name)  # None for a folder
+    if len(x[0]) == 1 or spec and spec.source == 'embedded':
         out |= dict(negative=-x, upside_down=x.flip(2))
-    if tuple(x.shape[1:])!=(3, 32, 32): return out
+    if tuple(x.shape[1:]) != (3, 32, 32):
+        return out
     for other in ('svhn', 'cifar100', 'celeba32'):
-        try: out[other] = load(other, split='test').tensor(n)
-        except FileNotFoundError: pass # a reader without that set loses one number, not the others
+        try:
+            out[other] = load(other, split='test').tensor(n)
+        except FileNotFoundError:
+            pass  # a reader without that set loses one number, not the others
     return out

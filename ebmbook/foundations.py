@@ -82,7 +82,9 @@ def all_states(
 STARTS = ('data', 'persistent', 'noise')
 
 
-def _examples(drawn, energy, start):  # x, and the energy of x alone: of its own class, if any
+def _examples(
+    drawn, energy, start
+):  # x, and the energy of x alone: of its own class, if any
     if not isinstance(drawn, tuple):
         return drawn, energy
     if start == 'persistent':
@@ -362,7 +364,9 @@ class Frame(nn.Module):
         self.register_buffer('spectrum', torch.fft.rfft2(placed))
 
     def responses(self, x):  # (B, 1, H, W) -> (B, K, H, W), circular correlations
-        return torch.fft.irfft2(torch.fft.rfft2(x) * self.spectrum.conj(), s=(self.size,) * 2)
+        return torch.fft.irfft2(
+            torch.fft.rfft2(x) * self.spectrum.conj(), s=(self.size,) * 2
+        )
 
     def field(self, x):  # (B, 1, H, W) -> (B, H, W), energy per pixel
         return x[:, 0].square() / 2 - self.phi(self.responses(x))
@@ -445,7 +449,9 @@ def fit_texture(
     """
     opt = optimiser or torch.optim.SGD(model.parameters(), rate / size**2)
     # full for half of the time, then down to 2 %
-    fall = torch.optim.lr_scheduler.LambdaLR(opt, lambda i: min(1.0, 2.02 - 2 * i / n_iters))
+    fall = torch.optim.lr_scheduler.LambdaLR(
+        opt, lambda i: min(1.0, 2.02 - 2 * i / n_iters)
+    )
 
     def fresh(n):
         return torch.randn(n, 1, size, size, generator=generator)
@@ -824,7 +830,9 @@ def sample(
         n_steps = 0  # a chain of no updates ends where it starts, in N(0, I)
 
     def draw(size):
-        return nets.decoder(draw_prior(nets, size, cfg, generator=generator, n_steps=n_steps))
+        return nets.decoder(
+            draw_prior(nets, size, cfg, generator=generator, n_steps=n_steps)
+        )
 
     return in_chunks(draw, n, chunk)
 

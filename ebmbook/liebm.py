@@ -996,11 +996,15 @@ def restore(
 
     with frozen(nets):
         first = nets.q(inward(known, cfg))[0]
-        m = langevin(energy_of_m, first, Rates(eta / 2, eta**0.5), n_steps, generator=generator)
+        m = langevin(
+            energy_of_m, first, Rates(eta / 2, eta**0.5), n_steps, generator=generator
+        )
         base = nets.generator(m)
         rates = Rates(half**2 * eta_y / 2, half * noise_y)
         zero = torch.zeros_like(base)
-        Y = langevin(lambda Y: energy(base + Y), zero, rates, n_steps_y, generator=generator)
+        Y = langevin(
+            lambda Y: energy(base + Y), zero, rates, n_steps_y, generator=generator
+        )
         stages = (nets.generator(first), base, base + Y)
     return tuple(outward(u, cfg).clamp(-1, 1) for u in stages)
 
@@ -1012,9 +1016,7 @@ def _measure_images(nets, cfg, generator, n, extractor='', **options):
     x = sample(nets, n, cfg, generator=generator, **options).cpu()
     scores = evaluate_images(x, reference, name, ('fid', 'is', 'prc'))
     names = dict(fid='fid', inception_score='is', precision='precision', recall='recall')
-    return {
-        metric: (scores[key], n, scores['extractor']) for metric, key in names.items()
-    }
+    return {metric: (scores[key], n, scores['extractor']) for metric, key in names.items()}
 
 
 def _measure_ood(nets, cfg, generator, n, **options):

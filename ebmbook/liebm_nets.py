@@ -108,7 +108,9 @@ class Generator(nn.Module):
         self.blocks = nn.Sequential(
             *(Up(n_in, n_out) for n_in, n_out in zip(widths, widths[1:]))
         )
-        self.leave = nn.Sequential(_norm(widths[-1]), nn.ReLU(), _conv(widths[-1], shape[0]))
+        self.leave = nn.Sequential(
+            _norm(widths[-1]), nn.ReLU(), _conv(widths[-1], shape[0])
+        )
 
     def forward(
         self,
@@ -145,9 +147,7 @@ class Block(nn.Module):
             return _conv(n_in, n_out, kernel, bias=bias, sn=sn)
 
         before = [] if first else [nn.ReLU()]
-        self.main = nn.Sequential(
-            *before, conv(n_in, n_out), nn.ReLU(), conv(n_out, n_out)
-        )
+        self.main = nn.Sequential(*before, conv(n_in, n_out), nn.ReLU(), conv(n_out, n_out))
         own = first or half or n_in != n_out
         self.skip = conv(n_in, n_out, 1) if own else nn.Identity()
 

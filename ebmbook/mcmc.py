@@ -303,7 +303,9 @@ def _diagnose(kind, draws):  # ArviZ's `kind` of each coordinate
     import os
     import warnings
 
-    os.environ.setdefault('MPLBACKEND', 'agg')  # ArviZ loads pyplot, and there may be no screen
+    os.environ.setdefault(
+        'MPLBACKEND', 'agg'
+    )  # ArviZ loads pyplot, and there may be no screen
     with warnings.catch_warnings():
         warnings.simplefilter('ignore', FutureWarning)
         try:
@@ -419,8 +421,7 @@ def hmc(
     """
     if n_steps < 0 or n_leap < 1:
         raise ValueError(
-            "n_steps must be at least 0 and n_leap at least 1, "
-            f"got {n_steps} and {n_leap}"
+            f"n_steps must be at least 0 and n_leap at least 1, got {n_steps} and {n_leap}"
         )
     single = isinstance(x, Tensor)
     blocks = tuple(block.detach() for block in _blocks(x))

@@ -32,10 +32,11 @@ def bounded(
     Both are at least float32.
     Source: released code of Vahdat and Kautz 2020.
     """
-    return _soft(mu), _soft(s).exp()+.01
+    return _soft(mu), _soft(s).exp() + 0.01
 
 
-def _soft(x): return 5*torch.tanh(full(x)/5)
+def _soft(x):
+    return 5 * torch.tanh(full(x) / 5)
 
 # %% ../nbs/06a_nvae.ipynb #2a13b4ab
 def log_gauss(
@@ -44,7 +45,7 @@ def log_gauss(
     sigma: Tensor,  # Broadcasts with x, > 0
 ) -> Tensor:  # (B,) nats
     "Log-density of independent normal numbers, summed over all but the first axis."
-    each = ((x-mu)/sigma).square()/2 + sigma.log() + math.log(2*math.pi)/2
+    each = ((x - mu) / sigma).square() / 2 + sigma.log() + math.log(2 * math.pi) / 2
     return -each.flatten(1).sum(1)
 
 
@@ -53,20 +54,21 @@ def gauss_kl(
     second: tuple,  # The same of the second
 ) -> Tensor:  # (B,) nats, >= 0
     "Kullback-Leibler divergence between independent normals, summed like `log_gauss`."
-    shift = (first[0]-second[0])/second[1]
-    ratio = first[1]/second[1]
-    return ((shift.square()+ratio.square()-1)/2 - ratio.log()).flatten(1).sum(1)
+    shift = (first[0] - second[0]) / second[1]
+    ratio = first[1] / second[1]
+    return ((shift.square() + ratio.square() - 1) / 2 - ratio.log()).flatten(1).sum(1)
 
 # %% ../nbs/06a_nvae.ipynb #c010
 def _conv(n_in, n_out, size, stride=1):
-    return wnorm(nn.Conv2d(n_in, n_out, size, stride, size//2))
+    return wnorm(nn.Conv2d(n_in, n_out, size, stride, size // 2))
 
 # %% ../nbs/06a_nvae.ipynb #c013
-def _norm(n): return nn.BatchNorm2d(n, eps=1e-5, momentum=.05)
+def _norm(n):
+    return nn.BatchNorm2d(n, eps=1e-5, momentum=0.05)
 
 
 def _bare(n_in, n_out, size, groups=1):
-    return nn.Conv2d(n_in, n_out, size, padding=size//2, groups=groups, bias=False)
+    return nn.Conv2d(n_in, n_out, size, padding=size // 2, groups=groups, bias=False)
 
 
 class Gate(nn.Module):
@@ -80,7 +82,7 @@ class Gate(nn.Module):
         n: int,  # Channels
     ):
         super().__init__()
-        hidden = max(n//16, 4)
+        hidden = max(n // 16, 4)
         self.squeeze = nn.Linear(n, hidden)
         self.excite = nn.Linear(hidden, n)
 
@@ -89,7 +91,7 @@ class Gate(nn.Module):
         x: Tensor,  # (B, n, H, W)
     ) -> Tensor:  # Like x
         factor = self.excite(self.squeeze(x.mean((2, 3))).relu()).sigmoid()
-        return x*factor[:,:,None,None]
+        return x * factor[:, :, None, None]
 
 # %% ../nbs/06a_nvae.ipynb #7ea26dc6
 class Corners(nn.Module):
@@ -104,8 +106,8 @@ class Corners(nn.Module):
         n_out: int,  # Output channels
     ):
         super().__init__()
-        quarter = n_out//4
-        widths = (quarter, quarter, quarter, n_out-3*quarter)
+        quarter = n_out // 4
+        widths = (quarter, quarter, quarter, n_out - 3 * quarter)
         self.convs = nn.ModuleList(_conv(n_in, width, 1, 2) for width in widths)
 
     def forward(
@@ -114,7 +116,9 @@ class Corners(nn.Module):
     ) -> Tensor:  # (B, n_out, H/2, W/2)
         x = F.silu(x)
         places = ((0, 0), (1, 1), (0, 1), (1, 0))
-        parts = [conv(x[:,:,down:,right:]) for conv, (down, right) in zip(self.convs, places)]
+        parts = [
+            conv(x[:, :, down:, right:]) for conv, (down, right) in zip(self.convs, places)
+        ]
         return torch.cat(parts, 1)
 
 # %% ../nbs/06a_nvae.ipynb #c016
@@ -127,9 +131,9 @@ class EncoderCell(nn.Module):
         n_out: int,  # Output channels; more than n_in means half the height and width
     ):
         super().__init__()
-        half = n_out!=n_in
+        half = n_out != n_in
         self.norm1 = _norm(n_in)
-        self.conv1 = _conv(n_in, n_out, 3, 1+half)
+        self.conv1 = _conv(n_in, n_out, 3, 1 + half)
         self.norm2 = _norm(n_out)
         self.conv2 = _conv(n_out, n_out, 3)
         self.gate = Gate(n_out)
@@ -141,7 +145,7 @@ class EncoderCell(nn.Module):
     ) -> Tensor:  # (B, n_out, H, W), or half of both sides
         hidden = self.conv1(F.silu(self.norm1(x)))
         hidden = self.conv2(F.silu(self.norm2(hidden)))
-        return torch.add(self.skip(x), self.gate(hidden), alpha=.1)
+        return torch.add(self.skip(x), self.gate(hidden), alpha=0.1)
 
 # %% ../nbs/06a_nvae.ipynb #d7f67ee5
 class DecoderCell(nn.Module):
@@ -154,15 +158,17 @@ class DecoderCell(nn.Module):
         wide: int = 6,  # Expansion inside the branch
     ):
         super().__init__()
-        hidden = n_in*wide
-        self.double = n_out!=n_in
+        hidden = n_in * wide
+        self.double = n_out != n_in
         self.open = _bare(n_in, hidden, 1)
         self.depth = _bare(hidden, hidden, 5, hidden)
         self.close = _bare(hidden, n_out, 1)
         self.norms = nn.ModuleList(_norm(n) for n in (n_in, hidden, hidden, n_out))
         self.gate = Gate(n_out)
-        if self.double: self.skip = wnorm(nn.Conv2d(n_in, n_out, 1, bias=False))
-        else: self.skip = nn.Identity()
+        if self.double:
+            self.skip = wnorm(nn.Conv2d(n_in, n_out, 1, bias=False))
+        else:
+            self.skip = nn.Identity()
 
     def forward(
         self,
@@ -175,7 +181,7 @@ class DecoderCell(nn.Module):
             hidden = F.interpolate(hidden, scale_factor=2)
             skip = F.interpolate(skip, scale_factor=2, mode='bilinear', align_corners=True)
         hidden = self.close(F.silu(norm_depth(self.depth(hidden))))
-        return torch.add(skip, self.gate(norm_out(hidden)), alpha=.1)
+        return torch.add(skip, self.gate(norm_out(hidden)), alpha=0.1)
 
 # %% ../nbs/06a_nvae.ipynb #c019
 def reading_mask(
@@ -185,16 +191,17 @@ def reading_mask(
 ) -> Tensor:  # Ones where the kernel may look, zeros elsewhere
     "Mask that lets a convolution see only what comes earlier in reading order."
     n_out, n_in, size, _ = shape
-    middle = size//2
+    middle = size // 2
     mask = torch.zeros(shape)
-    mask[:,:,:middle] = 1
-    mask[:,:,middle,:middle] = 1
-    if n_in>1:
+    mask[:, :, :middle] = 1
+    mask[:, :, middle, :middle] = 1
+    if n_in > 1:
         n = min(n_out, n_in)  # blocks of neighbouring channels share a place in the order
-        late = (torch.arange(n_out)*n//n_out)[:,None]
-        early = (torch.arange(n_in)*n//n_in)[None]
-        mask[:,:,middle,middle] = (early<=late if own else early<late).to(mask)
-    else: mask[:,:,middle,middle] = float(own)
+        late = (torch.arange(n_out) * n // n_out)[:, None]
+        early = (torch.arange(n_in) * n // n_in)[None]
+        mask[:, :, middle, middle] = (early <= late if own else early < late).to(mask)
+    else:
+        mask[:, :, middle, middle] = float(own)
     return mask.flip(2, 3) if mirror else mask
 
 # %% ../nbs/06a_nvae.ipynb #28b15b02
@@ -212,15 +219,17 @@ class Shift(nn.Module):
     ):
         super().__init__()
 
-        def masked(conv, own): return wnorm(conv, reading_mask(conv.weight.shape, own, mirror))
+        def masked(conv, own):
+            return wnorm(conv, reading_mask(conv.weight.shape, own, mirror))
 
-        hidden = n*wide
+        hidden = n * wide
         self.open = masked(nn.Conv2d(n, hidden, 3, padding=1, bias=False), False)
         depth = nn.Conv2d(hidden, hidden, 5, padding=2, groups=hidden, bias=False)
         self.depth = masked(depth, True)
         self.close = masked(nn.Conv2d(hidden, n, 1), True)
         # a small shift to start with
-        with torch.no_grad(): self.close.parametrizations.weight.original0.sub_(math.log(10))
+        with torch.no_grad():
+            self.close.parametrizations.weight.original0.sub_(math.log(10))
 
     def forward(
         self,
@@ -250,7 +259,7 @@ class Latent(nn.Module):
     def decode(
         self,
         eps: tuple,  # One tensor for each group, as `latents` says
-        temp: float = 1.,  # Temperature of all groups and of the result
+        temp: float = 1.0,  # Temperature of all groups and of the result
     ) -> tuple[Tensor, Tensor]:  # Mean and standard deviation of x, (B, ...)
         """Noise to the normal at the pixels, label `eq-nvae-chain`.
 
@@ -258,16 +267,18 @@ class Latent(nn.Module):
         """
         given = tuple(tuple(block.shape) for block in eps)
         n = len(eps[0])
-        if given!=self.latents(n):
+        if given != self.latents(n):
             raise ValueError(f"expected noise of shapes {self.latents(n)}, got {given}")
 
-        def pick(i, h, mu, s): return _draw(self.dist(mu, s), eps[i], temp)
+        def pick(i, h, mu, s):
+            return _draw(self.dist(mu, s), eps[i], temp)
 
         mu, sigma = self.traverse(n, pick)
-        return mu, temp*sigma
+        return mu, temp * sigma
 
 
-def _draw(dist, eps, temp=1.): return dist[0] + temp*dist[1]*eps
+def _draw(dist, eps, temp=1.0):
+    return dist[0] + temp * dist[1] * eps
 
 # %% ../nbs/06a_nvae.ipynb #cb0269a8
 class Generative(Latent):
@@ -280,7 +291,7 @@ class Generative(Latent):
         self,
         n: int,  # How many
         *,
-        temp: float = 1.,  # Temperature; 1 draws from the model
+        temp: float = 1.0,  # Temperature; 1 draws from the model
         noisy: bool | None = None,  # Add the decoder's noise; None is the class's own rule
         batch: int = 256,  # Examples at a time
         generator: torch.Generator | Slice | None = None,  # Source of the draws
@@ -294,15 +305,16 @@ class Generative(Latent):
         parts = []
         with frozen(self):
             for i in range(0, n, batch):
-                eps = self.noise(min(batch, n-i), generator)
+                eps = self.noise(min(batch, n - i), generator)
                 mu, sigma = self.decode(eps, temp)
-                parts.append(mu+sigma*normal(mu, generator) if noisy else mu)
+                parts.append(mu + sigma * normal(mu, generator) if noisy else mu)
         x = torch.cat(parts)
-        return x.clamp(-1, 1) if len(self.shape)==3 else x
+        return x.clamp(-1, 1) if len(self.shape) == 3 else x
 
 # %% ../nbs/06a_nvae.ipynb #bce1b599
 class PriorPass(NamedTuple):
     "What one way through all groups yields, without data."
+
     mu: Tensor  # (B, ...) mean of the decoder
     sigma: Tensor  # Like mu, its standard deviation
     z: tuple  # One tensor for each group: the numbers that were chosen
@@ -328,6 +340,7 @@ def prior_pass(
 # %% ../nbs/06a_nvae.ipynb #c024
 class Pass(NamedTuple):
     "What one pass of data through encoder and decoder yields."
+
     mu: Tensor  # (B, ...) mean of the decoder
     sigma: Tensor  # Like mu, its standard deviation
     kl: Tensor  # (B, L) nats, divergence of each group: exact without flow, else `ratio`
@@ -337,7 +350,7 @@ class Pass(NamedTuple):
 
 
 def _check_batch(x, shape):
-    if tuple(x.shape[1:])!=shape:
+    if tuple(x.shape[1:]) != shape:
         want = ', '.join(map(str, shape))
         raise ValueError(f"expected a batch (B, {want}), got {tuple(x.shape)}")
 
@@ -358,14 +371,16 @@ class VAE(Generative):
 
         def pick(i, h, mu, s):
             d_mu, d_s = self.correct(i, seen[i], h).chunk(2, 1)
-            posterior = self.dist(mu+d_mu, s+d_s)
+            posterior = self.dist(mu + d_mu, s + d_s)
             prior = self.dist(mu, s)
-            start = posterior[0] if mean else _draw(posterior, normal(posterior[0], generator))
+            start = (
+                posterior[0] if mean else _draw(posterior, normal(posterior[0], generator))
+            )
             flow = self.group_flow(i)
             z = start if flow is None else flow(start)
             ratio = log_gauss(start, *posterior) - log_gauss(z, *prior)
             kl = gauss_kl(posterior, prior) if flow is None else ratio
-            groups.append((kl, ratio, (z-prior[0])/prior[1], posterior))
+            groups.append((kl, ratio, (z - prior[0]) / prior[1], posterior))
             return z
 
         mu, sigma = self.traverse(len(x), pick)
@@ -375,7 +390,8 @@ class VAE(Generative):
     @torch.no_grad()
     def encode(self, x: Tensor, generator=None, mean: bool = False) -> tuple:
         "The noise behind data, in evaluation mode; `decode` makes it the reconstruction."
-        with frozen(self): return self(x, generator, mean).eps
+        with frozen(self):
+            return self(x, generator, mean).eps
 
     def log_weight(self, x: Tensor, generator=None) -> Tensor:  # (B,) nats
         """log p(x, z) - log q(z | x) of one draw for each example.
@@ -389,18 +405,20 @@ class VAE(Generative):
 def _halving_cells(width, halvings):  # what comes before the first group
     cells = []
     for _ in range(halvings):
-        cells += [EncoderCell(width, width), EncoderCell(width, 2*width)]
+        cells += [EncoderCell(width, width), EncoderCell(width, 2 * width)]
         width *= 2
     return cells
 
 
-def _tower(width, per_scale, cells):  # cells of each group, the finest first, and their widths
+def _tower(
+    width, per_scale, cells
+):  # cells of each group, the finest first, and their widths
     tower, widths = nn.ModuleList(), []
     for scale, n in enumerate(per_scale[::-1]):
         for place in range(n):
             halve = []
-            if scale and place==0:
-                halve = [EncoderCell(width, 2*width)]
+            if scale and place == 0:
+                halve = [EncoderCell(width, 2 * width)]
                 width *= 2
             same = [EncoderCell(width, width) for _ in range(cells)]
             tower.append(nn.Sequential(*halve, *same))
@@ -409,7 +427,7 @@ def _tower(width, per_scale, cells):  # cells of each group, the finest first, a
 
 
 def _shifts(latent, flows):  # pairs that read forwards, then backwards
-    return nn.Sequential(*(Shift(latent, mirror) for mirror in (False, True)*flows))
+    return nn.Sequential(*(Shift(latent, mirror) for mirror in (False, True) * flows))
 
 # %% ../nbs/06a_nvae.ipynb #c026
 class Encoder(nn.Module):
@@ -428,12 +446,12 @@ class Encoder(nn.Module):
         super().__init__()
         halve = _halving_cells(ch, halvings)
         self.enter = nn.Sequential(_conv(in_ch, ch, 3), *halve)
-        self.tower, widths = _tower(ch<<halvings, per_scale, cells)
+        self.tower, widths = _tower(ch << halvings, per_scale, cells)
         widths.reverse()
         top = widths[0]
         self.top = nn.Sequential(nn.ELU(), _conv(top, top, 1), nn.ELU())
         self.join = nn.ModuleList(_conv(width, width, 1) for width in widths[1:])
-        self.heads = nn.ModuleList(_conv(width, 2*latent, 3) for width in widths)
+        self.heads = nn.ModuleList(_conv(width, 2 * latent, 3) for width in widths)
         self.flows = nn.ModuleList(_shifts(latent, flows) for _ in widths)
 
     def forward(
@@ -448,7 +466,7 @@ class Encoder(nn.Module):
         return [self.top(hidden), *seen[-2::-1]]
 
     def correct(self, i, seen, h):
-        return self.heads[i](seen+self.join[i-1](h) if i else seen)
+        return self.heads[i](seen + self.join[i - 1](h) if i else seen)
 
 # %% ../nbs/06a_nvae.ipynb #c028
 class Group(nn.Module):
@@ -465,20 +483,23 @@ class Group(nn.Module):
     ):
         super().__init__()
         self.cells = nn.Sequential(*cells)
-        self.head = nn.Sequential(nn.ELU(), _conv(width, 2*latent, 1)) if cells else None
-        self.join = _conv(width+latent, width, 1)
+        self.head = nn.Sequential(nn.ELU(), _conv(width, 2 * latent, 1)) if cells else None
+        self.join = _conv(width + latent, width, 1)
 
-    def prior(self, h, like): return self.head(h).chunk(2, 1) if self.head else (like, like)
+    def prior(self, h, like):
+        return self.head(h).chunk(2, 1) if self.head else (like, like)
 
 # %% ../nbs/06a_nvae.ipynb #a6b43e29
-def _groups(width, side, per_scale, latent, cells):  # stations, coarsest first, their shapes
+def _groups(
+    width, side, per_scale, latent, cells
+):  # stations, coarsest first, their shapes
     groups, shapes = nn.ModuleList(), []
     for scale, n in enumerate(per_scale):
         for place in range(n):
             double = []
-            if scale and place==0:
-                double = [DecoderCell(width, width//2)]
-                width, side = width//2, side*2
+            if scale and place == 0:
+                double = [DecoderCell(width, width // 2)]
+                width, side = width // 2, side * 2
             same = [DecoderCell(width, width) for _ in range(cells if shapes else 0)]
             groups.append(Group(width, latent, [*double, *same]))
             shapes.append((latent, side, side))
@@ -488,15 +509,15 @@ def _groups(width, side, per_scale, latent, cells):  # stations, coarsest first,
 def _doubling_cells(width, doublings):  # what comes after the last group
     cells = []
     for _ in range(doublings):
-        cells += [DecoderCell(width, width//2, 3), DecoderCell(width//2, width//2, 3)]
+        cells += [DecoderCell(width, width // 2, 3), DecoderCell(width // 2, width // 2, 3)]
         width //= 2
     return cells
 
 
 def _check_decoder(size, times, std):
-    if std!='each' and not (isinstance(std, (int, float)) and std>0):
+    if std != 'each' and not (isinstance(std, (int, float)) and std > 0):
         raise ValueError(f"std must be a number above 0 or 'each', got {std!r}")
-    if size%2**times or size<2**times:
+    if size % 2**times or size < 2**times:
         raise ValueError(f"size {size} cannot be halved {times} times")
 
 # %% ../nbs/06a_nvae.ipynb #c030
@@ -515,14 +536,14 @@ class Decoder(nn.Module):
         std: float | str = 'each',  # Spread: a number is fixed, 'each' learns it by pixel
     ):
         super().__init__()
-        times = halvings+len(per_scale)-1
+        times = halvings + len(per_scale) - 1
         _check_decoder(size, times, std)
         self.std = std
-        width, side = ch<<times, size>>times
+        width, side = ch << times, size >> times
         self.start = nn.Parameter(torch.rand(width, side, side))
         self.groups, self.shapes = _groups(width, side, per_scale, latent, cells)
-        double = _doubling_cells(ch<<halvings, halvings)
-        last = _conv(ch, in_ch*(1+(std=='each')), 3)
+        double = _doubling_cells(ch << halvings, halvings)
+        last = _conv(ch, in_ch * (1 + (std == 'each')), 3)
         self.leave = nn.Sequential(*double, nn.ELU(), last)
 
     def forward(
@@ -535,7 +556,8 @@ class Decoder(nn.Module):
             h = group.cells(h)
             mu, s = group.prior(h, h.new_zeros(n, *self.shapes[0]))
             h = group.join(torch.cat((h, pick(i, h, mu, s).to(h.dtype)), 1))
-        if self.std=='each': return bounded(*self.leave(h).chunk(2, 1))
+        if self.std == 'each':
+            return bounded(*self.leave(h).chunk(2, 1))
         mu = _soft(self.leave(h))
         return mu, torch.full_like(mu, self.std)
 
@@ -568,20 +590,25 @@ class NVAE(VAE):
         self.encoder = Encoder(*widths, flows, halvings)
 
     @property
-    def shapes(self): return self.decoder.shapes
+    def shapes(self):
+        return self.decoder.shapes
 
     dist = staticmethod(bounded)
 
-    def features(self, x): return self.encoder(x)
+    def features(self, x):
+        return self.encoder(x)
 
-    def correct(self, i, seen, h): return self.encoder.correct(i, seen, h)
+    def correct(self, i, seen, h):
+        return self.encoder.correct(i, seen, h)
 
-    def group_flow(self, i): return self.encoder.flows[i] if len(self.encoder.flows[i]) else None
+    def group_flow(self, i):
+        return self.encoder.flows[i] if len(self.encoder.flows[i]) else None
 
-    def traverse(self, n, pick): return self.decoder(n, pick)
+    def traverse(self, n, pick):
+        return self.decoder(n, pick)
 
 # %% ../nbs/06a_nvae.ipynb #c034
-_SMALL = dict(cells=1, std=.2)
+_SMALL = dict(cells=1, std=0.2)
 _DIGITS = dict(size=8, per_scale=(2,), flows=0, **_SMALL)
 # fmt: off
 ROWS = {  # arguments of NVAE
@@ -601,12 +628,14 @@ def nvae(
     **over,  # Arguments to replace
 ) -> NVAE:
     "One of the known autoencoders. Raises `KeyError` for an unknown name."
-    if name not in ROWS: raise KeyError(f"no autoencoder {name!r}; known: {', '.join(ROWS)}")
+    if name not in ROWS:
+        raise KeyError(f"no autoencoder {name!r}; known: {', '.join(ROWS)}")
     return NVAE(**(ROWS[name] | over))
 
 # %% ../nbs/06a_nvae.ipynb #c046
 def _check_spread(std):
-    if std in ('one', 'each') if isinstance(std, str) else std>0: return
+    if std in ('one', 'each') if isinstance(std, str) else std > 0:
+        return
     raise ValueError(f"std must be a number above 0, 'one' or 'each', got {std!r}")
 
 
@@ -627,49 +656,56 @@ class PointVAE(VAE):
         latent: int = 20,  # Latent numbers
         width: int = 256,  # Hidden units of a layer
         depth: int = 4,  # Hidden layers of the encoder, and of the decoder
-        std: float | str = .3,  # Spread of the decoder: a number > 0, 'one' or 'each'
+        std: float | str = 0.3,  # Spread of the decoder: a number > 0, 'one' or 'each'
     ):
         super().__init__()
         _check_spread(std)
         self.shape, self.shapes, self.kind = (dim,), [(latent,)], std
-        hidden = [width]*depth
-        self.encoder = mlp((dim, *hidden, 2*latent), nn.ReLU)
-        self.decoder = mlp((latent, *hidden, dim*(1+(std=='each'))), nn.ReLU)
-        log_std = torch.tensor(0. if isinstance(std, str) else math.log(std))
-        if std=='one': self.log_std = nn.Parameter(log_std)
-        else: self.register_buffer('log_std', log_std)  # 'each' does not read it
+        hidden = [width] * depth
+        self.encoder = mlp((dim, *hidden, 2 * latent), nn.ReLU)
+        self.decoder = mlp((latent, *hidden, dim * (1 + (std == 'each'))), nn.ReLU)
+        log_std = torch.tensor(0.0 if isinstance(std, str) else math.log(std))
+        if std == 'one':
+            self.log_std = nn.Parameter(log_std)
+        else:
+            self.register_buffer('log_std', log_std)  # 'each' does not read it
 
     @staticmethod
-    def dist(mu, s): return full(mu), full(s).exp()
+    def dist(mu, s):
+        return full(mu), full(s).exp()
 
-    def features(self, x): return [self.encoder(x)]
+    def features(self, x):
+        return [self.encoder(x)]
 
-    def correct(self, i, seen, h): return seen
+    def correct(self, i, seen, h):
+        return seen
 
-    def group_flow(self, i): return None
+    def group_flow(self, i):
+        return None
 
     def traverse(self, n, pick):
         zero = next(self.parameters()).new_zeros(n, *self.shapes[0])
         out = self.decoder(pick(0, None, zero, zero))
-        if self.kind=='each': return self.dist(*out.chunk(2, 1))
+        if self.kind == 'each':
+            return self.dist(*out.chunk(2, 1))
         return self.dist(out, self.log_std.expand_as(out))
 
 # %% ../nbs/06a_nvae.ipynb #c049
 def warm_up(
     frac: float,  # Part of the training that is done, 0 to 1
-    part: float = .3,  # Part over which the weight rises; 0 gives full weight at once
+    part: float = 0.3,  # Part over which the weight rises; 0 gives full weight at once
     wait: float = 1e-4,  # Part before it starts to rise
 ) -> float:  # beta, 1e-4 to 1
     "Weight of the divergence, linear. Source: released code of Vahdat and Kautz 2020."
-    return max(min((frac-wait)/part, 1.), 1e-4) if part else 1.
+    return max(min((frac - wait) / part, 1.0), 1e-4) if part else 1.0
 
 # %% ../nbs/06a_nvae.ipynb #cf9f2167
 def alphas(
     per_scale: tuple,  # Groups on each grid, coarsest first
 ) -> Tensor:  # (L,) >= 1
     "How much divergence each group is entitled to, label `eq-nvae-balance`."
-    share = torch.tensor([4.**i/n for i, n in enumerate(per_scale) for _ in range(n)])
-    return share/share.min()
+    share = torch.tensor([4.0**i / n for i, n in enumerate(per_scale) for _ in range(n)])
+    return share / share.min()
 
 
 def balance(
@@ -677,8 +713,8 @@ def balance(
     alpha: Tensor,  # (L,) from `alphas`
 ) -> Tensor:  # (L,) gamma, mean 1, without graph
     "Weights of the groups, label `eq-nvae-balance`."
-    gamma = (kl.detach().abs().mean(0)+.01)/alpha.to(kl)
-    return gamma/gamma.mean()
+    gamma = (kl.detach().abs().mean(0) + 0.01) / alpha.to(kl)
+    return gamma / gamma.mean()
 
 # %% ../nbs/06a_nvae.ipynb #c052
 def _kernels(net):  # matrices of all convolutions, by shape
@@ -694,12 +730,12 @@ def _kernels(net):  # matrices of all convolutions, by shape
 def _power(kernels, left, n, first):  # kernels (N, o, i), left vectors so far (N, o, 1)
     if left is None:
         start = torch.randn(kernels.shape[:2], generator=torch.Generator().manual_seed(0))
-        left = F.normalize(start, dim=1)[...,None]
+        left = F.normalize(start, dim=1)[..., None]
         n = max(n, first)
     left = left.to(kernels)
     for _ in range(n):
-        right = F.normalize(kernels.mT@left, dim=1, eps=1e-3)
-        left = F.normalize(kernels@right, dim=1, eps=1e-3)
+        right = F.normalize(kernels.mT @ left, dim=1, eps=1e-3)
+        left = F.normalize(kernels @ right, dim=1, eps=1e-3)
     return left, right
 
 # %% ../nbs/06a_nvae.ipynb #283eeaa7
@@ -715,7 +751,7 @@ def spectral_sum(
     `state` gets one tensor for each shape.
     Source: Vahdat and Kautz 2020, section 3.2.
     """
-    total = 0.
+    total = 0.0
     for (n_out, n_in), kernels in _kernels(net).items():
         name = f'{key}/{len(kernels)}x{n_out}x{n_in}'
         with torch.autocast(kernels[0].device.type, enabled=False):
@@ -723,10 +759,10 @@ def spectral_sum(
             stack = torch.stack([kernel.detach() for kernel in kernels])
             lefts, rights = _power(stack, state.get(name), n, first)
             values = [
-                (left.mT@(kernel@right)).sum()
+                (left.mT @ (kernel @ right)).sum()
                 for kernel, left, right in zip(kernels, lefts, rights)
             ]
-            total = total+sum(values)
+            total = total + sum(values)
         state[name] = lefts
     return total
 
@@ -745,8 +781,9 @@ def penalty_weight(
     start: float | None = None,  # lambda at beta 0; None keeps `last` throughout
 ) -> float:
     "Weight of the penalty, moving from `start` to `last` evenly in its logarithm."
-    if start is None: return last
-    return math.exp((1-beta)*math.log(start) + beta*math.log(last))
+    if start is None:
+        return last
+    return math.exp((1 - beta) * math.log(start) + beta * math.log(last))
 
 # %% ../nbs/06a_nvae.ipynb #c40517b4
 def vae_loss(
@@ -755,9 +792,9 @@ def vae_loss(
     frac: float,  # Part of the training that is done, 0 to 1
     state: dict,  # Survives between steps; holds the vectors of the power method
     *,
-    penalty: float = 0.,  # lambda; 0 leaves spectral and batch norms alone
+    penalty: float = 0.0,  # lambda; 0 leaves spectral and batch norms alone
     penalty_start: float | None = None,  # lambda when the warm-up starts; None is `penalty`
-    part: float = .3,  # Part of the training over which the divergence is warmed up
+    part: float = 0.3,  # Part of the training over which the divergence is warmed up
     generator: torch.Generator | Slice | None = None,  # Source of the draws
 ) -> tuple[Tensor, dict]:  # Loss in nats per example plus penalty, and what to log
     "The loss of the autoencoder, label `eq-nvae-loss`."
@@ -767,15 +804,18 @@ def vae_loss(
         out = vae(x, generator)
         recon = -log_gauss(x, out.mu, out.sigma).mean()
         each = out.kl.mean(0)
-        gamma = balance(out.kl, alphas(vae.per_scale)) if beta<1 else torch.ones_like(each)
-        loss = recon + beta*(gamma*each).sum()
+        gamma = (
+            balance(out.kl, alphas(vae.per_scale)) if beta < 1 else torch.ones_like(each)
+        )
+        loss = recon + beta * (gamma * each).sum()
         if penalty:
             norms = dict(spectral=spectral_sum(vae, state), norms=norm_sum(vae))
             weight = penalty_weight(beta, penalty, penalty_start)
-            loss = loss + weight*sum(norms.values())
-    logs = dict(elbo=-recon-each.sum(), recon=recon, kl=each.sum(), beta=beta, **norms)
+            loss = loss + weight * sum(norms.values())
+    logs = dict(elbo=-recon - each.sum(), recon=recon, kl=each.sum(), beta=beta, **norms)
     for name, value in logs.items():
-        if isinstance(value, Tensor): logs[name] = value.detach()
+        if isinstance(value, Tensor):
+            logs[name] = value.detach()
     return loss, logs
 
 # %% ../nbs/06a_nvae.ipynb #c060
@@ -790,9 +830,10 @@ def learning_rate(
 
     Source: released code of Vahdat and Kautz 2020.
     """
-    if step<warm: return (step+1)/warm
-    done = min((step-warm)//every/max((total-warm)//every-1, 1), 1.)
-    return last + (1-last)*(1+math.cos(math.pi*done))/2
+    if step < warm:
+        return (step + 1) / warm
+    done = min((step - warm) // every / max((total - warm) // every - 1, 1), 1.0)
+    return last + (1 - last) * (1 + math.cos(math.pi * done)) / 2
 
 # %% ../nbs/06a_nvae.ipynb #fd0a7bef
 def reduce_bits(
@@ -800,10 +841,11 @@ def reduce_bits(
     bits: int,  # Bits to keep, 1 to 8
 ) -> Tensor:  # Images in [-1, 1] with 2^bits levels
     "Drop the last bits of 8-bit images. Raises `ValueError` for another number of bits."
-    if not 1<=bits<=8: raise ValueError(f"bits must lie in 1..8, got {bits}")
+    if not 1 <= bits <= 8:
+        raise ValueError(f"bits must lie in 1..8, got {bits}")
     # exact levels: a product just below an integer would otherwise lose a level
-    grey = ((x+1)*127.5).round()
-    return torch.floor(grey/2**(8-bits))*(2/(2**bits-1)) - 1
+    grey = ((x + 1) * 127.5).round()
+    return torch.floor(grey / 2 ** (8 - bits)) * (2 / (2**bits - 1)) - 1
 
 # %% ../nbs/06a_nvae.ipynb #c063
 @contextmanager
@@ -826,7 +868,7 @@ def reestimate(
     vae: VAE,  # Its decoder's batch norms are changed; modes stay
     n: int = 500,  # Passes
     batch: int = 64,  # Examples in each
-    temp: float = 1.,  # Temperature at which one wants to sample
+    temp: float = 1.0,  # Temperature at which one wants to sample
     generator: torch.Generator | Slice | None = None,  # Source of the draws
 ) -> VAE:  # The same object
     """Collect the statistics of batch norm anew from samples.
@@ -838,11 +880,14 @@ def reestimate(
     old = [[buffer.clone() for buffer in norm.buffers()] for norm in norms]
     device = next(vae.parameters()).device.type
     with _collecting(norms), torch.autocast(device, enabled=False), parametrize.cached():
-        for _ in range(n): vae.decode(vae.noise(batch, generator), temp)
+        for _ in range(n):
+            vae.decode(vae.noise(batch, generator), temp)
     found = [stat for norm in norms for stat in (norm.running_mean, norm.running_var)]
-    if all(stat.isfinite().all() for stat in found): return vae
+    if all(stat.isfinite().all() for stat in found):
+        return vae
     for norm, buffers in zip(norms, old):
-        for new, buffer in zip(norm.buffers(), buffers): new.copy_(buffer)
+        for new, buffer in zip(norm.buffers(), buffers):
+            new.copy_(buffer)
     raise FloatingPointError(
         f"statistics of batch norm are not finite after sampling at temperature {temp}; "
         "the old ones were kept"

@@ -531,8 +531,7 @@ def check_config(
         _check_groups(cfg)
     if len(cfg.shape) != 3 or cfg.shape[0] not in (1, 3):
         raise ValueError(
-            "views are made of images with 1 or 3 channels, "
-            f"but shape={tuple(cfg.shape)}"
+            f"views are made of images with 1 or 3 channels, but shape={tuple(cfg.shape)}"
         )
     if {len(cfg.mean), len(cfg.std)} - {1, cfg.shape[0]}:
         raise ValueError(
@@ -824,5 +823,6 @@ def evaluate(
     if y.ndim == 1 and logits.shape[1] > 5:
         right['top5'] = (logits.topk(5).indices == y[:, None]).any(1)
     return {
-        name: (share.double().mean().item(), len(query), '') for name, share in right.items()
+        name: (share.double().mean().item(), len(query), '')
+        for name, share in right.items()
     }

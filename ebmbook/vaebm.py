@@ -68,8 +68,8 @@ class SwitchFields:
     negative: str = 'sample'  # What the energy raises: 'sample', or the decoder's 'mean'
     data_init: bool = True  # Set the energy's gains from data
     cautious: bool = True  # Limit each gradient by Adam's own idea of its size
-    penalty: float = 0.  # Weight of |grad E|^2 at data and samples; the paper has none
-    p_max: float = 0.  # Largest probability that a chain starts from the buffer; 0 is none
+    penalty: float = 0.0  # Weight of |grad E|^2 at data and samples; the paper has none
+    p_max: float = 0.0  # Largest probability that a chain starts from the buffer; 0 is none
     keep_x: bool = False  # The buffer keeps the noise of x too; the paper's does not
     decoder: bool = False  # Train decoder too, on the energy of its samples (appendix C)
 
@@ -102,8 +102,8 @@ class VaeFields:
     lr_vae: float = 1e-2  # Adamax step size
     lr_last: float = 1e-2  # Where its cosine ends, as a part of lr_vae
     warm_vae: int = 0  # Steps over which it rises
-    spectral_vae: float = .1  # Weight of spectral and batch norms
-    spectral_start: float = 0.  # Its weight at the start; 0 is the same
+    spectral_vae: float = 0.1  # Weight of spectral and batch norms
+    spectral_start: float = 0.0  # Its weight at the start; 0 is the same
 
 # %% ../nbs/06_vaebm.ipynb #8f0ef9a6
 @dataclass(frozen=True, kw_only=True)
@@ -120,11 +120,11 @@ class EnergyFields:
     "The energy, its training, and that of the decoder after it."
 
     net: str = 'cifar10'  # Name in `vaebm_nets.ROWS`, or blocks such as '32/2 32'
-    width: float = 1.  # Multiplies its widths
+    width: float = 1.0  # Multiplies its widths
     first: int = 32  # Width of the first layer where `net` gives blocks; of points' layers
     lr: float = 4e-5  # Adam step size of the energy
     weight_decay: float = 3e-5  # Coupled, on all of the energy's parameters
-    spectral: float = .2  # Weight of the energy's spectral norms
+    spectral: float = 0.2  # Weight of the energy's spectral norms
     lr_decoder: float = 5e-6  # Adam step size of the decoder, where it is trained
 
 # %% ../nbs/06_vaebm.ipynb #b8cbf53f
@@ -149,19 +149,19 @@ class Config(
 
 # %% ../nbs/06_vaebm.ipynb #c010
 _MALA = dict(
-    ema=.99,
+    ema=0.99,
     sampler='mala',
     n_jumps=10,
     n_steps=3,
     n_steps_test=100,
-    eta=.04,
+    eta=0.04,
     lr=2e-3,
-    p_max=1.,
+    p_max=1.0,
     p_rise=1,
     buffer=1_024,
     keep_x=True,
 )
-_PENALTY = dict(n_steps=15, n_steps_test=100, eta=.05, lr=5e-4, penalty=.02)
+_PENALTY = dict(n_steps=15, n_steps_test=100, eta=0.05, lr=5e-4, penalty=0.02)
 
 
 def _points(n_vae, n_iters, **more):  # 25 Gaussians; all numbers ours
@@ -172,17 +172,17 @@ def _points(n_vae, n_iters, **more):  # 25 Gaussians; all numbers ours
         n_iters=n_iters,
         batch=256,
         batch_vae=256,
-        ema=0.,
+        ema=0.0,
         latent=20,
         lr_vae=1e-3,
         lr_last=1e-2,
-        spectral_vae=0.,
+        spectral_vae=0.0,
         net='',
         first=256,
         data_init=False,
         cautious=False,
-        spectral=0.,
-        weight_decay=0.,
+        spectral=0.0,
+        weight_decay=0.0,
         log_every=50,
         save_every=500,
     )
@@ -203,13 +203,13 @@ def _digits(data, n_vae, n_iters, **more):  # digits of any size
         n_vae=n_vae,
         n_iters=n_iters,
         batch=32,
-        ema=.99,
+        ema=0.99,
         cells=1,
-        std=.2,
+        std=0.2,
         lr_vae=2e-2,
         lr_last=1e-2,
         warm_vae=50,
-        spectral_vae=0.,
+        spectral_vae=0.0,
         first=32,
         n_steps_test=20,
         lr_decoder=1e-4,
@@ -221,7 +221,7 @@ def _digits(data, n_vae, n_iters, **more):  # digits of any size
     return Config(data=data, shape=DATASETS[data].shape, **common, **more)
 
 
-_EMBEDDED = dict(groups=(2,), flows=0, net='64/2 64', eta=.01, lr=1e-3)
+_EMBEDDED = dict(groups=(2,), flows=0, net='64/2 64', eta=0.01, lr=1e-3)
 _GREY = dict(ch=8, latent=4, batch_vae=32)
 _STACKED = dict(ch=32, latent=16, batch_vae=64)
 _FULL = dict(ch=32, latent=20, batch_vae=64, flows=1, net='mnist', eta=8e-5, lr=4e-5)
@@ -244,10 +244,10 @@ def _paper(data, **more):
 
     `n_vae` and `warm_vae` are counted in epochs.
     """
-    common = dict(net=data, batch=32, batch_vae=256, flip=True, ema=0., lr_last=1e-2)
+    common = dict(net=data, batch=32, batch_vae=256, flip=True, ema=0.0, lr_last=1e-2)
     settings = common | more
     for name in ('n_vae', 'warm_vae'):
-        settings[name] = round(settings[name]*DATASETS[data].n[0]/settings['batch_vae'])
+        settings[name] = round(settings[name] * DATASETS[data].n[0] / settings['batch_vae'])
     return Config(data=data, shape=DATASETS[data].shape, **settings)
 
 
@@ -261,7 +261,7 @@ _SIXTY = dict(
     n_steps_test=20,
     negative='mean',
 )
-_BUFFER = dict(p_max=.6, buffer=10_000, p_rise=5_000)
+_BUFFER = dict(p_max=0.6, buffer=10_000, p_rise=5_000)
 
 # %% ../nbs/06_vaebm.ipynb #960bdff4
 _FACES = dict(
@@ -272,15 +272,15 @@ _FACES = dict(
     batch_vae=64,
     warm_vae=5,
     lr_vae=6e-3,
-    lr_last=1/60,
-    spectral_vae=.01,
-    spectral_start=10.,
+    lr_last=1 / 60,
+    spectral_vae=0.01,
+    spectral_start=10.0,
     bits=5,
     n_iters=9_000,
     n_steps=6,
     n_steps_test=24,
     negative='mean',
-    p_max=.6,
+    p_max=0.6,
     buffer=8_000,
     p_rise=3_000,
 )
@@ -307,17 +307,19 @@ _KINDS = dict(
 
 
 def _check_numbers(cfg):
-    if cfg.n_steps<0 or cfg.n_vae<0:
+    if cfg.n_steps < 0 or cfg.n_vae < 0:
         given = f"{cfg.n_steps} and {cfg.n_vae}"
         raise ValueError(f"n_steps and n_vae must not be negative, got {given}")
-    if not 0<=cfg.p_max<=1: raise ValueError(f"p_max is a probability, got {cfg.p_max}")
-    if cfg.p_max and cfg.buffer<cfg.batch:
+    if not 0 <= cfg.p_max <= 1:
+        raise ValueError(f"p_max is a probability, got {cfg.p_max}")
+    if cfg.p_max and cfg.buffer < cfg.batch:
         raise ValueError(f"a buffer of {cfg.buffer} rows cannot start {cfg.batch} chains")
 
 
 def _check_potential(cfg):
-    if cfg.potential=='paper': return
-    if cfg.space=='xz' or len(cfg.shape)==1:
+    if cfg.potential == 'paper':
+        return
+    if cfg.space == 'xz' or len(cfg.shape) == 1:
         raise ValueError("the official potential belongs to space 'eps' and to images")
     if cfg.n_jumps:
         raise ValueError(
@@ -327,10 +329,12 @@ def _check_potential(cfg):
 
 
 def _check_space(cfg):
-    if cfg.space=='eps': return
-    if cfg.n_jumps or cfg.sampler!='langevin':
+    if cfg.space == 'eps':
+        return
+    if cfg.n_jumps or cfg.sampler != 'langevin':
         raise ValueError("jumps and the sampler 'mala' belong to space 'eps'")
-    if cfg.p_max: raise ValueError("the buffer holds noise: with space 'xz' p_max must be 0")
+    if cfg.p_max:
+        raise ValueError("the buffer holds noise: with space 'xz' p_max must be 0")
 
 # %% ../nbs/06_vaebm.ipynb #a49b992e
 def check_config(
@@ -361,25 +365,28 @@ class PointEnergy(nn.Sequential):
         width: int = 256,  # Hidden units
         depth: int = 4,  # Hidden layers
     ):
-        super().__init__(*mlp((dim, *[width]*depth, 1)))
+        super().__init__(*mlp((dim, *[width] * depth, 1)))
 
     def forward(
         self,
         x: Tensor,  # (B, dim)
     ) -> Tensor:  # (B,) nats
-        return super().forward(x)[:,0]
+        return super().forward(x)[:, 0]
 
 # %% ../nbs/06_vaebm.ipynb #d9c6260e
 def _energy_of(cfg):
-    if len(cfg.shape)==1: return PointEnergy(cfg.shape[0], cfg.first)
+    if len(cfg.shape) == 1:
+        return PointEnergy(cfg.shape[0], cfg.first)
     first, blocks = cfg.first, cfg.net
-    if cfg.net in ROWS: first, blocks = ROWS[cfg.net][2:]
+    if cfg.net in ROWS:
+        first, blocks = ROWS[cfg.net][2:]
     net = EnergyNet(cfg.shape[1], cfg.shape[0], first, blocks, cfg.width)
     return net.to(memory_format=torch.channels_last)
 
 
 def _vae_of(cfg):
-    if len(cfg.shape)==1: return PointVAE(cfg.shape[0], cfg.latent, std=cfg.std)
+    if len(cfg.shape) == 1:
+        return PointVAE(cfg.shape[0], cfg.latent, std=cfg.std)
     sizes = (cfg.ch, cfg.groups, cfg.latent, cfg.cells, cfg.flows)
     return NVAE(cfg.shape[1], cfg.shape[0], *sizes, std=cfg.std)
 
@@ -394,7 +401,8 @@ class Nets(nn.Module, PyTorchModelHubMixin):
         super().__init__()
         self.cfg = check_config(cfg)
         self.vae = _vae_of(cfg)
-        if cfg.method!='vae': self.energy = _energy_of(cfg)
+        if cfg.method != 'vae':
+            self.energy = _energy_of(cfg)
 
 
 def build(
@@ -410,7 +418,7 @@ def render(
 ) -> Tensor:  # (B, ...) the sample that this noise makes
     "x of a noise, label `eq-vaebm-potential`."
     mu, sigma = vae.decode(eps[1:])
-    return mu+sigma*eps[0]
+    return mu + sigma * eps[0]
 
 
 def fresh_noise(
@@ -428,12 +436,12 @@ def unroll(
     eps: tuple,  # Noise of x, then of each group
 ) -> tuple:  # x and the groups that this noise makes
     "The state of a chain in (x, z) that belongs to a noise."
-    found = prior_pass(vae, len(eps[0]), lambda i, mean, std: mean+std*eps[1+i])
-    return found.mu+found.sigma*eps[0], *found.z
+    found = prior_pass(vae, len(eps[0]), lambda i, mean, std: mean + std * eps[1 + i])
+    return found.mu + found.sigma * eps[0], *found.z
 
 # %% ../nbs/06_vaebm.ipynb #c021
 def _half_square(blocks):  # (B,)
-    return sum(block.flatten(1).square().sum(1) for block in blocks)/2
+    return sum(block.flatten(1).square().sum(1) for block in blocks) / 2
 
 
 def _log_spread(prior):  # (B,) sum of log sigma over all groups
@@ -449,16 +457,17 @@ def potential(
     Source: Xiao et al. 2021, eq. 9; or the released program.
     """
 
-    def paper(*eps): return nets.energy(render(nets.vae, eps)) + _half_square(eps)
+    def paper(*eps):
+        return nets.energy(render(nets.vae, eps)) + _half_square(eps)
 
     def official(eps_x, *eps_z):
-        found = prior_pass(nets.vae, len(eps_x), lambda i, mean, std: mean+std*eps_z[i])
-        x = (found.mu+found.sigma*eps_x).clamp(-1, 1)
+        found = prior_pass(nets.vae, len(eps_x), lambda i, mean, std: mean + std * eps_z[i])
+        x = (found.mu + found.sigma * eps_x).clamp(-1, 1)
         energy = nets.energy(x) + _half_square(eps_z) + _log_spread(found.prior)
-        floor = math.exp(-2)+.01
+        floor = math.exp(-2) + 0.01
         return energy - log_gauss(x, found.mu, found.sigma.clamp(min=floor))
 
-    return paper if kind=='paper' else official
+    return paper if kind == 'paper' else official
 
 
 def _joint_energy(nets):  # -log h(x, z) up to a constant; label `eq-vaebm-model`
@@ -479,26 +488,28 @@ def jumps(
 ) -> tuple:  # Noise after them, and (B,) share of accepted proposals
     "Independent proposals from the autoencoder, label `eq-vaebm-jump`."
     height = nets.energy(render(nets.vae, eps))
-    accepted = 0.
+    accepted = 0.0
     for _ in range(n):
         proposal = fresh_noise(nets.vae, len(height), generator)
         new_height = nets.energy(render(nets.vae, proposal))
-        take = uniform(len(height), height, generator).log()<height-new_height
+        take = uniform(len(height), height, generator).log() < height - new_height
         eps = tuple(_where(take, new, old) for new, old in zip(proposal, eps))
         height = torch.where(take, new_height, height)
-        accepted = accepted+take.float()/n
+        accepted = accepted + take.float() / n
     return eps, accepted
 
 
 def _where(take, new, old):  # by chain
-    return torch.where(take.view(-1, *[1]*(new.ndim-1)), new, old)
+    return torch.where(take.view(-1, *[1] * (new.ndim - 1)), new, old)
 
 # %% ../nbs/06_vaebm.ipynb #b613d1bd
 def _noise_chains(nets, eps, cfg, n_steps, options):  # jumps first, then steps
-    if cfg.n_jumps: eps, _ = jumps(nets, eps, cfg.n_jumps, options['generator'])
+    if cfg.n_jumps:
+        eps, _ = jumps(nets, eps, cfg.n_jumps, options['generator'])
     target = potential(nets, cfg.potential)
-    if cfg.sampler=='mala': return mala(target, eps, cfg.eta/2, n_steps, **options)[0]
-    return langevin(target, eps, ula(cfg.eta/2), n_steps, **options)
+    if cfg.sampler == 'mala':
+        return mala(target, eps, cfg.eta / 2, n_steps, **options)[0]
+    return langevin(target, eps, ula(cfg.eta / 2), n_steps, **options)
 
 
 def chains(
@@ -514,12 +525,13 @@ def chains(
     Source: Xiao et al. 2021, eq. 9 and appendix B.
     """
     options = dict(generator=generator, on_step=on_step)
-    rates = ula(cfg.eta/2)
+    rates = ula(cfg.eta / 2)
     with frozen(nets):
-        if cfg.method=='vaebm' and cfg.space=='eps':
+        if cfg.method == 'vaebm' and cfg.space == 'eps':
             return None, _noise_chains(nets, eps, cfg, n_steps, options)
-        with torch.no_grad(): state = unroll(nets.vae, eps)
-        if cfg.method=='vaebm':
+        with torch.no_grad():
+            state = unroll(nets.vae, eps)
+        if cfg.method == 'vaebm':
             return langevin(_joint_energy(nets), state, rates, n_steps, **options)[0], None
         # 'ebm-vae': the energy alone, in x
         return langevin(nets.energy, state[0], rates, n_steps, **options), None
@@ -530,7 +542,7 @@ def recall_share(
     step: int,  # Optimiser steps done
 ) -> float:  # Probability that a chain starts from the buffer
     "A straight rise. Source: Xiao et al. 2021, appendix E."
-    return cfg.p_max*min(step/max(cfg.p_rise, 1), 1.)
+    return cfg.p_max * min(step / max(cfg.p_rise, 1), 1.0)
 
 
 def starts(
@@ -541,18 +553,21 @@ def starts(
 ) -> tuple:  # Noise, and `keep(eps)`, which stores the ends
     "Fresh noise of x, and latent noise that is fresh or goes on from the buffer."
     eps = fresh_noise(vae, n, ctx.generator)
-    if not cfg.p_max: return eps, lambda eps: None
+    if not cfg.p_max:
+        return eps, lambda eps: None
     first = 0 if cfg.keep_x else 1
 
-    def join(blocks): return torch.cat([block.flatten(1) for block in blocks[first:]], 1)
+    def join(blocks):
+        return torch.cat([block.flatten(1) for block in blocks[first:]], 1)
 
     new = join(eps)
     if 'buffer' not in ctx.state:
         ctx.state['buffer'] = normal(new.new_empty(cfg.buffer, new.shape[1]), None)
-    rate = 1-recall_share(cfg, ctx.step)
+    rate = 1 - recall_share(cfg, ctx.step)
     flat, rows = recall(ctx.state['buffer'], new, rate, ctx.generator)
 
-    def keep(eps): ctx.state['buffer'][rows] = join(eps)
+    def keep(eps):
+        ctx.state['buffer'][rows] = join(eps)
 
     parts = flat.split([block[0].numel() for block in eps[first:]], 1)
     recalled = [part.view_as(block) for part, block in zip(parts, eps[first:])]
@@ -569,10 +584,12 @@ def slope_penalty(
     return grad.flatten(1).square().sum(1).mean()
 
 # %% ../nbs/06_vaebm.ipynb #e3049901
-def _pixel_chains(nets, x, cfg, n_steps, generator):  # the energy alone, in x, pixels in range
+def _pixel_chains(
+    nets, x, cfg, n_steps, generator
+):  # the energy alone, in x, pixels in range
     with frozen(nets.energy):
         options = dict(constrain=lambda x: x.clamp(-1, 1), generator=generator)
-        return langevin(nets.energy, x, ula(cfg.eta/2), n_steps, **options)
+        return langevin(nets.energy, x, ula(cfg.eta / 2), n_steps, **options)
 
 
 def _noise(nets, n, cfg, generator):  # where the chains of 'ebm' start
@@ -580,9 +597,10 @@ def _noise(nets, n, cfg, generator):  # where the chains of 'ebm' start
 
 
 def _continued_pixels(nets, n, cfg, ctx):  # chains of 'ebm', which go on from a buffer
-    if 'x' not in ctx.state: ctx.state['x'] = _noise(nets, cfg.buffer, cfg, None)
+    if 'x' not in ctx.state:
+        ctx.state['x'] = _noise(nets, cfg.buffer, cfg, None)
     fresh = _noise(nets, n, cfg, ctx.generator)
-    x, rows = recall(ctx.state['x'], fresh, .05, ctx.generator)
+    x, rows = recall(ctx.state['x'], fresh, 0.05, ctx.generator)
     x = _pixel_chains(nets, x, cfg, cfg.n_steps, ctx.generator)
     ctx.state['x'][rows] = x
     return x
@@ -595,15 +613,19 @@ def negatives(
     ctx,  # Step, generator, state
 ) -> Tensor:  # (n, ...) samples without graph
     "Samples of the model, or of what it is compared with."
-    if cfg.method=='ebm': return _continued_pixels(nets, n, cfg, ctx)
+    if cfg.method == 'ebm':
+        return _continued_pixels(nets, n, cfg, ctx)
     eps, keep = starts(nets.vae, n, cfg, ctx)
-    if cfg.method=='wgan':
-        with torch.no_grad(), frozen(nets.vae): return nets.vae.decode(eps[1:])[0]
+    if cfg.method == 'wgan':
+        with torch.no_grad(), frozen(nets.vae):
+            return nets.vae.decode(eps[1:])[0]
     x, end = chains(nets, eps, cfg, cfg.n_steps, ctx.generator)
-    if end is None: return x
+    if end is None:
+        return x
     keep(end)
     with torch.no_grad(), frozen(nets.vae):
-        if cfg.negative=='sample': return render(nets.vae, end)
+        if cfg.negative == 'sample':
+            return render(nets.vae, end)
         return nets.vae.decode(end[1:])[0]
 
 # %% ../nbs/06_vaebm.ipynb #c032
@@ -613,8 +635,9 @@ def as_seen(
     generator=None,  # Source of the flips
 ) -> Tensor:  # Like x
     "Data as both stages see it."
-    if cfg.flip: x = random_flip(x, uniform(len(x), x, generator))
-    return reduce_bits(x, cfg.bits) if cfg.bits<8 else x
+    if cfg.flip:
+        x = random_flip(x, uniform(len(x), x, generator))
+    return reduce_bits(x, cfg.bits) if cfg.bits < 8 else x
 
 # %% ../nbs/06_vaebm.ipynb #8cf8ffd5
 def vae_losses(
@@ -627,25 +650,33 @@ def vae_losses(
     x = as_seen(batch['x'], cfg, ctx.generator)
     nets.vae.train()
     options = dict(penalty=cfg.spectral_vae, penalty_start=cfg.spectral_start or None)
-    yield 'vae', *vae_loss(
-        nets.vae, x, ctx.frac, ctx.state, generator=ctx.generator, **options
+    yield (
+        'vae',
+        *vae_loss(nets.vae, x, ctx.frac, ctx.state, generator=ctx.generator, **options),
     )
 
 # %% ../nbs/06_vaebm.ipynb #c034
 def _first_images(x, cfg):  # of the training set, for the start of the energy's gains
-    try: x = load(cfg.data).tensor(160).to(x)
-    except FileNotFoundError: return x  # `ebmbook cost` runs without the data
-    return reduce_bits(x, cfg.bits) if cfg.bits<8 else x
+    try:
+        x = load(cfg.data).tensor(160).to(x)
+    except FileNotFoundError:
+        return x  # `ebmbook cost` runs without the data
+    return reduce_bits(x, cfg.bits) if cfg.bits < 8 else x
 
 
 def _energy_loss(nets, x, fake, cfg, ctx):  # label `eq-vaebm-loss`, and what to log
     # closed before the loss is yielded: the next part of a batch must not find it open
     with parametrize.cached():
         loss, logs = contrast(nets.energy, x, fake)
-        if cfg.spectral: logs['spectral'] = spectral_sum(nets.energy, ctx.state, key='energy')
+        if cfg.spectral:
+            logs['spectral'] = spectral_sum(nets.energy, ctx.state, key='energy')
         if cfg.penalty:
-            logs['slope'] = slope_penalty(nets.energy, x)+slope_penalty(nets.energy, fake)
-        loss = loss+cfg.spectral*logs.get('spectral', 0)+cfg.penalty*logs.get('slope', 0)
+            logs['slope'] = slope_penalty(nets.energy, x) + slope_penalty(nets.energy, fake)
+        loss = (
+            loss
+            + cfg.spectral * logs.get('spectral', 0)
+            + cfg.penalty * logs.get('slope', 0)
+        )
     logs = {name: value.detach() for name, value in logs.items()}
     return loss, logs | dict(spread=fake.std())
 
@@ -653,9 +684,12 @@ def _energy_loss(nets, x, fake, cfg, ctx):  # label `eq-vaebm-loss`, and what to
 def _decoder_loss(nets, n, cfg, generator):  # label `eq-vaebm-decoder`
     eps = fresh_noise(nets.vae, n, generator)
     # a WGAN's critic has seen means, the energy of VAEBM what `negative` says
-    if cfg.method=='wgan' or cfg.negative=='mean': made = nets.vae.decode(eps[1:])[0]
-    else: made = render(nets.vae, eps)
-    with frozen(nets.energy): return nets.energy(made).mean()
+    if cfg.method == 'wgan' or cfg.negative == 'mean':
+        made = nets.vae.decode(eps[1:])[0]
+    else:
+        made = render(nets.vae, eps)
+    with frozen(nets.energy):
+        return nets.energy(made).mean()
 
 # %% ../nbs/06_vaebm.ipynb #12bf2b6f
 def losses(
@@ -670,10 +704,11 @@ def losses(
     """
     x = as_seen(batch['x'], cfg, ctx.generator)
     nets.vae.eval()
-    if ctx.step==0 and cfg.data_init: data_init(nets.energy, _first_images(x, cfg))
+    if ctx.step == 0 and cfg.data_init:
+        data_init(nets.energy, _first_images(x, cfg))
     fake = negatives(nets, len(x), cfg, ctx)
     yield 'energy', *_energy_loss(nets, x, fake, cfg, ctx)
-    if cfg.method=='wgan' or cfg.decoder:
+    if cfg.method == 'wgan' or cfg.decoder:
         yield 'decoder', _decoder_loss(nets, len(x), cfg, ctx.generator), {}
 
 # %% ../nbs/06_vaebm.ipynb #c037
@@ -687,10 +722,11 @@ def cautious(
     """
     for group in opt.param_groups:
         for param in group['params']:
-            if param.grad is None or not opt.state[param]: continue
+            if param.grad is None or not opt.state[param]:
+                continue
             state = opt.state[param]
-            share = 1-group['betas'][1]**float(state['step'])
-            bound = 3*(state['exp_avg_sq']/share).sqrt()+.1
+            share = 1 - group['betas'][1] ** float(state['step'])
+            bound = 3 * (state['exp_avg_sq'] / share).sqrt() + 0.1
             param.grad.clamp_(-bound, bound)
 
 # %% ../nbs/06_vaebm.ipynb #4fb56ae3
@@ -703,10 +739,13 @@ def vae_optimisers(
     Source: released code of Vahdat and Kautz 2020.
     """
     params = nets.vae.parameters()
-    if len(cfg.shape)==1: opt = torch.optim.Adam(params, cfg.lr_vae)
-    else: opt = torch.optim.Adamax(params, cfg.lr_vae, eps=1e-3, weight_decay=3e-4)
+    if len(cfg.shape) == 1:
+        opt = torch.optim.Adam(params, cfg.lr_vae)
+    else:
+        opt = torch.optim.Adamax(params, cfg.lr_vae, eps=1e-3, weight_decay=3e-4)
 
-    def schedule(step): return learning_rate(step, cfg.n_vae, cfg.warm_vae, cfg.lr_last)
+    def schedule(step):
+        return learning_rate(step, cfg.n_vae, cfg.warm_vae, cfg.lr_last)
 
     return dict(vae=Group(opt, schedule))
 
@@ -719,15 +758,16 @@ def optimisers(
 
     Source: Xiao et al. 2021, appendix E; betas from the released code.
     """
-    if not hasattr(nets, 'energy'): return {}
-    betas = (.99, .999) if cfg.cautious else (.9, .999)
+    if not hasattr(nets, 'energy'):
+        return {}
+    betas = (0.99, 0.999) if cfg.cautious else (0.9, 0.999)
     params = nets.energy.parameters()
     adam = torch.optim.Adam(params, cfg.lr, betas=betas, weight_decay=cfg.weight_decay)
     groups = dict(energy=Group(adam, clip=cautious if cfg.cautious else None))
-    if cfg.method=='wgan' or cfg.decoder:
+    if cfg.method == 'wgan' or cfg.decoder:
         adam = torch.optim.Adam(nets.vae.decoder.parameters(), cfg.lr_decoder)
         groups['decoder'] = Group(
-            adam, lambda step: .5*(1+math.cos(math.pi*step/cfg.n_iters))
+            adam, lambda step: 0.5 * (1 + math.cos(math.pi * step / cfg.n_iters))
         )
     return groups
 
@@ -737,14 +777,14 @@ STAGES = (
         'vae',
         vae_losses,
         vae_optimisers,
-        n_iters=lambda cfg: 0 if cfg.method=='ebm' else cfg.n_vae,
+        n_iters=lambda cfg: 0 if cfg.method == 'ebm' else cfg.n_vae,
         batch=lambda cfg: cfg.batch_vae,
     ),
     Stage(
         'energy',
         losses,
         optimisers,
-        n_iters=lambda cfg: 0 if cfg.method=='vae' else cfg.n_iters,
+        n_iters=lambda cfg: 0 if cfg.method == 'vae' else cfg.n_iters,
     ),
 )
 
@@ -756,7 +796,7 @@ def sample(
     cfg: Config,  # Resolved settings
     *,
     n_steps: int | None = None,  # Updates; None is the preset's, 0 the autoencoder alone
-    temp: float = 1.,  # Scale of the first noise; below 1 for pictures, never for numbers
+    temp: float = 1.0,  # Scale of the first noise; below 1 for pictures, never for numbers
     generator: torch.Generator | None = None,  # Source of every draw
     on_step: Callable | None = None,  # As in `langevin`
     chunk: int = 512,  # Samples at once; bounds the memory
@@ -765,17 +805,18 @@ def sample(
 
     Source: Xiao et al. 2021, appendix E; the decoder's mean from the released program.
     """
-    points = len(cfg.shape)==1
+    points = len(cfg.shape) == 1
     updates = cfg.n_steps_test if n_steps is None else n_steps
 
     def draw(n):
-        if cfg.method=='ebm':
+        if cfg.method == 'ebm':
             start = _noise(nets, n, cfg, generator)
             return _pixel_chains(nets, start, cfg, updates, generator)
-        end = tuple(temp*block for block in fresh_noise(nets.vae, n, generator))
+        end = tuple(temp * block for block in fresh_noise(nets.vae, n, generator))
         if updates and cfg.method not in ('vae', 'wgan'):
             x, end = chains(nets, end, cfg, updates, generator, on_step)
-            if end is None: return x
+            if end is None:
+                return x
         with frozen(nets.vae):
             return render(nets.vae, end) if points else nets.vae.decode(end[1:])[0]
 
@@ -789,7 +830,8 @@ def energy(
     cfg=None,  # Not used; every system's `energy` has it
 ) -> Tensor:  # (B,) nats; the factor exp(-E) multiplies the autoencoder's density
     "The learned energy."
-    with torch.no_grad(), frozen(nets.energy): return nets.energy(x)
+    with torch.no_grad(), frozen(nets.energy):
+        return nets.energy(x)
 
 
 def log_score(
@@ -807,7 +849,7 @@ def log_score(
     with torch.no_grad(), frozen(nets.vae):
         weights = [nets.vae.log_weight(x, generator) for _ in range(k)]
         log_p = iwae(torch.stack(weights, -1)).to(x)
-    return log_p-energy(nets, x) if hasattr(nets, 'energy') else log_p
+    return log_p - energy(nets, x) if hasattr(nets, 'energy') else log_p
 
 # %% ../nbs/06_vaebm.ipynb #c045
 def vae_log_density(
@@ -819,17 +861,18 @@ def vae_log_density(
 
     Label `eq-vaebm-grid`.
     """
-    with torch.no_grad(), frozen(vae): mu, sigma = vae.decode(vae.noise(n, generator))
-    centres = mu/sigma
+    with torch.no_grad(), frozen(vae):
+        mu, sigma = vae.decode(vae.noise(n, generator))
+    centres = mu / sigma
     spread = sigma[0]
-    near = -centres.square().sum(1)/2
+    near = -centres.square().sum(1) / 2
     dim = centres.shape[1]
-    const = math.log(n)+spread.log().sum()+dim*math.log(2*math.pi)/2
+    const = math.log(n) + spread.log().sum() + dim * math.log(2 * math.pi) / 2
 
     def log_p(x):
-        x = x/spread
+        x = x / spread
         scores = torch.addmm(near, x, centres.T)  # |x - centre|^2 by a matrix product
-        return torch.logsumexp(scores, 1)-x.square().sum(1)/2-const
+        return torch.logsumexp(scores, 1) - x.square().sum(1) / 2 - const
 
     # parts that stay in the cache
     return lambda x: torch.cat([log_p(part) for part in x.to(centres).split(64)])
@@ -855,12 +898,13 @@ def plane_likelihood(
     log_mass, table = grid_log_z(lambda points: -log_p(points), lim, cells, like=like)
     loglik = log_p(x).mean().item()
     out = dict(loglik=loglik, loglik_vae=loglik, mass=math.exp(log_mass), map_vae=table)
-    if not hasattr(nets, 'energy'): return out
+    if not hasattr(nets, 'energy'):
+        return out
     height = energy(nets, grid(lim, cells, like)).view(cells, cells).cpu()
-    tilted = table+log_mass-height
-    log_z = torch.logsumexp(tilted.flatten(), 0).item()+2*math.log(2*lim/cells)
-    loglik = loglik-energy(nets, x).mean().item()-log_z
-    return out | dict(log_z=log_z, loglik=loglik, map=tilted-log_z)
+    tilted = table + log_mass - height
+    log_z = torch.logsumexp(tilted.flatten(), 0).item() + 2 * math.log(2 * lim / cells)
+    loglik = loglik - energy(nets, x).mean().item() - log_z
+    return out | dict(log_z=log_z, loglik=loglik, map=tilted - log_z)
 
 # %% ../nbs/06_vaebm.ipynb #c048
 def _measure_points(nets, cfg, generator, n, **options):
@@ -871,7 +915,7 @@ def _measure_points(nets, cfg, generator, n, **options):
     truth = log_density(cfg.data, x)
     out['truth'] = truth.mean().item()
     made = sample(nets, n, cfg, generator=generator, **options).cpu()
-    near = log_density(cfg.data, made)>truth.quantile(.01)
+    near = log_density(cfg.data, made) > truth.quantile(0.01)
     out['near'] = near.float().mean().item()
     return {name: (value, n, '') for name, value in out.items()}
 
@@ -884,8 +928,11 @@ def _measure_images(nets, cfg, generator, n, extractor='', **options):
     name, n, reference = protocol(cfg, n or stacked, extractor)
     made = sample(nets, n, cfg, generator=generator, **options).cpu()
     found = evaluate_images(made, reference, name, ('fid', 'prc'))
-    out = {key: (found[key], n, found['extractor']) for key in ('fid', 'precision', 'recall')}
-    if not stacked: return out
+    out = {
+        key: (found[key], n, found['extractor']) for key in ('fid', 'precision', 'recall')
+    }
+    if not stacked:
+        return out
     modes = modes_kl(made, extractor_for(cfg.data))  # of digits, whatever measures the rest
     return out | {key: (modes[key], n, modes['extractor']) for key in ('modes', 'kl')}
 
@@ -895,7 +942,8 @@ def _measure_ood(nets, cfg, generator, n, k=20):
 
     like = next(nets.parameters())
 
-    def score(x): return log_score(nets, x.to(like), k=k, generator=generator)
+    def score(x):
+        return log_score(nets, x.to(like), k=k, generator=generator)
 
     return auroc_ood(score, cfg.data, n or 300)
 
@@ -918,13 +966,15 @@ def evaluate(
     Raises `ValueError` for an unknown task.
     """
     device = next(nets.parameters()).device
-    generator = torch.Generator(device).manual_seed(seed+10_000)
+    generator = torch.Generator(device).manual_seed(seed + 10_000)
     if alone:
         cfg = replace(cfg, method='vae')
         nets = SimpleNamespace(vae=nets.vae, parameters=nets.vae.parameters)
-    if task=='ood': return _measure_ood(nets, cfg, generator, n, **options)
-    if task!='sample': raise ValueError(f"task must be sample or ood, got {task!r}")
-    measure = _measure_points if len(cfg.shape)==1 else _measure_images
+    if task == 'ood':
+        return _measure_ood(nets, cfg, generator, n, **options)
+    if task != 'sample':
+        raise ValueError(f"task must be sample or ood, got {task!r}")
+    measure = _measure_points if len(cfg.shape) == 1 else _measure_images
     return measure(nets, cfg, generator, n, **options)
 
 # %% ../nbs/06_vaebm.ipynb #c067

@@ -68,11 +68,13 @@ def _read_blocks(text, width, size):  # '128/2 64' -> [(128, True), (64, False)]
     for word in text.split():
         parts.append((_scaled(word.removesuffix('/2'), width), word.endswith('/2')))
     times = sum(half for _, half in parts)
-    if size%2**times: raise ValueError(f"size {size} cannot be halved {times} times")
+    if size % 2**times:
+        raise ValueError(f"size {size} cannot be halved {times} times")
     return parts
 
 
-def _scaled(n, width): return max(1, round(width*int(n)))
+def _scaled(n, width):
+    return max(1, round(width * int(n)))
 
 
 def _check_images(x, shape):
@@ -95,7 +97,7 @@ class EnergyNet(nn.Module):
         in_ch: int = 3,  # Channels of the image
         first: int = 128,  # Width of the first convolution
         blocks: str = '128/2 128 256/2 256 256/2 256',  # Width of each block; /2 halves
-        width: float = 1.,  # Multiplies every width
+        width: float = 1.0,  # Multiplies every width
     ):
         super().__init__()
         parts = _read_blocks(blocks, width, size)
@@ -113,8 +115,9 @@ class EnergyNet(nn.Module):
         x: Tensor,  # (B, in_ch, size, size) in [-1, 1]
     ) -> Tensor:  # (B, width of the last block), at least float32
         "Last feature map, summed over pixels."
-        hidden = swish(self.enter(x/2+.5))  # the paper's images lie in [0, 1]
-        for block in self.blocks: hidden = block(hidden)
+        hidden = swish(self.enter(x / 2 + 0.5))  # the paper's images lie in [0, 1]
+        for block in self.blocks:
+            hidden = block(hidden)
         return full(hidden).sum((2, 3))
 
     def forward(
@@ -123,12 +126,12 @@ class EnergyNet(nn.Module):
     ) -> Tensor:  # (B,) energy in nats, low where data should be
         _check_images(x, self.shape)
         # not by the layer itself: autocast would round the energy
-        return (self.features(x)*self.head.weight[0]).sum(1) + self.head.bias
+        return (self.features(x) * self.head.weight[0]).sum(1) + self.head.bias
 
 # %% ../nbs/06b_vaebm_nets.ipynb #c011
 def energy_net(
     name: str,  # One of `ROWS`
-    width: float = 1.,  # Multiplies every width; 1 is the paper's network
+    width: float = 1.0,  # Multiplies every width; 1 is the paper's network
 ) -> EnergyNet:
     "One of the paper's networks. Raises `KeyError` for an unknown name."
     if name not in ROWS:
@@ -138,22 +141,23 @@ def energy_net(
 # %% ../nbs/06b_vaebm_nets.ipynb #c021
 def _set_gain(conv, x, std):  # label `eq-vaebmnets-init`, for one convolution and its input
     weight = conv.parametrizations.weight
-    length = weight.original1.flatten(1).norm(dim=1)+1e-5
-    direction = weight.original1/length[:,None,None,None]
+    length = weight.original1.flatten(1).norm(dim=1) + 1e-5
+    direction = weight.original1 / length[:, None, None, None]
     out = F.conv2d(x, direction, None, conv.stride, conv.padding)
     spread, mean = torch.std_mean(out, dim=(0, 2, 3), correction=0)
     if not (spread > 1e-6).all():
         raise ValueError("a channel is constant on this batch; give varied training images")
-    scale = spread/std+1e-5
+    scale = spread / std + 1e-5
     weight.original0.copy_(-scale.log())
-    if conv.bias is not None: conv.bias.copy_(-mean/scale)
+    if conv.bias is not None:
+        conv.bias.copy_(-mean / scale)
 
 # %% ../nbs/06b_vaebm_nets.ipynb #30c959ab
 @torch.no_grad()
 def data_init(
     net: nn.Module,  # Network whose convolutions went through `wnorm`
     x: Tensor,  # (B, ...) training images in [-1, 1]; the paper takes 160
-    std: float = .2,  # Standard deviation that every output channel shall have
+    std: float = 0.2,  # Standard deviation that every output channel shall have
 ) -> nn.Module:  # `net` itself, gains and biases replaced
     """Set log lengths and biases of all convolutions from data.
 
@@ -161,12 +165,16 @@ def data_init(
     Raises `ValueError` if a channel does not vary on `x`.
     Source: released code of Xiao et al. 2021, label `eq-vaebmnets-init`.
     """
+
     # the hook runs just before a convolution, when all that come earlier are already set
-    def fit(conv, args): _set_gain(conv, args[0], std)
+    def fit(conv, args):
+        _set_gain(conv, args[0], std)
 
     layers = [m for m in net.modules() if parametrize.is_parametrized(m, 'weight')]
     hooks = [layer.register_forward_pre_hook(fit) for layer in layers]
-    try: net(x)
+    try:
+        net(x)
     finally:
-        for hook in hooks: hook.remove()
+        for hook in hooks:
+            hook.remove()
     return net

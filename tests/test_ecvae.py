@@ -229,7 +229,9 @@ def test_flips_reach_the_losses(monkeypatch):
     torch.manual_seed(0)
     nets = ecvae.build(replace(TINY, method='vae'))
     # a generator one draw behind changes z, not the data
-    want = ecvae.evidence(nets.train(), torch.zeros(8, 1, 8, 8), TINY, gen())[0].mean().item()
+    want = (
+        ecvae.evidence(nets.train(), torch.zeros(8, 1, 8, 8), TINY, gen())[0].mean().item()
+    )
     assert abs(error - want) < 0.5 * want
     assert error < load('digits').tensor(8).square().flatten(1).sum(1).mean() / 2
 
@@ -287,7 +289,9 @@ def same(one, other):
         return torch.equal(one, other)
     if isinstance(one, dict):
         keys = one.keys() - {'seconds', 'python'}
-        return one.keys() == other.keys() and all(same(one[key], other[key]) for key in keys)
+        return one.keys() == other.keys() and all(
+            same(one[key], other[key]) for key in keys
+        )
     if isinstance(one, (list, tuple)):
         return all(map(same, one, other)) and len(one) == len(other)
     return one == other
@@ -417,7 +421,8 @@ def test_perceptual_distance_is_added_in_units_of_pixels(monkeypatch):
     assert torch.allclose(error, 2 * other)
     torch.manual_seed(0)
     logged = {
-        name: logs for name, _, logs in ecvae.losses(ecvae.build(cfg), dict(x=x), cfg, context())
+        name: logs
+        for name, _, logs in ecvae.losses(ecvae.build(cfg), dict(x=x), cfg, context())
     }
     ecvae._lpips.cache_clear()
     # fresh chains are noise: what the margin is compared with knows nothing of the added part

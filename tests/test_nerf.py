@@ -42,7 +42,13 @@ def gen(seed=0):
     return torch.Generator().manual_seed(seed)
 
 
-@given(angle, st.floats(-1.5, 1.5), st.floats(0.5, 20), st.sampled_from([5, 8, 33]), st.floats(10, 100))
+@given(
+    angle,
+    st.floats(-1.5, 1.5),
+    st.floats(0.5, 20),
+    st.sampled_from([5, 8, 33]),
+    st.floats(10, 100),
+)
 @settings(max_examples=60, deadline=None)
 def test_the_target_is_seen_in_the_middle(azimuth, elevation, radius, size, fov):
     camera = Camera(fov=fov, radius=radius, target=(0.3, -0.2, 0.1))
@@ -66,7 +72,10 @@ def test_the_target_is_seen_in_the_middle(azimuth, elevation, radius, size, fov)
 @settings(max_examples=60, deadline=None)
 def test_light_is_neither_lost_nor_made(seed, scale, length):
     generator = gen(seed)
-    t = torch.rand(2, 3, 9, generator=generator, dtype=torch.float64).sort(-1).values * 4 + 1
+    t = (
+        torch.rand(2, 3, 9, generator=generator, dtype=torch.float64).sort(-1).values * 4
+        + 1
+    )
     density = scale * torch.rand(2, 3, 9, generator=generator, dtype=torch.float64)
     lengths = torch.full((2, 3), length, dtype=torch.float64)
     out = composite(density, torch.ones(2, 3, 9, 3).double(), t, lengths, 5.0)
@@ -74,7 +83,9 @@ def test_light_is_neither_lost_nor_made(seed, scale, length):
     thick = (density * segment).sum(-1)
     assert torch.allclose(out.opacity, -torch.expm1(-thick * length), atol=1e-12)
     assert torch.allclose(out.weights.sum(-1), out.opacity, atol=1e-12)
-    assert torch.allclose(out.rgb, torch.ones_like(out.rgb), atol=1e-12)  # white before white
+    assert torch.allclose(
+        out.rgb, torch.ones_like(out.rgb), atol=1e-12
+    )  # white before white
     assert (out.depth >= t[..., 0] - 1e-9).all() and (out.depth <= 5 + 1e-9).all()
     # halving each segment changes no colour
     split = torch.cat([t, t + segment / 2], -1).sort(-1).values
@@ -139,7 +150,10 @@ def small_siren():
 def test_both_fields_offer_one_interface(make):
     torch.manual_seed(0)
     net, camera = make(), Camera()
-    shape, colour = torch.randn(3, 6, requires_grad=True), torch.randn(3, 5, requires_grad=True)
+    shape, colour = (
+        torch.randn(3, 6, requires_grad=True),
+        torch.randn(3, 5, requires_grad=True),
+    )
     pose = torch.tensor([[0.1, 0.4], [2.0, 0.3], [-1.0, 0.8]], requires_grad=True)
     c2w = camera_to_world(pose, camera)
     sampling = RaySampling(n=10, n_fine=6)
@@ -166,7 +180,9 @@ def test_a_seed_fixes_a_picture():
 
     def drawn(seed):
         sampling = RaySampling(n=6, n_fine=4)
-        return image(net, c2w, 4, z, z, camera, sampling, jitter=True, generator=gen(seed))[0]
+        return image(net, c2w, 4, z, z, camera, sampling, jitter=True, generator=gen(seed))[
+            0
+        ]
 
     assert torch.equal(drawn(0), drawn(0)) and not torch.equal(drawn(0), drawn(1))
     t = stratified((1, 2), 5, camera, torch.empty(0, dtype=torch.float64), generator=gen())
@@ -198,16 +214,24 @@ def test_sets_of_cars_hang_together():
     assert views['object'].tolist() == [i // 10 for i in range(40)]
     assert single['object'].tolist() == list(range(40))
     good = masked['mask']
-    assert 'mask' not in views and good.dtype == torch.bool and good.shape == (40, 1, 32, 32)
+    assert (
+        'mask' not in views and good.dtype == torch.bool and good.shape == (40, 1, 32, 32)
+    )
     for name in ('pose', 'shape', 'colour', 'c2w', 'object'):
         assert torch.equal(views[name], masked[name])
     black = torch.zeros(())
     assert torch.equal(views['x'].where(good, black), masked['x'].where(good, black))
     # no car of the test set is in the training set
-    trained, held = (load('cars_views', split=split).extra['shape'] for split in ('train', 'test'))
+    trained, held = (
+        load('cars_views', split=split).extra['shape'] for split in ('train', 'test')
+    )
     assert not torch.isin(trained[:, 0], held[:, 0]).any()
     low, high = np.sin(np.radians([10, 60]))
     elevation = sets['cars'].extra['pose'][:, 1].sin().numpy()
     assert stats.kstest(elevation, stats.uniform(low, high - low).cdf).pvalue > 0.001
-    seen = [name for name in DATASETS if name.startswith('cars') or name in ('carla', 'srn_cars')]
+    seen = [
+        name
+        for name in DATASETS
+        if name.startswith('cars') or name in ('carla', 'srn_cars')
+    ]
     assert all(name in CAMERAS for name in seen)

@@ -119,7 +119,9 @@ def test_the_cost_of_a_preset_can_be_estimated(kind):
 
 def drawn(nets, cfg, origin, ray, codes, generator):  # colours of rays, front to back
     shape = (len(origin), cfg.rays, cfg.n_depths)
-    jitter = torch.rand(len(origin) * cfg.rays * cfg.n_depths, generator=generator).view(shape)
+    jitter = torch.rand(len(origin) * cfg.rays * cfg.n_depths, generator=generator).view(
+        shape
+    )
     t = 3.2 + 2.6 * (torch.arange(cfg.n_depths) + jitter) / cfg.n_depths
     points = (origin[:, :, None] + t[..., None] * ray[:, :, None]).flatten(1, 2)
     directions = ray[:, :, None].expand(-1, -1, cfg.n_depths, -1).flatten(1, 2)
@@ -165,7 +167,11 @@ def chain(value, z, step, weight, n, generator):  # uphill, both codes at once
         slopes = torch.autograd.grad(value(*z).sum(), z)
         moved = []
         for code, slope in zip(z, slopes):
-            noise = weight * step * torch.randn(code.shape, generator=generator) if weight else 0
+            noise = (
+                weight * step * torch.randn(code.shape, generator=generator)
+                if weight
+                else 0
+            )
             moved.append((code + step**2 / 2 * slope).detach() + noise)
         z = moved
     return z
@@ -299,7 +305,9 @@ def test_a_loss_does_not_see_corrupted_pixels(masked):  # unless it is asked to
     other = batch | dict(x=torch.where(batch['mask'].bool(), batch['x'], -batch['x']))
     cfg = replace(TINY, data='cars_masked', inference='mcmc', rays=200, masked=masked)
     nets = built(cfg)
-    one, two = (first_loss(nets, some, cfg, context(seed=3))[0].item() for some in (batch, other))
+    one, two = (
+        first_loss(nets, some, cfg, context(seed=3))[0].item() for some in (batch, other)
+    )
     assert (one == two) == masked
 
 
@@ -373,7 +381,9 @@ def test_depth_of_a_new_object_does_not_know_its_paint():
     shape, colour = lebm.draw_prior(nets, 2, cfg, generator=gen())
     shape = shape[:1].expand(2, -1)
     c2w = camera_to_world(torch.tensor([[0.3, 0.4], [0.3, 0.4]]))
-    one, two = (lebm.draw_images(nets, (shape, c), c2w, cfg) for c in (colour, colour.flip(0)))
+    one, two = (
+        lebm.draw_images(nets, (shape, c), c2w, cfg) for c in (colour, colour.flip(0))
+    )
     assert torch.equal(one[1], two[1]) and not torch.equal(one[0], two[0])
 
 
@@ -385,7 +395,9 @@ def same(one, two):  # two checkpoints, to the last bit
         return torch.equal(one, two)
     if isinstance(one, dict):
         names = [name for name in one if name not in ('seconds', 'python')]
-        return one.keys() == two.keys() and all(same(one[name], two[name]) for name in names)
+        return one.keys() == two.keys() and all(
+            same(one[name], two[name]) for name in names
+        )
     if isinstance(one, (list, tuple)):
         return len(one) == len(two) and all(map(same, one, two))
     return one == two
@@ -420,7 +432,14 @@ def test_two_processes_keep_one_table(tmp_path):
     alone = {'OMP_NUM_THREADS': '1', 'CUDA_VISIBLE_DEVICES': ''}
     torchrun = ['torch.distributed.run', '--standalone', '--nproc_per_node', '2', '-m']
     for launcher, out in (([], 'one'), (torchrun, 'two')):
-        program = [sys.executable, '-m', *launcher, 'ebmbook.core.cli', 'train', 'nerf_lebm']
+        program = [
+            sys.executable,
+            '-m',
+            *launcher,
+            'ebmbook.core.cli',
+            'train',
+            'nerf_lebm',
+        ]
         command = [*program, *settings, '-p', 'out', str(tmp_path / out)]
         done = subprocess.run(
             command, cwd=ROOT, env=os.environ | alone, capture_output=True, text=True
@@ -540,7 +559,9 @@ USES = ['inference: mcmc', 'pose: vmf, field: siren, mapping: 8', 'prior: gaussi
 @pytest.mark.slow
 @pytest.mark.parametrize('change', USES)
 def test_a_small_preset_says_its_cost_and_trains(change, tmp_path):
-    small = 'n_iters: 2, batch: 4, rays: 10, n_depths: 6, width: 16, depth: 2, post_steps: 2'
+    small = (
+        'n_iters: 2, batch: 4, rays: 10, n_depths: 6, width: 16, depth: 2, post_steps: 2'
+    )
     over = f'{change}, {small}, save_every: 1, log_every: 1'
     says = ('2 iterations', 'about')
     trains_in_full('03_nerf_lebm', 'nerf_lebm', 'cars', tmp_path, over, says=says)

@@ -1,4 +1,5 @@
 """What `pip install .` gives: light imports, a wheel with the package alone, and plain words where a clone is needed."""
+
 import os
 import re
 import shutil
@@ -12,11 +13,20 @@ from test_repo import ROOT, modules, tracked
 
 HEAVY = 'torch_fidelity papermill tensorboard torch.utils.tensorboard fastcore nbdev nbformat nbclient ipykernel diffusers lpips matplotlib sklearn skimage'.split()
 
+
 def python(code, cwd, **env):
     "Run code in a fresh interpreter; what it printed."
-    done = subprocess.run([sys.executable, '-c', code], cwd=cwd, env=os.environ | env, text=True, capture_output=True, timeout=300)
-    assert done.returncode==0, done.stderr
+    done = subprocess.run(
+        [sys.executable, '-c', code],
+        cwd=cwd,
+        env=os.environ | env,
+        text=True,
+        capture_output=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
     return done.stdout.strip()
+
 
 def test_imports_are_light(tmp_path):
     code = f'''
@@ -28,46 +38,83 @@ for name in "mcmc data core.runs core.train cdrl core.metrics core.claims core.c
 '''
     python(code, tmp_path)
 
+
 def clean_copy(to):
     "What a fresh clone holds, without what earlier builds left."
     for p in tracked(ROOT):
-        (to/p.relative_to(ROOT)).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy(p, to/p.relative_to(ROOT))
+        (to / p.relative_to(ROOT)).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(p, to / p.relative_to(ROOT))
     return to
+
 
 @pytest.fixture(scope='module')
 def wheel(tmp_path_factory):
     "The package as a wheel, built without network in a copy of the clone."
     pytest.importorskip('setuptools')
-    clone,out = clean_copy(tmp_path_factory.mktemp('clone')),tmp_path_factory.mktemp('wheel')
-    line = [sys.executable, '-m', 'pip', 'wheel', '--quiet', '--no-deps', '--no-build-isolation', '--no-index', '-w', str(out), str(clone)]
+    clone, out = (
+        clean_copy(tmp_path_factory.mktemp('clone')),
+        tmp_path_factory.mktemp('wheel'),
+    )
+    line = [
+        sys.executable,
+        '-m',
+        'pip',
+        'wheel',
+        '--quiet',
+        '--no-deps',
+        '--no-build-isolation',
+        '--no-index',
+        '-w',
+        str(out),
+        str(clone),
+    ]
     done = subprocess.run(line, cwd=out, text=True, capture_output=True, timeout=300)
-    assert done.returncode==0, done.stderr
-    found, = out.glob('*.whl')
+    assert done.returncode == 0, done.stderr
+    (found,) = out.glob('*.whl')
     return found
+
 
 @pytest.fixture(scope='module')
 def unpacked(wheel, tmp_path_factory):
     to = tmp_path_factory.mktemp('unpacked')
-    with zipfile.ZipFile(wheel) as f: f.extractall(to)
+    with zipfile.ZipFile(wheel) as f:
+        f.extractall(to)
     return to
 
+
 def test_the_wheel_holds_the_package_and_nothing_else(wheel):
-    with zipfile.ZipFile(wheel) as f: held = {o for o in f.namelist() if '.dist-info/' not in o}
-    package = {p.relative_to(ROOT).as_posix() for p in tracked(ROOT) if p.is_relative_to(ROOT/'ebmbook')}
-    assert held==package
-    assert {f"ebmbook/{m.replace('.', '/')}.py" for m,_ in modules(ROOT)} < held
-    assert sum(o.startswith('ebmbook/extractors/') for o in held)>=2
+    with zipfile.ZipFile(wheel) as f:
+        held = {o for o in f.namelist() if '.dist-info/' not in o}
+    package = {
+        p.relative_to(ROOT).as_posix()
+        for p in tracked(ROOT)
+        if p.is_relative_to(ROOT / 'ebmbook')
+    }
+    assert held == package
+    assert {f"ebmbook/{m.replace('.', '/')}.py" for m, _ in modules(ROOT)} < held
+    assert sum(o.startswith('ebmbook/extractors/') for o in held) >= 2
+
 
 def test_the_wheel_says_what_it_needs_and_brings_the_command(wheel):
     with zipfile.ZipFile(wheel) as f:
-        read = lambda name: next(f.read(o).decode() for o in f.namelist() if o.endswith('.dist-info/'+name))
-        meta,points = read('METADATA'),read('entry_points.txt')
+        read = lambda name: next(
+            f.read(o).decode() for o in f.namelist() if o.endswith('.dist-info/' + name)
+        )
+        meta, points = read('METADATA'), read('entry_points.txt')
     assert 'ebmbook = ebmbook.core.cli:main' in points
     assert 'Requires-Python: >=3.11' in meta and 'License: Apache-2.0' in meta
-    always = [re.match(r'Requires-Dist: ([\w-]+)', o)[1] for o in meta.splitlines() if o.startswith('Requires-Dist:') and 'extra' not in o]
-    assert {'torch', 'accelerate', 'safetensors', 'torch-fidelity', 'papermill'}<=set(always) and not {'nbdev', 'diffusers', 'tensorboard', 'lpips'}&set(always)
-    assert {f'Provides-Extra: {o}' for o in ('book', 'dev', 'diagnostics', 'latent', 'lpips')}<=set(meta.splitlines())
+    always = [
+        re.match(r'Requires-Dist: ([\w-]+)', o)[1]
+        for o in meta.splitlines()
+        if o.startswith('Requires-Dist:') and 'extra' not in o
+    ]
+    assert {'torch', 'accelerate', 'safetensors', 'torch-fidelity', 'papermill'} <= set(
+        always
+    ) and not {'nbdev', 'diffusers', 'tensorboard', 'lpips'} & set(always)
+    assert {
+        f'Provides-Extra: {o}' for o in ('book', 'dev', 'diagnostics', 'latent', 'lpips')
+    } <= set(meta.splitlines())
+
 
 def test_the_installed_package_works_outside_a_clone(unpacked, tmp_path):
     env = dict(PYTHONPATH=str(unpacked))
@@ -96,12 +143,24 @@ except FileNotFoundError as e: print(e)
     said = python(code, tmp_path, **env)
     assert 'needs a clone of the ebmbook repository' in said and str(tmp_path) in said
 
+
 def test_the_command_works_outside_a_clone(unpacked, tmp_path):
-    def run(*args): return subprocess.run([sys.executable, '-m', 'ebmbook.core.cli', *args], cwd=tmp_path, env=os.environ | dict(PYTHONPATH=str(unpacked)),
-                                          text=True, capture_output=True, timeout=300)
+    def run(*args):
+        return subprocess.run(
+            [sys.executable, '-m', 'ebmbook.core.cli', *args],
+            cwd=tmp_path,
+            env=os.environ | dict(PYTHONPATH=str(unpacked)),
+            text=True,
+            capture_output=True,
+            timeout=300,
+        )
+
     known = run('presets', 'cdrl')
-    assert known.returncode==0 and 'imagenet32' in known.stdout, known.stderr
+    assert known.returncode == 0 and 'imagenet32' in known.stdout, known.stderr
     for line in (['run', 'cdrl'], ['claims']):
         refused = run(*line)
-        assert refused.returncode!=0 and 'clone of the ebmbook repository' in refused.stderr+refused.stdout, refused
+        assert (
+            refused.returncode != 0
+            and 'clone of the ebmbook repository' in refused.stderr + refused.stdout
+        ), refused
         assert 'Traceback' not in refused.stderr

@@ -1,4 +1,5 @@
 """Checks of VAEBM that take too long for its notebooks, and the chapter run as a user runs it."""
+
 import math
 import pickle
 from dataclasses import replace
@@ -17,17 +18,26 @@ from ebmbook.nvae import ROWS as NVAE_ROWS
 from ebmbook.nvae import nvae
 from ebmbook.vaebm import PRESETS
 
-SMALL_NETS = dict(ch=4, groups=(1, 1), latent=2, net='4/2 4', first=4, n_steps=2, n_steps_test=2)
-SHORT = dict(batch=8, batch_vae=8, n_vae=3, n_iters=4, warm_vae=1, save_every=2, log_every=1)
+SMALL_NETS = dict(
+    ch=4, groups=(1, 1), latent=2, net='4/2 4', first=4, n_steps=2, n_steps_test=2
+)
+SHORT = dict(
+    batch=8, batch_vae=8, n_vae=3, n_iters=4, warm_vae=1, save_every=2, log_every=1
+)
 TINY = replace(PRESETS['digits'], **SMALL_NETS, **SHORT)
 
-def gen(seed=0): return torch.Generator().manual_seed(seed)
+
+def gen(seed=0):
+    return torch.Generator().manual_seed(seed)
+
 
 def trained(cfg, folder, preset='digits', **options):
     run = open_run('vaebm', preset, cfg, out=folder, device='cpu')
     return train(vaebm, cfg, run, progress=False, **options)
 
-def copy_of(state): return {name: value.clone() for name,value in state}
+
+def copy_of(state):
+    return {name: value.clone() for name, value in state}
 
 
 # --- the paper's presets
@@ -45,80 +55,102 @@ TABLE = {
 # fmt: on
 WITH_BUFFER = {'cifar10-persistent', 'lsun_church64', 'celebahq256'}
 
+
 @pytest.mark.parametrize('preset', TABLE)
 def test_presets_of_the_paper(preset):
-    cfg,(epochs,*chain,millions,of_vae) = PRESETS[preset],TABLE[preset]
-    assert abs(cfg.n_vae*cfg.batch_vae/DATASETS[cfg.data].n[0]-epochs)<.01
-    assert [cfg.n_iters, cfg.n_steps, cfg.eta, cfg.n_steps_test, cfg.lr, cfg.batch]==chain
-    assert (cfg.p_max>0)==(preset in WITH_BUFFER)
-    assert (cfg.negative=='mean')==(cfg.data!='cifar10')
-    assert (cfg.potential, cfg.method)==('paper', 'vaebm')
-    assert (cfg.penalty, cfg.n_jumps, cfg.spectral, cfg.weight_decay)==(0., 0, .2, 3e-5)
+    cfg, (epochs, *chain, millions, of_vae) = PRESETS[preset], TABLE[preset]
+    assert abs(cfg.n_vae * cfg.batch_vae / DATASETS[cfg.data].n[0] - epochs) < 0.01
+    assert [cfg.n_iters, cfg.n_steps, cfg.eta, cfg.n_steps_test, cfg.lr, cfg.batch] == chain
+    assert (cfg.p_max > 0) == (preset in WITH_BUFFER)
+    assert (cfg.negative == 'mean') == (cfg.data != 'cifar10')
+    assert (cfg.potential, cfg.method) == ('paper', 'vaebm')
+    assert (cfg.penalty, cfg.n_jumps, cfg.spectral, cfg.weight_decay) == (0.0, 0, 0.2, 3e-5)
     # where the rate of the autoencoder ends, on every data set
-    assert cfg.lr_vae*cfg.lr_last==pytest.approx(1e-4)
-    with torch.device('meta'): nets = vaebm.build(cfg)
-    assert round(count(nets.energy)/1e6, 3)==millions and count(nets.vae)==of_vae
-    assert cfg.std=='each'
+    assert cfg.lr_vae * cfg.lr_last == pytest.approx(1e-4)
+    with torch.device('meta'):
+        nets = vaebm.build(cfg)
+    assert round(count(nets.energy) / 1e6, 3) == millions and count(nets.vae) == of_vae
+    assert cfg.std == 'each'
+
 
 @pytest.mark.parametrize('name', NVAE_ROWS)
 def test_autoencoders_are_those_of_the_page_on_nvae(name):
     with torch.device('meta'):
         here = vaebm.build(PRESETS[name]).vae.state_dict()
         there = nvae(name).state_dict()
-    shapes = [{key: value.shape for key,value in state.items()} for state in (here, there)]
-    assert shapes[0]==shapes[1]
-    assert PRESETS[name].std==NVAE_ROWS[name].get('std', 'each')
+    shapes = [{key: value.shape for key, value in state.items()} for state in (here, there)]
+    assert shapes[0] == shapes[1]
+    assert PRESETS[name].std == NVAE_ROWS[name].get('std', 'each')
 
-BUDGETS = dict(cifar10=.0358, celeba64=.0100, lsun_church64=.0089, celebahq256=.0085)
+
+BUDGETS = dict(cifar10=0.0358, celeba64=0.0100, lsun_church64=0.0089, celebahq256=0.0085)
+
 
 @pytest.mark.parametrize('preset,want', BUDGETS.items())
 def test_noise_budget(preset, want):
-    assert round(math.sqrt(PRESETS[preset].eta*PRESETS[preset].n_steps_test), 4)==want
+    assert round(math.sqrt(PRESETS[preset].eta * PRESETS[preset].n_steps_test), 4) == want
+
 
 def same_weights(nets, others):
     pairs = zip(nets.state_dict().values(), others.state_dict().values(), strict=True)
-    return all(torch.equal(one, other) for one,other in pairs)
+    return all(torch.equal(one, other) for one, other in pairs)
+
 
 @pytest.mark.parametrize('preset', PRESETS)
 def test_weights_and_settings_come_back(preset, tmp_path):
     torch.manual_seed(0)
-    groups = (1,)*len(PRESETS[preset].groups)
+    groups = (1,) * len(PRESETS[preset].groups)
     small = dict(ch=4, groups=groups, latent=2, cells=1, net='4/2 4', first=4)
     nets = vaebm.build(replace(PRESETS[preset], **small))
     nets.save_pretrained(tmp_path)
     again = vaebm.Nets.from_pretrained(tmp_path)
-    assert again.cfg==nets.cfg and hash(again.cfg)==hash(nets.cfg)
+    assert again.cfg == nets.cfg and hash(again.cfg) == hash(nets.cfg)
     assert same_weights(nets, again)
 
+
 def test_settings_can_be_sent_to_another_process():
-    assert pickle.loads(pickle.dumps(PRESETS['cifar10']))==PRESETS['cifar10']
+    assert pickle.loads(pickle.dumps(PRESETS['cifar10'])) == PRESETS['cifar10']
 
 
 # --- training
 
-def test_second_stage_leaves_the_autoencoder_alone(tmp_path): # running statistics included
+
+def test_second_stage_leaves_the_autoencoder_alone(tmp_path):  # running statistics included
     class Watch:
         seen = 0
         state = None
+
         def __call__(self, step, nets):
-            if self.seen==TINY.n_vae: self.state = copy_of(nets.vae.state_dict().items())
+            if self.seen == TINY.n_vae:
+                self.state = copy_of(nets.vae.state_dict().items())
             self.seen += 1
+
     watch = Watch()
     nets = trained(TINY, tmp_path, on_step=watch)
     assert watch.state is not None
-    assert all(torch.equal(value, watch.state[key]) for key,value in nets.vae.state_dict().items())
+    assert all(
+        torch.equal(value, watch.state[key]) for key, value in nets.vae.state_dict().items()
+    )
 
-@pytest.mark.parametrize('change', [{}, dict(p_max=.6, p_rise=2, buffer=16)])
+
+@pytest.mark.parametrize('change', [{}, dict(p_max=0.6, p_rise=2, buffer=16)])
 def test_training_continues_to_the_last_bit(change, tmp_path):
     cfg = replace(TINY, **change)
-    whole = trained(cfg, tmp_path/'whole')
-    class Enough(Exception): pass
+    whole = trained(cfg, tmp_path / 'whole')
+
+    class Enough(Exception):
+        pass
+
     def stop(step, nets):
-        if stop.seen==5: raise Enough # in the second stage, behind a checkpoint
+        if stop.seen == 5:
+            raise Enough  # in the second stage, behind a checkpoint
         stop.seen += 1
+
     stop.seen = 0
-    with pytest.raises(Enough): trained(cfg, tmp_path/'broken', on_step=stop)
-    assert same_weights(whole, trained(cfg, tmp_path/'broken'))
+    with pytest.raises(Enough):
+        trained(cfg, tmp_path / 'broken', on_step=stop)
+    assert same_weights(whole, trained(cfg, tmp_path / 'broken'))
+
 
 RIVALS = [
     dict(method='vae'),
@@ -133,28 +165,39 @@ RIVALS = [
     dict(micro=2, decoder=True),
 ]
 
+
 @pytest.mark.parametrize('change', RIVALS)
 def test_rivals_train_and_are_measured(change, tmp_path):
     "A decoder changes after its own stage where it is to be trained on the energy, and only there."
-    cfg,old = replace(TINY, lr_decoder=1e-2, **change),{}
+    cfg, old = replace(TINY, lr_decoder=1e-2, **change), {}
+
     def watch(step, nets):
-        if watch.seen==cfg.n_vae: old.update(copy_of(nets.vae.named_parameters()))
+        if watch.seen == cfg.n_vae:
+            old.update(copy_of(nets.vae.named_parameters()))
         watch.seen += 1
+
     watch.seen = 0
     nets = trained(cfg, tmp_path, on_step=watch)
     # nothing stays frozen, in however many parts a batch came
     assert all(param.requires_grad for param in nets.parameters())
     assert np.isfinite(vaebm.evaluate(nets, cfg, n=200)['fid'][0])
     now = nets.vae.named_parameters()
-    changed = {key.split('.')[0] for key,value in now if old and not torch.equal(value, old[key])}
-    trains_decoder = change.get('decoder') or change.get('method')=='wgan'
-    assert changed==({'decoder'} if trains_decoder else set())
+    changed = {
+        key.split('.')[0] for key, value in now if old and not torch.equal(value, old[key])
+    }
+    trains_decoder = change.get('decoder') or change.get('method') == 'wgan'
+    assert changed == ({'decoder'} if trains_decoder else set())
+
 
 def test_badly_scaled_energies_are_stopped(tmp_path):
     "Chains from an energy far too steep, and the message that names cures."
-    cfg = replace(TINY, eta=50., n_iters=400, lr=.5, log_every=2, spectral=0., cautious=False)
-    with pytest.raises(Diverged, match='lower learning rate') as stopped: trained(cfg, tmp_path)
+    cfg = replace(
+        TINY, eta=50.0, n_iters=400, lr=0.5, log_every=2, spectral=0.0, cautious=False
+    )
+    with pytest.raises(Diverged, match='lower learning rate') as stopped:
+        trained(cfg, tmp_path)
     assert 'checkpoint' in str(stopped.value) and load_checkpoint(tmp_path) is not None
+
 
 @pytest.mark.slow
 def test_energy_of_data_falls_below_that_of_the_autoencoder(tmp_path):
@@ -166,10 +209,11 @@ def test_energy_of_data_falls_below_that_of_the_autoencoder(tmp_path):
         autoencoder=vaebm.sample(nets, 2_000, alone, generator=gen()),
         chain=vaebm.sample(nets, 2_000, cfg, n_steps=20, generator=gen()),
     )
-    heights = {name: vaebm.energy(nets, x).mean().item() for name,x in samples.items()}
+    heights = {name: vaebm.energy(nets, x).mean().item() for name, x in samples.items()}
     print(heights)
-    assert heights['data']<heights['autoencoder']-.1
-    assert heights['chain']<heights['autoencoder']-.1
+    assert heights['data'] < heights['autoencoder'] - 0.1
+    assert heights['chain'] < heights['autoencoder'] - 0.1
+
 
 def test_every_claim_names_presets_and_metrics_that_exist():
     claims_can_be_measured(vaebm, SMALL_NETS | dict(buffer=32))
@@ -177,8 +221,10 @@ def test_every_claim_names_presets_and_metrics_that_exist():
 
 # --- the chapter as a user runs it
 
+
 def test_missing_data_ends_the_chapter_in_seconds(tmp_path):
     ends_without_data('06_vaebm', tmp_path)
+
 
 def test_a_small_preset_prints_its_cost_and_trains(tmp_path):
     over = (

@@ -1,30 +1,46 @@
 "Shipped weights are small, load, and still measure what the ledger says."
+
 import importlib
 
 import pytest
 
 from ebmbook.core.runs import ledger, root
 
-FOLDERS = sorted((root()/'results'/'weights').glob('*-*'))
+FOLDERS = sorted((root() / 'results' / 'weights').glob('*-*'))
 
 
 @pytest.mark.parametrize('folder', FOLDERS, ids=lambda p: p.name)
 def test_shipped_weights_measure_what_the_ledger_says(folder):
     system, row = folder.name.split('-', 1)
     module = importlib.import_module(f'ebmbook.{system}')
-    assert sum(p.stat().st_size for p in folder.iterdir())<=2*2**20
+    assert sum(p.stat().st_size for p in folder.iterdir()) <= 2 * 2**20
     nets = module.Nets.from_pretrained(folder).eval()
-    assert nets.cfg==module.PRESETS[row], "the row has changed since these weights were made"
-    lines = [o for o in ledger(system=system, row=row, seed=0) if o['at'].get('weights')=='book']
+    assert nets.cfg == module.PRESETS[row], (
+        "the row has changed since these weights were made"
+    )
+    lines = [
+        o
+        for o in ledger(system=system, row=row, seed=0)
+        if o['at'].get('weights') == 'book'
+    ]
     assert lines, f"no ledger line for {folder.name}"
-    for at in {repr(sorted(o['at'].items())): o['at'] for o in lines}.values(): # a row may have been measured in several ways
-        got = module.evaluate(nets, nets.cfg, **{k:v for k,v in at.items() if k!='weights'})
-        for line in (o for o in lines if o['at']==at):
+    for at in {
+        repr(sorted(o['at'].items())): o['at'] for o in lines
+    }.values():  # a row may have been measured in several ways
+        got = module.evaluate(
+            nets, nets.cfg, **{k: v for k, v in at.items() if k != 'weights'}
+        )
+        for line in (o for o in lines if o['at'] == at):
             value, n, extractor = got[line['metric']]
-            assert (n, extractor)==(line['n'], line['extractor'])
+            assert (n, extractor) == (line['n'], line['extractor'])
             # another machine rounds differently, and a chain amplifies it: equal within the noise of n samples
-            assert value==pytest.approx(line['value'], rel=.1, abs=4/n**.5), (at, line['metric'])
+            assert value == pytest.approx(line['value'], rel=0.1, abs=4 / n**0.5), (
+                at,
+                line['metric'],
+            )
 
 
 def test_there_are_weights_to_test():
-    assert {'cdrl-checkerboard', 'cdrl-digits-cond', 'cdrl-shapes-composition'}<={p.name for p in FOLDERS}
+    assert {'cdrl-checkerboard', 'cdrl-digits-cond', 'cdrl-shapes-composition'} <= {
+        p.name for p in FOLDERS
+    }

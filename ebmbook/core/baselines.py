@@ -39,12 +39,13 @@ def from_noise(
     """
     return 2 * torch.special.ndtr(normal(like, generator)) - 1
 
+
 def short_run_losses(
     energy: nn.Module,  # E(x) -> (B,)
     x: Tensor,  # (B, ...) data
     chain: Callable,  # chain(start) -> (B, ...) samples, without graph
     *,
-    blur: float = 0.,  # Std of the noise on the data; 0.03 in the paper
+    blur: float = 0.0,  # Std of the noise on the data; 0.03 in the paper
     generator=None,  # Source of the draws
 ):  # Yields ('energy', loss, logs)
     "One iteration of a short-run EBM. Source: Nijkamp et al. 2019, Algorithm 1."
@@ -67,6 +68,7 @@ def infer(
 
     Source: Xie et al. 2020, section 4.3.
     """
+
     def energy(z):
         prior = z.square().sum(1) / 2
         misfit = (x - net(z)).flatten(1).square().sum(1)
@@ -83,10 +85,10 @@ def coopnets_losses(
     z: Tensor,  # (B, nz) standard normal latents
     chain: Callable,  # chain(start) -> (B, ...) samples, without graph
     *,
-    sigma: float = .3,  # Std of the generator's observation noise
+    sigma: float = 0.3,  # Std of the generator's observation noise
     noisy: bool = False,  # Whether the chains start with that noise
     infer_steps: int = 0,  # Updates of the inference
-    infer_delta: float = .1,  # Their step
+    infer_delta: float = 0.1,  # Their step
     generator=None,  # Source of the draws
 ):  # Yields ('generator', loss, logs), then ('energy', loss, logs)
     """One iteration of cooperative training with a free generator.
@@ -110,6 +112,7 @@ class Generator(nn.Module):
 
     Raises `ValueError` for a size that is not four times a power of two.
     """
+
     def __init__(
         self,
         shape: tuple = (3, 32, 32),  # (C, H, W) of one image, H = W
@@ -130,12 +133,13 @@ class Generator(nn.Module):
         layers += [nn.Conv2d(widths[-1], shape[0], 3, padding=1), nn.Tanh()]
         self.net = nn.Sequential(*layers)
 
-    def forward(self, z): # (B, nz) -> (B, C, H, W)
+    def forward(self, z):  # (B, nz) -> (B, C, H, W)
         return self.net(z)
 
 # %% ../../nbs/core/baselines.ipynb #b6704e5d
 class PointGenerator(nn.Sequential):
     "Points from a few latent numbers."
+
     def __init__(
         self,
         dim: int = 2,  # Coordinates of a point

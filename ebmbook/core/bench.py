@@ -178,7 +178,9 @@ def folded(
     "Replace parametrized weights by their present values, in a copy."
     net = copy.deepcopy(net).eval()
     for layer in [layer for layer in net.modules() if parametrize.is_parametrized(layer)]:
-        values = {name: getattr(layer, name).detach().clone() for name in layer.parametrizations}
+        values = {
+            name: getattr(layer, name).detach().clone() for name in layer.parametrizations
+        }
         # torch's own removal would strip the original too, which shares the class
         layer.__class__ = parametrize.type_before_parametrizations(layer)
         del layer.parametrizations
@@ -247,7 +249,9 @@ def _compiled(case, wrap=lambda energy: energy):
 
 
 @contextmanager
-def _settled(case, net):  # the energy of a chain, within `frozen`, with every weight at hand
+def _settled(
+    case, net
+):  # the energy of a chain, within `frozen`, with every weight at hand
     with frozen(net):
         for layer in net.modules():
             for name in getattr(layer, 'parametrizations', ()):
@@ -510,7 +514,9 @@ def machine(
 ) -> dict:  # What the numbers depend on
     "Device, processor, threads and versions."
     flags = _cpuinfo('flags')
-    in_hardware = None if flags is None else {'avx512_bf16', 'amx_bf16'} & set(flags.split())
+    in_hardware = (
+        None if flags is None else {'avx512_bf16', 'amx_bf16'} & set(flags.split())
+    )
     return dict(
         device=torch.cuda.get_device_name(device) if device.startswith('cuda') else device,
         processor=_cpuinfo('model name') or platform.processor() or platform.machine(),
@@ -643,10 +649,18 @@ def _over_floor(case, arms):  # what `langevin` adds to the network, in both lay
     return found
 
 # %% ../../nbs/core/bench.ipynb #dae7c13c
-_VARIANTS = ('float32', 'float32, channels last', 'bfloat16', 'compiled', 'compiled, bfloat16')
+_VARIANTS = (
+    'float32',
+    'float32, channels last',
+    'bfloat16',
+    'compiled',
+    'compiled, bfloat16',
+)
 
 
-def _kept_memory(case, arms):  # the fastest variant against torchebm, and the part of memory
+def _kept_memory(
+    case, arms
+):  # the fastest variant against torchebm, and the part of memory
     rival = arms['torchebm']
     fast = [name for name in _VARIANTS if name in arms]
     best = max(fast, key=lambda name: ratio(rival, arms[name]))
@@ -672,7 +686,9 @@ def _over_torchebm(case, arms):
     return found + (_kept_memory(case, arms) if case.startswith('VAEBM') else [])
 
 
-def _norm_gain(case, arms):  # of spectral norm once per chain, which only CDRL's case asks for
+def _norm_gain(
+    case, arms
+):  # of spectral norm once per chain, which only CDRL's case asks for
     if 'CDRL' not in case:
         return []
     each_step = arms['norm at each step']
@@ -722,7 +738,9 @@ SPEED_HEAD = [
 ]
 
 
-def _speed_cells(row, rivals):  # one line of the table; `rivals` are torchebm's rows by case
+def _speed_cells(
+    row, rivals
+):  # one line of the table; `rivals` are torchebm's rows by case
     if 'rounds' not in row:
         return [row['case'], row['arm'], '-', '-', '-', row['note']]
     compared = row['case'] in rivals and not row['arm'].startswith('frozen')
@@ -756,5 +774,7 @@ def verdict_rows(
     for verdict in verdicts(result):
         limit = '' if verdict['limit'] is None else f"{verdict['limit']:.2f}"
         met = _MET[verdict['met']]
-        cells.append([verdict['must'], verdict['where'], f"{verdict['value']:.2f}", limit, met])
+        cells.append(
+            [verdict['must'], verdict['where'], f"{verdict['value']:.2f}", limit, met]
+        )
     return cells

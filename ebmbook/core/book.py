@@ -13,213 +13,314 @@ from pathlib import Path
 # %% ../../nbs/core/book.ipynb #c006
 _directive = re.compile(r'#\s*\|\s*([\w-]+):?\s*(.*)')
 
+
 def read_nb(
-    text:str, # Contents of an .ipynb file, as MyST-NB hands them over
+    text: str,  # Contents of an .ipynb file, as MyST-NB hands them over
     **_,
-):            # The notebook to render, an `nbformat` node
+):  # The notebook to render, an `nbformat` node
     "Drop the leading directives of each cell, turning those that hide into Jupyter Book tags."
     import nbformat
+
     nb = nbformat.reads(text, as_version=4)
-    for c in (o for o in nb.cells if o.cell_type=='code'):
-        said,src = {},c.source.splitlines()
+    for c in (o for o in nb.cells if o.cell_type == 'code'):
+        said, src = {}, c.source.splitlines()
         while src and (m := _directive.match(src[0])):
             said[m[1]] = m[2].strip().lower()
             src.pop(0)
-        gone = {'hide','default_exp'} & said.keys() or not src
-        tags = ['remove-cell']*bool(gone) + ['remove-input']*(said.get('echo')=='false')
+        gone = {'hide', 'default_exp'} & said.keys() or not src
+        tags = ['remove-cell'] * bool(gone) + ['remove-input'] * (
+            said.get('echo') == 'false'
+        )
         c.source = '\n'.join(src)
-        if tags: c.metadata['tags'] = [*c.metadata.get('tags', []), *tags]
+        if tags:
+            c.metadata['tags'] = [*c.metadata.get('tags', []), *tags]
     return nb
 
 # %% ../../nbs/core/book.ipynb #c009
 def chapter_number(
-    doc:str, # Page name without suffix, such as 'nbs/05_cdrl' or 'nbs/05a_cdrl_nets'
-)->int|None: # 5 for both; None if the file name does not start with a number
+    doc: str,  # Page name without suffix, such as 'nbs/05_cdrl' or 'nbs/05a_cdrl_nets'
+) -> int | None:  # 5 for both; None if the file name does not start with a number
     "The chapter to which a page belongs, by its file name."
     m = re.match(r'(\d+)[a-z]?_', doc.rpartition('/')[2])
     return int(m[1]) if m else None
 
+
 def renumber(
-    app, # Sphinx application, unused
-    env, # Sphinx build environment; its numbers are changed in place
-)->list: # Names of the pages changed, which Sphinx then writes again
+    app,  # Sphinx application, unused
+    env,  # Sphinx build environment; its numbers are changed in place
+) -> list:  # Names of the pages changed, which Sphinx then writes again
     "Give every numbered page the chapter number of its file name."
     docs = {d: n for d in env.toc_secnumbers if (n := chapter_number(d)) is not None}
-    for doc,n in docs.items():
+    for doc, n in docs.items():
         move = lambda num: type(num)((n, *num[1:])) if num else num
-        secs,figs = env.toc_secnumbers[doc],env.toc_fignumbers.get(doc, {})
-        for k in secs: secs[k] = move(secs[k])
+        secs, figs = env.toc_secnumbers[doc], env.toc_fignumbers.get(doc, {})
+        for k in secs:
+            secs[k] = move(secs[k])
         for kind in figs.values():
-            for k in kind: kind[k] = move(kind[k])
-        nodes = [o for o in env.tocs[doc].findall() if hasattr(o, 'attributes')] + [env.titles[doc]]
+            for k in kind:
+                kind[k] = move(kind[k])
+        nodes = [o for o in env.tocs[doc].findall() if hasattr(o, 'attributes')] + [
+            env.titles[doc]
+        ]
         for o in nodes:
-            if o.get('secnumber'): o['secnumber'] = move(o['secnumber'])
+            if o.get('secnumber'):
+                o['secnumber'] = move(o['secnumber'])
     return list(docs)
 
+
 def setup(
-    app, # Sphinx application
-)->dict: # What Sphinx wants to know about an extension
+    app,  # Sphinx application
+) -> dict:  # What Sphinx wants to know about an extension
     "Make this module a Sphinx extension: named in `_config.yml`, it numbers chapters by file name."
-    app.connect('env-get-updated', renumber, priority=900)  # the counting itself has priority 500
+    app.connect(
+        'env-get-updated', renumber, priority=900
+    )  # the counting itself has priority 500
     return dict(parallel_read_safe=True, parallel_write_safe=True)
 
 # %% ../../nbs/core/book.ipynb #c012
 def notebooks(
-    root:Path, # The clone
-)->list:       # Paths below nbs/, sorted; folders and files that start with _ or . are left out
+    root: Path,  # The clone
+) -> (
+    list
+):  # Paths below nbs/, sorted; folders and files that start with _ or . are left out
     "All source notebooks of the book."
-    nbs = Path(root)/'nbs'
-    keep = lambda p: not any(o.startswith(('_','.')) for o in p.relative_to(nbs).parts)
+    nbs = Path(root) / 'nbs'
+    keep = lambda p: not any(o.startswith(('_', '.')) for o in p.relative_to(nbs).parts)
     return sorted(p for p in nbs.rglob('*.ipynb') if keep(p))
 
+
 def code_hash(
-    nb:dict, # A notebook as read by `json`
-)->str:      # 16 hexadecimal digits
+    nb: dict,  # A notebook as read by `json`
+) -> str:  # 16 hexadecimal digits
     "Hash of the code cells, in order; text, outputs and metadata do not count."
-    code = [''.join(c['source']) for c in nb['cells'] if c['cell_type']=='code']
+    code = [''.join(c['source']) for c in nb['cells'] if c['cell_type'] == 'code']
     return hashlib.sha256(json.dumps(code).encode()).hexdigest()[:16]
 
+
 def stale(
-    root:Path, # The clone
-)->list:       # Paths of the notebooks concerned
+    root: Path,  # The clone
+) -> list:  # Paths of the notebooks concerned
     "Notebooks whose stored outputs were not made by their present code."
     read = lambda p: json.loads(p.read_text(encoding='utf-8'))
-    return [p for p in notebooks(root) if (nb := read(p))['metadata'].get('ebmbook', {}).get('code')!=code_hash(nb)]
+    return [
+        p
+        for p in notebooks(root)
+        if (nb := read(p))['metadata'].get('ebmbook', {}).get('code') != code_hash(nb)
+    ]
 
 # %% ../../nbs/core/book.ipynb #c015
 def plain(
-    text,        # Lines of an output, or one string
-    places:dict, # Folder -> what to print in its stead
-)->list:         # Lines
+    text,  # Lines of an output, or one string
+    places: dict,  # Folder -> what to print in its stead
+) -> list:  # Lines
     "What a terminal shows in the end: of a line that was redrawn, the last state; folders of the machine replaced."
     lines = [o.rstrip('\r').split('\r')[-1] for o in ''.join(text).split('\n')]
     done = '\n'.join(lines)
-    for folder in sorted(places, key=len, reverse=True): done = done.replace(folder, places[folder])
+    for folder in sorted(places, key=len, reverse=True):
+        done = done.replace(folder, places[folder])
     return done.splitlines(keepends=True)
 
+
 def tidy(
-    out:dict,    # One output of a cell, as an executed notebook stores it
-    places:dict, # Folder -> what to print in its stead
-)->dict|None:    # The output to publish; None if nothing is left of it
+    out: dict,  # One output of a cell, as an executed notebook stores it
+    places: dict,  # Folder -> what to print in its stead
+) -> dict | None:  # The output to publish; None if nothing is left of it
     """Remove from an output what depends on the machine or on the moment.
 
     Raises `ValueError` for the output of an error: a failed run is not published.
     """
     kind = out['output_type']
-    if kind=='error': raise ValueError(f"a cell ended in {out.get('ename')}: {out.get('evalue')}")
-    if kind=='stream':
-        text = plain(re.sub(r'.*TqdmWarning.*\n.*\n', '', ''.join(out['text'])), places)   # that widgets are missing is no news to a reader
-        return dict(output_type=kind, name=out['name'], text=text) if ''.join(text).strip() else None
-    if any('widget' in k for k in out['data']): return None
-    data = {k: plain(v, places) if k.startswith('text/') else v for k,v in out['data'].items()}
-    return dict(output_type=kind, data=data, metadata={}) | (dict(execution_count=None) if kind=='execute_result' else {})
+    if kind == 'error':
+        raise ValueError(f"a cell ended in {out.get('ename')}: {out.get('evalue')}")
+    if kind == 'stream':
+        text = plain(
+            re.sub(r'.*TqdmWarning.*\n.*\n', '', ''.join(out['text'])), places
+        )  # that widgets are missing is no news to a reader
+        return (
+            dict(output_type=kind, name=out['name'], text=text)
+            if ''.join(text).strip()
+            else None
+        )
+    if any('widget' in k for k in out['data']):
+        return None
+    data = {
+        k: plain(v, places) if k.startswith('text/') else v for k, v in out['data'].items()
+    }
+    return dict(output_type=kind, data=data, metadata={}) | (
+        dict(execution_count=None) if kind == 'execute_result' else {}
+    )
 
 # %% ../../nbs/core/book.ipynb #c017
 def places(
-    root:Path, # The clone
-)->dict:       # Folder -> what is printed in its stead
+    root: Path,  # The clone
+) -> dict:  # Folder -> what is printed in its stead
     "Folders that differ from machine to machine."
-    home,temp = str(Path.home()),tempfile.gettempdir()
-    return {f'{Path(root).resolve()}/': '', str(Path(root).resolve()): '.', f'{sys.prefix}/': '.venv/', temp: '$TMPDIR'} | ({home: '~'} if len(home)>1 else {})
+    home, temp = str(Path.home()), tempfile.gettempdir()
+    return {
+        f'{Path(root).resolve()}/': '',
+        str(Path(root).resolve()): '.',
+        f'{sys.prefix}/': '.venv/',
+        temp: '$TMPDIR',
+    } | ({home: '~'} if len(home) > 1 else {})
+
 
 def with_outputs(
-    source:dict,   # The notebook under nbs/
-    executed:dict, # The same after papermill
-    places:dict,   # Folder -> what to print in its stead
-)->dict:           # The source with new outputs and the hash of its code
+    source: dict,  # The notebook under nbs/
+    executed: dict,  # The same after papermill
+    places: dict,  # Folder -> what to print in its stead
+) -> dict:  # The source with new outputs and the hash of its code
     """Take over the outputs of an executed copy.
 
     Raises `ValueError` if a cell failed or if the copy has other code than the source.
     """
-    run = [c for c in executed['cells'] if 'injected-parameters' not in c['metadata'].get('tags', [])]
+    run = [
+        c
+        for c in executed['cells']
+        if 'injected-parameters' not in c['metadata'].get('tags', [])
+    ]
     said = lambda cells: [(c['cell_type'], ''.join(c['source'])) for c in cells]
-    if said(run)!=said(source['cells']): raise ValueError("the executed notebook is not a copy of the source: it changed meanwhile")
+    if said(run) != said(source['cells']):
+        raise ValueError(
+            "the executed notebook is not a copy of the source: it changed meanwhile"
+        )
     cells = []
-    for src,ran in zip(source['cells'], run):
-        new = {} if src['cell_type']!='code' else dict(
-            execution_count=None, outputs=[t for o in ran['outputs'] if (t := tidy(o, places))])
+    for src, ran in zip(source['cells'], run):
+        new = (
+            {}
+            if src['cell_type'] != 'code'
+            else dict(
+                execution_count=None,
+                outputs=[t for o in ran['outputs'] if (t := tidy(o, places))],
+            )
+        )
         cells.append({**src, **new})
     meta = source['metadata'] | {'ebmbook': {'code': code_hash(source)}}
     return {**source, 'cells': cells, 'metadata': meta}
 
 # %% ../../nbs/core/book.ipynb #c019
 def write_nb(
-    nb:dict,   # Notebook
-    path:Path, # File to write
+    nb: dict,  # Notebook
+    path: Path,  # File to write
 ):
     "Write a notebook in the very form that `nbdev_clean` writes, so that neither changes the other's files."
-    text = json.dumps(nb, sort_keys=True, indent=1, ensure_ascii=False)+'\n'
+    text = json.dumps(nb, sort_keys=True, indent=1, ensure_ascii=False) + '\n'
     Path(path).write_text(text, encoding='utf-8')
 
+
 def execute(
-    path:Path, # Notebook under nbs/
-    root:Path, # The clone; the notebook runs there
-)->Path:       # The executed copy, under runs/outputs/
+    path: Path,  # Notebook under nbs/
+    root: Path,  # The clone; the notebook runs there
+) -> Path:  # The executed copy, under runs/outputs/
     """Run a notebook with its default parameters, in its own process, and leave the source alone.
 
     Raises `RuntimeError` with the end of what was printed if a cell fails; the executed copy shows the rest.
     """
-    done = Path(root)/'runs/outputs'/Path(path).relative_to(Path(root)/'nbs')
+    done = Path(root) / 'runs/outputs' / Path(path).relative_to(Path(root) / 'nbs')
     done.parent.mkdir(parents=True, exist_ok=True)
-    cmd = [sys.executable, '-m', 'papermill', str(path), str(done), '-k', 'python3', '--cwd', str(root), '--no-progress-bar', '--log-level', 'WARNING']
-    ran = subprocess.run(cmd, capture_output=True, text=True, env=os.environ | {'IN_TEST': '1'})
-    if ran.returncode: raise RuntimeError(f"{path} failed, see {done}:\n{ran.stderr[-3000:]}")
+    cmd = [
+        sys.executable,
+        '-m',
+        'papermill',
+        str(path),
+        str(done),
+        '-k',
+        'python3',
+        '--cwd',
+        str(root),
+        '--no-progress-bar',
+        '--log-level',
+        'WARNING',
+    ]
+    ran = subprocess.run(
+        cmd, capture_output=True, text=True, env=os.environ | {'IN_TEST': '1'}
+    )
+    if ran.returncode:
+        raise RuntimeError(f"{path} failed, see {done}:\n{ran.stderr[-3000:]}")
     return done
 
+
 def outputs(
-    root:Path,        # The clone
-    names=(),         # Which notebooks, such as '05_cdrl' or 'core/book'; none: those that are stale
-    every:bool=False, # All of them, stale or not
-)->list:              # Paths written
+    root: Path,  # The clone
+    names=(),  # Which notebooks, such as '05_cdrl' or 'core/book'; none: those that are stale
+    every: bool = False,  # All of them, stale or not
+) -> list:  # Paths written
     """Execute notebooks elsewhere and store what they showed under nbs/.
 
     Raises `KeyError` for an unknown name.
     """
     root = Path(root).resolve()
-    known = {p.relative_to(root/'nbs').with_suffix('').as_posix(): p for p in notebooks(root)}
-    if missing := set(names) - known.keys(): raise KeyError(f"no notebook {sorted(missing)} under nbs/; there are {sorted(known)}")
+    known = {
+        p.relative_to(root / 'nbs').with_suffix('').as_posix(): p for p in notebooks(root)
+    }
+    if missing := set(names) - known.keys():
+        raise KeyError(
+            f"no notebook {sorted(missing)} under nbs/; there are {sorted(known)}"
+        )
     todo = [known[o] for o in names] or (list(known.values()) if every else stale(root))
     for p in todo:
         start = time.time()
         done = execute(p, root)
-        nb = with_outputs(*(json.loads(o.read_text(encoding='utf-8')) for o in (p, done)), places(root))
+        nb = with_outputs(
+            *(json.loads(o.read_text(encoding='utf-8')) for o in (p, done)), places(root)
+        )
         write_nb(nb, p)
-        print(f"{p.relative_to(root)}: {time.time()-start:.0f} s, {p.stat().st_size/1e3:.0f} kB")
+        print(
+            f"{p.relative_to(root)}: {time.time() - start:.0f} s, {p.stat().st_size / 1e3:.0f} kB"
+        )
     return todo
 
 # %% ../../nbs/core/book.ipynb #c022
 def export_differences(
-    root:Path, # The clone; it is only read
-)->list:       # One sentence for each file that differs
+    root: Path,  # The clone; it is only read
+) -> list:  # One sentence for each file that differs
     "Compare package and notebooks with a fresh cleaning and export in a temporary copy."
-    root,skip = Path(root).resolve(),shutil.ignore_patterns('_*', '.*', 'images', 'runs')
+    root, skip = Path(root).resolve(), shutil.ignore_patterns('_*', '.*', 'images', 'runs')
     with tempfile.TemporaryDirectory() as d:
-        new = Path(d)/'copy'
-        shutil.copytree(root/'nbs', new/'nbs', ignore=skip)
-        shutil.copy(root/'settings.ini', new)
+        new = Path(d) / 'copy'
+        shutil.copytree(root / 'nbs', new / 'nbs', ignore=skip)
+        shutil.copy(root / 'settings.ini', new)
         job = 'from nbdev.clean import nbdev_clean as clean; from nbdev.doclinks import nbdev_export as export; clean(); export()'
-        env = {k:v for k,v in os.environ.items() if k!='IN_TEST'}  # nbdev exports nothing where this is set
+        env = {
+            k: v for k, v in os.environ.items() if k != 'IN_TEST'
+        }  # nbdev exports nothing where this is set
         subprocess.run([sys.executable, '-c', job], cwd=new, env=env, check=True)
-        files = lambda o: {p.relative_to(o).as_posix(): p.read_bytes() for p in [*notebooks(o), *(o/'ebmbook').rglob('*.py')]}
-        here,there = files(root),files(new)
-    told = [f"{k} has no notebook" for k in sorted(here.keys()-there.keys())]
-    told += [f"{k} is not exported yet" for k in sorted(there.keys()-here.keys())]
-    return told + [f"{k} differs from a fresh export" for k in sorted(here.keys() & there.keys()) if here[k]!=there[k]]
+        files = lambda o: {
+            p.relative_to(o).as_posix(): p.read_bytes()
+            for p in [*notebooks(o), *(o / 'ebmbook').rglob('*.py')]
+        }
+        here, there = files(root), files(new)
+    told = [f"{k} has no notebook" for k in sorted(here.keys() - there.keys())]
+    told += [f"{k} is not exported yet" for k in sorted(there.keys() - here.keys())]
+    return told + [
+        f"{k} differs from a fresh export"
+        for k in sorted(here.keys() & there.keys())
+        if here[k] != there[k]
+    ]
 
 # %% ../../nbs/core/book.ipynb #c025
 def main(
-    argv:list|None=None, # Words of the command line; None: those of this process
-)->int:                  # 0 if all is well; 1 if `check` or `stale` found something
+    argv: list | None = None,  # Words of the command line; None: those of this process
+) -> int:  # 0 if all is well; 1 if `check` or `stale` found something
     "Entry point of `make outputs` and of two parts of `make check`."
     cli = argparse.ArgumentParser(prog='ebmbook.core.book', description=main.__doc__)
-    cli.add_argument('job', choices=('outputs','stale','export'))
-    cli.add_argument('names', nargs='*', help="notebooks below nbs/ without suffix; none: the stale ones")
+    cli.add_argument('job', choices=('outputs', 'stale', 'export'))
+    cli.add_argument(
+        'names', nargs='*', help="notebooks below nbs/ without suffix; none: the stale ones"
+    )
     cli.add_argument('--all', action='store_true', help="outputs: every notebook")
     cli.add_argument('--root', type=Path, default=Path.cwd(), help="the clone")
     arg = cli.parse_args(argv)
-    if arg.job=='outputs':
+    if arg.job == 'outputs':
         outputs(arg.root, arg.names, arg.all)
         return 0
-    told = export_differences(arg.root) if arg.job=='export' else [f"{p.relative_to(arg.root).as_posix()} has stale outputs: make outputs" for p in stale(arg.root)]
-    for o in told: print(o)
+    told = (
+        export_differences(arg.root)
+        if arg.job == 'export'
+        else [
+            f"{p.relative_to(arg.root).as_posix()} has stale outputs: make outputs"
+            for p in stale(arg.root)
+        ]
+    )
+    for o in told:
+        print(o)
     return int(bool(told))

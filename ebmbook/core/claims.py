@@ -252,7 +252,9 @@ def _reason(verdict, found, n_left_out):  # why a comparison lacks seeds
         counts = ', '.join(f'{arm} has {len(lines)}' for arm, lines in found.items())
         parts.append(f"{MIN_SEEDS} seeds are needed: {counts}")
     if n_left_out:
-        parts.append(f"{n_left_out} left out, measured on other counts or by other extractors")
+        parts.append(
+            f"{n_left_out} left out, measured on other counts or by other extractors"
+        )
     return ', '.join(parts)
 
 
@@ -262,9 +264,13 @@ def judge(
     lines: list[dict],  # From the ledger
 ) -> dict:  # verdict, seeds, differences, mean, se, note
     "One comparison, paired by seed."
-    found = {arm: measured(claim, arm, comparison.metric, lines) for arm in comparison.arms()}
+    found = {
+        arm: measured(claim, arm, comparison.metric, lines) for arm in comparison.arms()
+    }
     shared = sorted(set.intersection(*(set(by_seed) for by_seed in found.values())))
-    seeds = [seed for seed in shared if _alike([by_seed[seed] for by_seed in found.values()])]
+    seeds = [
+        seed for seed in shared if _alike([by_seed[seed] for by_seed in found.values()])
+    ]
     differences = [_difference(comparison, found, seed) for seed in seeds]
     verdict = decide(differences, comparison.exact)
     return dict(
@@ -354,7 +360,9 @@ def _compared(comparison, ours):  # one comparison in words, with its verdict
     if comparison['note']:
         details.append(comparison['note'])
     metric = comparison['metric']
-    larger, smaller = (_side(comparison[key], metric, ours) for key in ('larger', 'smaller'))
+    larger, smaller = (
+        _side(comparison[key], metric, ours) for key in ('larger', 'smaller')
+    )
     sign = '=' if comparison['exact'] else '>'
     verdict = comparison['verdict']
     return f"{metric}: {larger} {sign} {smaller}: {verdict} ({', '.join(details)})"
@@ -379,7 +387,9 @@ def _text_of(result):  # lines of one claim, and an empty one
     lines = [f"{result['id']}: {result['verdict'].upper()}"]
     lines.append(fill(statement, 110, initial_indent='  ', subsequent_indent='  '))
     if result['paper']:
-        numbers = ', '.join(f'{name} {_num(value)}' for name, value in result['paper'].items())
+        numbers = ', '.join(
+            f'{name} {_num(value)}' for name, value in result['paper'].items()
+        )
         lines.append(f'  paper  {numbers}')
     for i, comparison in enumerate(result['comparisons']):
         start = '         ' if i else '  ours   '
@@ -412,7 +422,10 @@ def as_markdown(
     results: list[dict],  # From `verdicts`
 ) -> str:  # A table
     "Verdicts as a markdown table, one row for each claim."
-    rows = ['| claim | paper | ours, mean ± sd | seeds | verdict |', '|---|---|---|---|---|']
+    rows = [
+        '| claim | paper | ours, mean ± sd | seeds | verdict |',
+        '|---|---|---|---|---|',
+    ]
     for result in results:
         numbers = [f'{name} {_num(value)}' for name, value in result['paper'].items()]
         compared = [_compared(one, result['ours']) for one in result['comparisons']]

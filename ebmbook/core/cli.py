@@ -25,268 +25,469 @@ from .config import unknown, choose
 
 # %% ../../nbs/core/cli.ipynb #c005
 def join_args(
-    args:list[str], # As typed
-)->list[str]:       # `-p KEY VALUE` as `-p KEY=VALUE`, `--seeds 0 1 2` as `--seeds "0 1 2"`
+    args: list[str],  # As typed
+) -> list[str]:  # `-p KEY VALUE` as `-p KEY=VALUE`, `--seeds 0 1 2` as `--seeds "0 1 2"`
     "Join what belongs to one option."
-    args,out = list(args),[]
+    args, out = list(args), []
     while args:
         a = args.pop(0)
         out.append(a)
-        if a=='-p' and args:
+        if a == '-p' and args:
             key = args.pop(0)
             out.append(key if '=' in key or not args else f'{key}={args.pop(0)}')
-        if a=='--seeds':
+        if a == '--seeds':
             numbers = []
-            while args and re.fullmatch(r'[\d,\s]+', args[0]): numbers.append(args.pop(0))
+            while args and re.fullmatch(r'[\d,\s]+', args[0]):
+                numbers.append(args.pop(0))
             out.append(' '.join(numbers))
     return out
 
+
 def parameters(
-    pairs:list[str]|None, # KEY=VALUE each
-    known,                # Names that may be given
-)->dict[str,str]:         # Values as text
+    pairs: list[str] | None,  # KEY=VALUE each
+    known,  # Names that may be given
+) -> dict[str, str]:  # Values as text
     "Pairs as a dictionary. Raises `KeyError` for an unknown name, `ValueError` for one without a value or given twice."
     out = {}
     for pair in pairs or []:
-        key,eq,value = pair.partition('=')
-        if key not in known: raise unknown('parameter', key, known)
-        if not eq: raise ValueError(f"-p {key} needs a value: -p {key} VALUE")
-        if key in out: raise ValueError(f"-p {key} is given twice")
+        key, eq, value = pair.partition('=')
+        if key not in known:
+            raise unknown('parameter', key, known)
+        if not eq:
+            raise ValueError(f"-p {key} needs a value: -p {key} VALUE")
+        if key in out:
+            raise ValueError(f"-p {key} is given twice")
         out[key] = value
     return out
 
 # %% ../../nbs/core/cli.ipynb #c008
 def explain(
-    e:BaseException,    # What was raised
-)->tuple[int,str]|None: # Exit status and message; None if a traceback is wanted
+    e: BaseException,  # What was raised
+) -> tuple[int, str] | None:  # Exit status and message; None if a traceback is wanted
     "Turn an expected error into a message."
-    kinds = {o.__name__ for o in type(e).__mro__} # by name: torch need not be loaded to ask
-    if 'Diverged' in kinds: return 1,str(e)
-    if isinstance(e, KeyboardInterrupt): return 130,str(e) or 'stopped'
+    kinds = {
+        o.__name__ for o in type(e).__mro__
+    }  # by name: torch need not be loaded to ask
+    if 'Diverged' in kinds:
+        return 1, str(e)
+    if isinstance(e, KeyboardInterrupt):
+        return 130, str(e) or 'stopped'
     if kinds & {'OutOfMemoryError', 'MemoryError'}:
-        return 2,f"not enough memory: {str(e).splitlines()[0] if str(e) else type(e).__name__}\nA larger micro, e.g. -p over '{{micro: 4}}', or a smaller batch needs less."
-    if isinstance(e, KeyError): return 2,str(e.args[0]) if e.args else 'unknown key'
-    if isinstance(e, (ValueError, OSError, ImportError, yaml.YAMLError)): return 2,str(e)
+        return (
+            2,
+            f"not enough memory: {str(e).splitlines()[0] if str(e) else type(e).__name__}\nA larger micro, e.g. -p over '{{micro: 4}}', or a smaller batch needs less.",
+        )
+    if isinstance(e, KeyError):
+        return 2, str(e.args[0]) if e.args else 'unknown key'
+    if isinstance(e, (ValueError, OSError, ImportError, yaml.YAMLError)):
+        return 2, str(e)
     return None
+
 
 @contextmanager
 def plainly(
-    debug:bool=False, # Let everything through
+    debug: bool = False,  # Let everything through
 ):
     "Print expected errors of this block without a traceback and leave with their exit status."
-    try: yield
+    try:
+        yield
     except BaseException as e:
         said = None if debug else explain(e)
-        if said is None: raise
+        if said is None:
+            raise
         typer.echo(f'ebmbook: {said[1]}', err=True)
         raise typer.Exit(said[0]) from e
 
+
 class Command(TyperCommand):
     "A command with joined pairs, plain errors and `--debug`."
+
     def __init__(self, *args, **kwargs):
-        super().__init__(*args, **kwargs | dict(epilog='--debug shows the traceback of an error.'))
+        super().__init__(
+            *args, **kwargs | dict(epilog='--debug shows the traceback of an error.')
+        )
+
     def parse_args(self, ctx, args):
         ctx.meta['debug'] = '--debug' in args
-        return super().parse_args(ctx, join_args([a for a in args if a!='--debug']))
+        return super().parse_args(ctx, join_args([a for a in args if a != '--debug']))
+
     def invoke(self, ctx):
-        with plainly(ctx.meta['debug']): return super().invoke(ctx)
+        with plainly(ctx.meta['debug']):
+            return super().invoke(ctx)
 
 # %% ../../nbs/core/cli.ipynb #c010
-app = typer.Typer(no_args_is_help=True, add_completion=False,
-                  pretty_exceptions_enable=False, rich_markup_mode=None)
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
 
 @app.callback()
-def _group(): "Energy-based generative models: a book that runs."
+def _group():
+    "Energy-based generative models: a book that runs."
 
-System = Annotated[str, typer.Argument(help="name of a system, e.g. cdrl", show_default=False)]
-Pairs = Annotated[list[str]|None, typer.Option('-p', metavar='KEY VALUE', help="a parameter; may be repeated", show_default=False)]
-Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1 or mps; empty picks the fastest")]
+
+System = Annotated[
+    str, typer.Argument(help="name of a system, e.g. cdrl", show_default=False)
+]
+Pairs = Annotated[
+    list[str] | None,
+    typer.Option(
+        '-p', metavar='KEY VALUE', help="a parameter; may be repeated", show_default=False
+    ),
+]
+Device = Annotated[
+    str, typer.Option(help="cpu, cuda, cuda:1 or mps; empty picks the fastest")
+]
 Seed = Annotated[int, typer.Option(help="seed of every draw")]
-Weights = Annotated[str, typer.Option(help="folder with trained weights; without it, -p preset ROW takes those of the book")]
+Weights = Annotated[
+    str,
+    typer.Option(
+        help="folder with trained weights; without it, -p preset ROW takes those of the book"
+    ),
+]
+
 
 def table(
-    head:list[str],   # Names of the columns
-    rows:list[list],  # Cells
-)->str:               # Left-aligned columns, two blanks between
+    head: list[str],  # Names of the columns
+    rows: list[list],  # Cells
+) -> str:  # Left-aligned columns, two blanks between
     "Rows as aligned text."
     cells = [[str(c) for c in r] for r in [head, *rows]]
     width = [max(len(r[i]) for r in cells) for i in range(len(head))]
-    return '\n'.join('  '.join(c.ljust(w) for c,w in zip(r, width)).rstrip() for r in cells)
+    return '\n'.join(
+        '  '.join(c.ljust(w) for c, w in zip(r, width)).rstrip() for r in cells
+    )
 
 # %% ../../nbs/core/cli.ipynb #c013
-def systems()->dict[str,str]: # Name -> first line of its docstring
+def systems() -> dict[str, str]:  # Name -> first line of its docstring
     "Systems of this installation."
     out = {}
     for p in sorted(Path(ebmbook.__file__).parent.glob('*.py')):
         text = p.read_text(encoding='utf-8')
-        if re.search(r'^STAGES\s*=', text, re.M): out[p.stem] = (ast.get_docstring(ast.parse(text)) or '').partition('\n')[0]
+        if re.search(r'^STAGES\s*=', text, re.M):
+            out[p.stem] = (ast.get_docstring(ast.parse(text)) or '').partition('\n')[0]
     return out
 
+
 def load_system(
-    name:str, # E.g. 'cdrl'
-):            # The module
+    name: str,  # E.g. 'cdrl'
+):  # The module
     "Import a system. Raises `KeyError` listing the known ones."
-    if name not in systems(): raise unknown('system', name, list(systems()))
+    if name not in systems():
+        raise unknown('system', name, list(systems()))
     return importlib.import_module(f'ebmbook.{name}')
 
+
 def select(
-    module,         # A system
-    dataset:str='', # Data set; empty takes that of the preset
-    preset:str='',  # Row; empty takes the default row of the data set
-    over='',        # Fields to replace, text or dictionary
-)->tuple:           # Row, resolved settings
+    module,  # A system
+    dataset: str = '',  # Data set; empty takes that of the preset
+    preset: str = '',  # Row; empty takes the default row of the data set
+    over='',  # Fields to replace, text or dictionary
+) -> tuple:  # Row, resolved settings
     "Choose a row by data set or by name. Raises `ValueError` if neither is given."
     rows = module.PRESETS
-    if not dataset and not preset: raise ValueError(f"which row? Give -p preset ROW, one of {', '.join(rows)}, or -p dataset NAME, one of {', '.join(module.DEFAULT_ROW)}")
-    if preset and preset not in rows: raise unknown('preset', preset, list(rows))
+    if not dataset and not preset:
+        raise ValueError(
+            f"which row? Give -p preset ROW, one of {', '.join(rows)}, or -p dataset NAME, one of {', '.join(module.DEFAULT_ROW)}"
+        )
+    if preset and preset not in rows:
+        raise unknown('preset', preset, list(rows))
     return choose(rows, module.DEFAULT_ROW, dataset or rows[preset].data, preset, over)
 
+
 def check_device(
-    name:str, # As typed; '' picks the fastest
-)->str:       # A device that this machine has
+    name: str,  # As typed; '' picks the fastest
+) -> str:  # A device that this machine has
     "Raises `ValueError` for a device that is not there."
     import torch
     from ebmbook.core.runs import pick_device
+
     name = name or pick_device()
-    try: torch.empty(0, device=name)
-    except (RuntimeError, AssertionError) as e: raise ValueError(f"no device {name!r} on this machine ({str(e).splitlines()[0]})") from e
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError) as e:
+        raise ValueError(
+            f"no device {name!r} on this machine ({str(e).splitlines()[0]})"
+        ) from e
     return name
 
 # %% ../../nbs/core/cli.ipynb #c016
 @app.command(cls=Command)
 def datasets(
-    get:Annotated[str, typer.Option(metavar='NAME', help="fetch this data set")]='',
-    root:Annotated[str, typer.Option(metavar='DIR', help="folder of the data sets; empty: EBMBOOK_DATA, else ~/.cache/ebmbook")]='',
+    get: Annotated[str, typer.Option(metavar='NAME', help="fetch this data set")] = '',
+    root: Annotated[
+        str,
+        typer.Option(
+            metavar='DIR',
+            help="folder of the data sets; empty: EBMBOOK_DATA, else ~/.cache/ebmbook",
+        ),
+    ] = '',
 ):
     "List the data sets, or fetch one."
     from ebmbook.data import DATASETS, data_root, download, require
+
     if get:
         download(get, root or None)
-        return typer.echo(f"{get} is in place below {data_root(root or None)}" if DATASETS[get].files else f"{get} is embedded; there is nothing to fetch")
+        return typer.echo(
+            f"{get} is in place below {data_root(root or None)}"
+            if DATASETS[get].files
+            else f"{get} is embedded; there is nothing to fetch"
+        )
+
     def here(name, spec):
-        try: require(name, root or None)
-        except (OSError, ImportError): return 'no'
-        return 'embedded' if spec.source=='embedded' else 'yes'
+        try:
+            require(name, root or None)
+        except (OSError, ImportError):
+            return 'no'
+        return 'embedded' if spec.source == 'embedded' else 'yes'
+
     shape = lambda o: ' x '.join(map(str, o.shape))
-    kinds = lambda o: str(o.n_classes) if o.n_classes else f'{len(o.attributes)} attributes' if o.attributes else '-'
-    typer.echo(table(['name', 'shape', 'classes', 'train', 'test', 'source', 'here', 'about'],
-                     [[k, shape(o), kinds(o), f'{o.n[0]:,}', f'{o.n[1]:,}', o.source, here(k, o), o.about] for k,o in DATASETS.items()]))
+    kinds = lambda o: (
+        str(o.n_classes)
+        if o.n_classes
+        else f'{len(o.attributes)} attributes'
+        if o.attributes
+        else '-'
+    )
+    typer.echo(
+        table(
+            ['name', 'shape', 'classes', 'train', 'test', 'source', 'here', 'about'],
+            [
+                [
+                    k,
+                    shape(o),
+                    kinds(o),
+                    f'{o.n[0]:,}',
+                    f'{o.n[1]:,}',
+                    o.source,
+                    here(k, o),
+                    o.about,
+                ]
+                for k, o in DATASETS.items()
+            ],
+        )
+    )
     typer.echo(f"\nfolder:PATH takes your own images. Data root: {data_root(root or None)}")
 
 # %% ../../nbs/core/cli.ipynb #c018
-_BOOKKEEPING = {'save_every', 'log_every', 'workers', 'micro', 'max_gap', 'warmup', 'head_start', 'ema', 'batch', 'n_iters'}
+_BOOKKEEPING = {
+    'save_every',
+    'log_every',
+    'workers',
+    'micro',
+    'max_gap',
+    'warmup',
+    'head_start',
+    'ema',
+    'batch',
+    'n_iters',
+}
+
 
 def main_numbers(
-    rows:dict,   # PRESETS of a system
-    most:int=7,  # How many fields at most
-)->list[str]:    # Names of fields
+    rows: dict,  # PRESETS of a system
+    most: int = 7,  # How many fields at most
+) -> list[str]:  # Names of fields
     "The numbers by which the rows of a system differ: batch and length, then the first others."
     cfgs = list(rows.values())
     number = lambda o: isinstance(o, (int, float)) and not isinstance(o, bool)
-    differ = lambda k: len({getattr(c, k) for c in cfgs})>1
-    return ['batch', 'n_iters'] + [f.name for f in fields(cfgs[0]) if f.name not in _BOOKKEEPING and number(getattr(cfgs[0], f.name)) and differ(f.name)][:most]
+    differ = lambda k: len({getattr(c, k) for c in cfgs}) > 1
+    return ['batch', 'n_iters'] + [
+        f.name
+        for f in fields(cfgs[0])
+        if f.name not in _BOOKKEEPING
+        and number(getattr(cfgs[0], f.name))
+        and differ(f.name)
+    ][:most]
+
 
 @app.command(cls=Command)
 def presets(
-    system:Annotated[str, typer.Argument(help="name of a system; empty shows all", show_default=False)]='',
+    system: Annotated[
+        str, typer.Argument(help="name of a system; empty shows all", show_default=False)
+    ] = '',
 ):
     """List the rows of a system.
 
     * marks the row that a data set selects, w those with weights in the book.
     """
     from ebmbook.core.runs import book_weights
+
     for name in [system] if system else systems():
         module = load_system(name)
         keys = main_numbers(module.PRESETS)
-        mark = lambda row, data: '*'*(module.DEFAULT_ROW.get(data)==row) + 'w'*(book_weights(name, row) is not None)
+        mark = lambda row, data: (
+            '*' * (module.DEFAULT_ROW.get(data) == row)
+            + 'w' * (book_weights(name, row) is not None)
+        )
         typer.echo(f'{name}: {systems()[name]}')
-        typer.echo(table(['row', '', 'data', *keys], [[k, mark(k, c.data), c.data, *(getattr(c, o) for o in keys)] for k,c in module.PRESETS.items()])+'\n')
+        typer.echo(
+            table(
+                ['row', '', 'data', *keys],
+                [
+                    [k, mark(k, c.data), c.data, *(getattr(c, o) for o in keys)]
+                    for k, c in module.PRESETS.items()
+                ],
+            )
+            + '\n'
+        )
 
 # %% ../../nbs/core/cli.ipynb #c021
 def find_notebook(
-    system:str, # Name of a chapter's module
-)->Path:        # Its notebook in the clone
+    system: str,  # Name of a chapter's module
+) -> Path:  # Its notebook in the clone
     "Raises `KeyError` listing the chapters that take parameters."
     from ebmbook.core.runs import root
-    found = {re.sub(r'^\d+[a-z]?_', '', p.stem): p for p in sorted((root()/'nbs').glob('[0-9]*.ipynb')) if read_parameters(p) is not None}
-    if system not in found: raise unknown('chapter', system, list(found))
+
+    found = {
+        re.sub(r'^\d+[a-z]?_', '', p.stem): p
+        for p in sorted((root() / 'nbs').glob('[0-9]*.ipynb'))
+        if read_parameters(p) is not None
+    }
+    if system not in found:
+        raise unknown('chapter', system, list(found))
     return found[system]
 
+
 def read_parameters(
-    path:Path, # A notebook
-)->dict|None:  # Name -> default, from the cell tagged `parameters`; None if there is none
+    path: Path,  # A notebook
+) -> (
+    dict | None
+):  # Name -> default, from the cell tagged `parameters`; None if there is none
     "Parameters of a notebook, read without running it."
     cells = json.loads(path.read_text(encoding='utf-8'))['cells']
-    tagged = [''.join(c['source']) for c in cells if 'parameters' in c['metadata'].get('tags', [])]
-    if not tagged: return None
-    return {o.targets[0].id: ast.literal_eval(o.value) for o in ast.parse(tagged[0]).body if isinstance(o, ast.Assign)}
+    tagged = [
+        ''.join(c['source']) for c in cells if 'parameters' in c['metadata'].get('tags', [])
+    ]
+    if not tagged:
+        return None
+    return {
+        o.targets[0].id: ast.literal_eval(o.value)
+        for o in ast.parse(tagged[0]).body
+        if isinstance(o, ast.Assign)
+    }
+
 
 def typed(
-    said:dict,     # Values as text
-    defaults:dict, # Decide the types
-)->dict:           # Values of the types of the defaults
+    said: dict,  # Values as text
+    defaults: dict,  # Decide the types
+) -> dict:  # Values of the types of the defaults
     "Give parameters the types of their defaults. Raises `ValueError` for a value that does not fit."
     out = {}
-    for k,v in said.items():
+    for k, v in said.items():
         kind = type(defaults[k])
-        try: out[k] = v if kind is str else (yaml.safe_load(v) or {}) if kind is dict else kind(v)
-        except (ValueError, yaml.YAMLError) as e: raise ValueError(f"-p {k} takes {kind.__name__}, got {v!r}") from e
-        if not isinstance(out[k], kind): raise ValueError(f"-p {k} takes {kind.__name__}, got {v!r}")
+        try:
+            out[k] = (
+                v if kind is str else (yaml.safe_load(v) or {}) if kind is dict else kind(v)
+            )
+        except (ValueError, yaml.YAMLError) as e:
+            raise ValueError(f"-p {k} takes {kind.__name__}, got {v!r}") from e
+        if not isinstance(out[k], kind):
+            raise ValueError(f"-p {k} takes {kind.__name__}, got {v!r}")
     return out
 
 # %% ../../nbs/core/cli.ipynb #c023
 def notebook_out(
-    path:Path,   # The chapter's notebook
-    said:dict,   # Parameters as text
-    out:str='',  # As typed
-)->Path:         # Where the executed copy goes
+    path: Path,  # The chapter's notebook
+    said: dict,  # Parameters as text
+    out: str = '',  # As typed
+) -> Path:  # Where the executed copy goes
     "Name the executed copy after its parameters. Raises `ValueError` for a place below nbs/."
     from ebmbook.core.runs import root
-    slug = re.sub(r'[^\w.=+-]+', '_', '-'.join(v if k in ('dataset', 'preset') else f'{k}={v}' for k,v in said.items()))
-    if len(slug)>60: slug = f"{slug[:50]}-{hashlib.sha256(slug.encode()).hexdigest()[:8]}"
-    target = Path(out) if out else root()/'runs'/'notebooks'/f"{path.stem}{'-' if slug else ''}{slug}.ipynb"
-    if (root()/'nbs').resolve() in target.resolve().parents: raise ValueError(f"{target}: an executed notebook below nbs/ would overwrite the package at the next export")
+
+    slug = re.sub(
+        r'[^\w.=+-]+',
+        '_',
+        '-'.join(v if k in ('dataset', 'preset') else f'{k}={v}' for k, v in said.items()),
+    )
+    if len(slug) > 60:
+        slug = f"{slug[:50]}-{hashlib.sha256(slug.encode()).hexdigest()[:8]}"
+    target = (
+        Path(out)
+        if out
+        else root() / 'runs' / 'notebooks' / f"{path.stem}{'-' if slug else ''}{slug}.ipynb"
+    )
+    if (root() / 'nbs').resolve() in target.resolve().parents:
+        raise ValueError(
+            f"{target}: an executed notebook below nbs/ would overwrite the package at the next export"
+        )
     target.parent.mkdir(parents=True, exist_ok=True)
     return target
 
+
 def execute(
-    path:Path,       # The notebook
-    target:Path,     # Where the executed copy goes
-    values:dict,     # Parameters
-)->str:              # Empty, or what went wrong, in plain words
+    path: Path,  # The notebook
+    target: Path,  # Where the executed copy goes
+    values: dict,  # Parameters
+) -> str:  # Empty, or what went wrong, in plain words
     "Execute a notebook with papermill."
-    try: import papermill
-    except ImportError as e: raise ImportError("running a chapter needs papermill: pip install papermill ipykernel") from e
-    try: papermill.execute_notebook(str(path), str(target), parameters=values, kernel_name='python3')
-    except papermill.PapermillExecutionError as e: return f"{e.ename}: {e.evalue}"
-    except RuntimeError as e: # nbclient: the kernel is gone
-        if 'kernel' not in str(e).lower(): raise
+    try:
+        import papermill
+    except ImportError as e:
+        raise ImportError(
+            "running a chapter needs papermill: pip install papermill ipykernel"
+        ) from e
+    try:
+        papermill.execute_notebook(
+            str(path), str(target), parameters=values, kernel_name='python3'
+        )
+    except papermill.PapermillExecutionError as e:
+        return f"{e.ename}: {e.evalue}"
+    except RuntimeError as e:  # nbclient: the kernel is gone
+        if 'kernel' not in str(e).lower():
+            raise
         return f"the notebook's process died ({e}); often the machine ran out of memory"
     return ''
 
 # %% ../../nbs/core/cli.ipynb #c025
 @app.command(cls=Command)
 def run(
-    system:System, p:Pairs=None,
-    out:Annotated[str, typer.Option(metavar='NOTEBOOK', help="executed copy; empty: runs/notebooks/ in the clone")]='',
+    system: System,
+    p: Pairs = None,
+    out: Annotated[
+        str,
+        typer.Option(
+            metavar='NOTEBOOK', help="executed copy; empty: runs/notebooks/ in the clone"
+        ),
+    ] = '',
 ):
     "Execute the chapter of a system with papermill."
     path = find_notebook(system)
     defaults = read_parameters(path)
     said = parameters(p, list(defaults))
-    values,target = typed(said, defaults),notebook_out(path, said, out)
+    values, target = typed(said, defaults), notebook_out(path, said, out)
     if wrong := execute(path, target, values):
-        typer.echo(f'ebmbook: the notebook failed.\n{wrong}\nThe traceback is in {target}', err=True)
+        typer.echo(
+            f'ebmbook: the notebook failed.\n{wrong}\nThe traceback is in {target}',
+            err=True,
+        )
         raise typer.Exit(1)
     typer.echo(f'open {target}')
 
 # %% ../../nbs/core/cli.ipynb #c028
 @app.command(cls=Command)
 def train(
-    system:System, p:Pairs=None, seed:Seed=0, device:Device='',
-    out:Annotated[str, typer.Option(metavar='DIR', help="folder of the run; empty: runs/SYSTEM/ROW-SEED")]='',
-    tensorboard:Annotated[bool, typer.Option('--tensorboard', help="write event files for TensorBoard too")]=False,
-    keep_every:Annotated[int, typer.Option(min=0, help="iterations between weights that stay in DIR/weights-STEP, to be measured; 0: none")]=0,
+    system: System,
+    p: Pairs = None,
+    seed: Seed = 0,
+    device: Device = '',
+    out: Annotated[
+        str,
+        typer.Option(metavar='DIR', help="folder of the run; empty: runs/SYSTEM/ROW-SEED"),
+    ] = '',
+    tensorboard: Annotated[
+        bool, typer.Option('--tensorboard', help="write event files for TensorBoard too")
+    ] = False,
+    keep_every: Annotated[
+        int,
+        typer.Option(
+            min=0,
+            help="iterations between weights that stay in DIR/weights-STEP, to be measured; 0: none",
+        ),
+    ] = 0,
 ):
     """Train a row, without a notebook.
 
@@ -295,336 +496,641 @@ def train(
     defaults = dict(dataset='', preset='', over='', seed=seed, out=out)
     said = defaults | typed(parameters(p, list(defaults)), defaults)
     module = load_system(system)
-    row,cfg = select(module, said['dataset'], said['preset'], said['over'])
+    row, cfg = select(module, said['dataset'], said['preset'], said['over'])
     import torch.distributed as dist
     from ebmbook.core.runs import open_run
     from ebmbook.core.train import seconds_trained, train as fit
     from ebmbook.data import require
+
     require(cfg.data)
-    run = open_run(system, row, cfg, module.PRESETS[row], seed=said['seed'], out=said['out'], device=check_device(device))
-    first = os.environ.get('RANK', '0')=='0' # of several processes one speaks
-    if first: typer.echo(f"{system} {row}, seed {run.seed}, on {run.device}: {run.folder}", err=True)
-    try: fit(module, cfg, run, tensorboard=tensorboard, keep_every=keep_every)
+    run = open_run(
+        system,
+        row,
+        cfg,
+        module.PRESETS[row],
+        seed=said['seed'],
+        out=said['out'],
+        device=check_device(device),
+    )
+    first = os.environ.get('RANK', '0') == '0'  # of several processes one speaks
+    if first:
+        typer.echo(
+            f"{system} {row}, seed {run.seed}, on {run.device}: {run.folder}", err=True
+        )
+    try:
+        fit(module, cfg, run, tensorboard=tensorboard, keep_every=keep_every)
     finally:
-        if dist.is_available() and dist.is_initialized(): dist.destroy_process_group()
-    if not first: return
-    typer.echo(f"trained for {seconds_trained(run):.0f} s; weights: {run.folder/'weights'}")
-    typer.echo(f"next: ebmbook sample {system} --weights {run.folder/'weights'}")
+        if dist.is_available() and dist.is_initialized():
+            dist.destroy_process_group()
+    if not first:
+        return
+    typer.echo(
+        f"trained for {seconds_trained(run):.0f} s; weights: {run.folder / 'weights'}"
+    )
+    typer.echo(f"next: ebmbook sample {system} --weights {run.folder / 'weights'}")
 
 # %% ../../nbs/core/cli.ipynb #c031
 def load_nets(
-    module,         # A system
-    weights:str='', # Folder; a run's folder will do
-    preset:str='',  # Row whose book weights are wanted
-    device:str='',  # As typed
-):                  # Networks in evaluation mode; their settings are `nets.cfg`
+    module,  # A system
+    weights: str = '',  # Folder; a run's folder will do
+    preset: str = '',  # Row whose book weights are wanted
+    device: str = '',  # As typed
+):  # Networks in evaluation mode; their settings are `nets.cfg`
     "Load trained networks. Raises `ValueError` or `FileNotFoundError` saying what there is instead."
     name = module.__name__.rpartition('.')[2]
-    if bool(weights)==bool(preset): raise ValueError("which weights? Give --weights FOLDER of a run, or -p preset ROW for those of the book")
+    if bool(weights) == bool(preset):
+        raise ValueError(
+            "which weights? Give --weights FOLDER of a run, or -p preset ROW for those of the book"
+        )
     folder = Path(weights) if weights else _book_folder(module, name, preset)
-    if not (folder/'model.safetensors').is_file() and (folder/'weights').is_dir(): folder = folder/'weights'
+    if not (folder / 'model.safetensors').is_file() and (folder / 'weights').is_dir():
+        folder = folder / 'weights'
     for o in ('model.safetensors', 'config.json'):
-        if not (folder/o).is_file(): raise FileNotFoundError(f"{folder} holds no weights: {o} is missing (a run writes its weights when it has finished)")
+        if not (folder / o).is_file():
+            raise FileNotFoundError(
+                f"{folder} holds no weights: {o} is missing (a run writes its weights when it has finished)"
+            )
     from safetensors.torch import load_model
+
     try:
-        said = json.loads((folder/'config.json').read_text(encoding='utf-8'))['cfg']
-        nets = module.build(module.Config(**{k: tuple(v) if isinstance(v, list) else v for k,v in said.items()}))
-        load_model(nets, folder/'model.safetensors')
-    except Exception as e: raise ValueError(f"{folder} cannot be read as weights of {name}: {type(e).__name__}: {e}") from e
+        said = json.loads((folder / 'config.json').read_text(encoding='utf-8'))['cfg']
+        nets = module.build(
+            module.Config(
+                **{k: tuple(v) if isinstance(v, list) else v for k, v in said.items()}
+            )
+        )
+        load_model(nets, folder / 'model.safetensors')
+    except Exception as e:
+        raise ValueError(
+            f"{folder} cannot be read as weights of {name}: {type(e).__name__}: {e}"
+        ) from e
     return nets.to(check_device(device)).eval()
+
 
 def _book_folder(module, name, preset):
     from ebmbook.core.runs import book_weights, root
-    if preset not in module.PRESETS: raise unknown('preset', preset, list(module.PRESETS))
-    if (found := book_weights(name, preset)) is not None: return found
-    have = sorted(p.name.removeprefix(f'{name}-') for p in (root()/'results'/'weights').glob(f'{name}-*') if (p/'model.safetensors').is_file())
-    raise FileNotFoundError(f"the book ships no weights of {preset!r} (it has: {', '.join(have) or 'none yet'}); train them with: ebmbook train {name} -p preset {preset}")
+
+    if preset not in module.PRESETS:
+        raise unknown('preset', preset, list(module.PRESETS))
+    if (found := book_weights(name, preset)) is not None:
+        return found
+    have = sorted(
+        p.name.removeprefix(f'{name}-')
+        for p in (root() / 'results' / 'weights').glob(f'{name}-*')
+        if (p / 'model.safetensors').is_file()
+    )
+    raise FileNotFoundError(
+        f"the book ships no weights of {preset!r} (it has: {', '.join(have) or 'none yet'}); train them with: ebmbook train {name} -p preset {preset}"
+    )
 
 # %% ../../nbs/core/cli.ipynb #c033
 def read_labels(
-    text:str, # '3', '0,1,2', or 'square,not-large'
-    module,   # A system
-    cfg,      # Its settings, with data and n_classes
-    n:int,    # How many samples
-):            # (n,) labels 1..n_classes, or (n, M) concepts
+    text: str,  # '3', '0,1,2', or 'square,not-large'
+    module,  # A system
+    cfg,  # Its settings, with data and n_classes
+    n: int,  # How many samples
+):  # (n,) labels 1..n_classes, or (n, M) concepts
     "Labels as `sample` takes them. Raises `ValueError` for what the row does not know."
     import torch
     from ebmbook.data import DATASETS
-    n_classes,words = getattr(cfg, 'n_classes', 0),[o.strip() for o in text.split(',') if o.strip()]
-    if not n_classes: raise ValueError("this row is unconditional; it takes no --labels")
-    names = list(DATASETS[cfg.data].attributes)[:n_classes//2] if cfg.data in DATASETS else []
+
+    n_classes, words = (
+        getattr(cfg, 'n_classes', 0),
+        [o.strip() for o in text.split(',') if o.strip()],
+    )
+    if not n_classes:
+        raise ValueError("this row is unconditional; it takes no --labels")
+    names = (
+        list(DATASETS[cfg.data].attributes)[: n_classes // 2]
+        if cfg.data in DATASETS
+        else []
+    )
     if names:
-        known = {o: module.attribute_label(i, 1) for i,o in enumerate(names)} | {f'not-{o}': module.attribute_label(i, 0) for i,o in enumerate(names)}
+        known = {o: module.attribute_label(i, 1) for i, o in enumerate(names)} | {
+            f'not-{o}': module.attribute_label(i, 0) for i, o in enumerate(names)
+        }
         for o in words:
-            if o not in known: raise ValueError(f"--labels: no attribute {o!r}; known: {', '.join(known)}")
+            if o not in known:
+                raise ValueError(f"--labels: no attribute {o!r}; known: {', '.join(known)}")
         return torch.tensor([known[o] for o in words]).expand(n, -1)
-    if not words or not all(o.isdigit() and int(o)<n_classes for o in words): raise ValueError(f"--labels takes classes 0 to {n_classes-1}, got {text!r}")
-    return torch.tensor([int(o)+1 for o in words]).repeat(-(-n//len(words)))[:n]
+    if not words or not all(o.isdigit() and int(o) < n_classes for o in words):
+        raise ValueError(f"--labels takes classes 0 to {n_classes - 1}, got {text!r}")
+    return torch.tensor([int(o) + 1 for o in words]).repeat(-(-n // len(words)))[:n]
 
 # %% ../../nbs/core/cli.ipynb #c035
 def save_samples(
-    x,           # (n, C, H, W) images in [-1, 1], or points
-    out:str='',  # File; empty chooses samples.png or samples.npy
-)->Path:         # The file
+    x,  # (n, C, H, W) images in [-1, 1], or points
+    out: str = '',  # File; empty chooses samples.png or samples.npy
+) -> Path:  # The file
     "Write images as a grid and points as an array; .npy keeps images as an array too, .png draws points."
     import matplotlib.pyplot as plt
     import numpy as np
     from ebmbook.core.plot import save_images, show_points
-    image = x.ndim==4
+
+    image = x.ndim == 4
     path = Path(out or ('samples.png' if image else 'samples.npy'))
     path.parent.mkdir(parents=True, exist_ok=True)
-    if path.suffix=='.npy': np.save(path, x.numpy())
-    elif image: save_images(x, path)
+    if path.suffix == '.npy':
+        np.save(path, x.numpy())
+    elif image:
+        save_images(x, path)
     else:
         show_points(x).figure.savefig(path)
         plt.close()
     return path
 
+
 @app.command(cls=Command)
 def sample(
-    system:System, weights:Weights='', p:Pairs=None,
-    n:Annotated[int, typer.Option('-n', min=1, help="how many")]=64,
-    labels:Annotated[str, typer.Option(help="classes counted from 0, or attributes: 3 or 0,1,2 or square,not-large")]='',
-    w:Annotated[float, typer.Option(help="strength of guidance")]=0.,
-    seed:Seed=0, device:Device='',
-    out:Annotated[str, typer.Option(help="file; empty: samples.png, or samples.npy for points")]='',
+    system: System,
+    weights: Weights = '',
+    p: Pairs = None,
+    n: Annotated[int, typer.Option('-n', min=1, help="how many")] = 64,
+    labels: Annotated[
+        str,
+        typer.Option(
+            help="classes counted from 0, or attributes: 3 or 0,1,2 or square,not-large"
+        ),
+    ] = '',
+    w: Annotated[float, typer.Option(help="strength of guidance")] = 0.0,
+    seed: Seed = 0,
+    device: Device = '',
+    out: Annotated[
+        str, typer.Option(help="file; empty: samples.png, or samples.npy for points")
+    ] = '',
 ):
     "Draw samples from trained weights and write them to a file."
     module = load_system(system)
     nets = load_nets(module, weights, parameters(p, ('preset',)).get('preset', ''), device)
     import torch
+
     chosen = dict(labels=read_labels(labels, module, nets.cfg, n)) if labels else {}
-    if w and not labels: raise ValueError("--w strengthens labels; give --labels too")
-    if w: chosen['w'] = w
+    if w and not labels:
+        raise ValueError("--w strengthens labels; give --labels too")
+    if w:
+        chosen['w'] = w
     start = time.monotonic()
-    x = module.sample(nets, n, nets.cfg, generator=torch.Generator(next(nets.parameters()).device).manual_seed(seed), **chosen).cpu()
-    typer.echo(f"{n} sample{'s'*(n>1)} in {time.monotonic()-start:.1f} s: {save_samples(x, out)}")
+    x = module.sample(
+        nets,
+        n,
+        nets.cfg,
+        generator=torch.Generator(next(nets.parameters()).device).manual_seed(seed),
+        **chosen,
+    ).cpu()
+    typer.echo(
+        f"{n} sample{'s' * (n > 1)} in {time.monotonic() - start:.1f} s: {save_samples(x, out)}"
+    )
 
 # %% ../../nbs/core/cli.ipynb #c037
 def read_at(
-    text:str,  # YAML mapping
-)->dict:
+    text: str,  # YAML mapping
+) -> dict:
     "Options of an evaluation. Raises `ValueError` if they are no mapping."
     at = yaml.safe_load(text) if text.strip() else {}
-    if not isinstance(at, dict): raise ValueError(f"--at takes a mapping such as '{{n_steps: 3}}', got {text!r}")
+    if not isinstance(at, dict):
+        raise ValueError(f"--at takes a mapping such as '{{n_steps: 3}}', got {text!r}")
     return at
+
 
 @app.command(cls=Command)
 def evaluate(
-    system:System, weights:Weights='', p:Pairs=None, seed:Seed=0, device:Device='',
-    at:Annotated[str, typer.Option(metavar='MAPPING', help="options of the evaluation, e.g. '{n_steps: 3, w: 1.0}'")]='',
+    system: System,
+    weights: Weights = '',
+    p: Pairs = None,
+    seed: Seed = 0,
+    device: Device = '',
+    at: Annotated[
+        str,
+        typer.Option(
+            metavar='MAPPING', help="options of the evaluation, e.g. '{n_steps: 3, w: 1.0}'"
+        ),
+    ] = '',
 ):
     "Measure trained weights; nothing is written to the ledger."
     module = load_system(system)
-    options,nets = read_at(at),load_nets(module, weights, parameters(p, ('preset',)).get('preset', ''), device)
-    try: got = module.evaluate(nets, nets.cfg, seed=seed, **options)
+    options, nets = (
+        read_at(at),
+        load_nets(module, weights, parameters(p, ('preset',)).get('preset', ''), device),
+    )
+    try:
+        got = module.evaluate(nets, nets.cfg, seed=seed, **options)
     except TypeError as e:
-        if 'unexpected keyword' in str(e): raise ValueError(f"--at: {e}") from e
+        if 'unexpected keyword' in str(e):
+            raise ValueError(f"--at: {e}") from e
         raise
-    typer.echo(table(['metric', 'value', 'n', 'extractor'], [[k, f'{v:.5g}', n, e or '-'] for k,(v,n,e) in got.items()]))
+    typer.echo(
+        table(
+            ['metric', 'value', 'n', 'extractor'],
+            [[k, f'{v:.5g}', n, e or '-'] for k, (v, n, e) in got.items()],
+        )
+    )
 
 # %% ../../nbs/core/cli.ipynb #c040
 def resolve(
-    job, # From `ebmbook.core.claims.missing`
-)->tuple: # The system's module and the resolved settings
+    job,  # From `ebmbook.core.claims.missing`
+) -> tuple:  # The system's module and the resolved settings
     """Check one training before any starts.
 
     Raises `KeyError`, `ValueError` or `FileNotFoundError` for wrong names, an `over` that would not match its own ledger lines, missing data.
     """
     from ebmbook.data import require
+
     module = load_system(job.system)
-    _,cfg = select(module, preset=job.row, over=job.over)
+    _, cfg = select(module, preset=job.row, over=job.over)
     plain = lambda c: json.loads(json.dumps(asdict(c)))
     base = plain(module.PRESETS[job.row])
-    differs = {k:v for k,v in plain(cfg).items() if v!=base[k]}
-    if differs!=job.over: raise ValueError(f"claims: over={job.over} of row {job.row!r} must be written {differs}, the fields that really differ, as the ledger has them")
-    if not hasattr(module, 'evaluate'): raise ValueError(f"claims: {job.system} has no evaluate")
+    differs = {k: v for k, v in plain(cfg).items() if v != base[k]}
+    if differs != job.over:
+        raise ValueError(
+            f"claims: over={job.over} of row {job.row!r} must be written {differs}, the fields that really differ, as the ledger has them"
+        )
+    if not hasattr(module, 'evaluate'):
+        raise ValueError(f"claims: {job.system} has no evaluate")
     require(cfg.data)
-    return module,cfg
+    return module, cfg
+
 
 def claim_run(
-    job,             # What to train
-    cfg,             # Its settings
-    module,          # Its system
-    out:Path,        # Folder of all claim runs
-    device:str,      # Where
-    fresh:bool,      # Forget an earlier training
-):                   # The run; other settings have another folder
+    job,  # What to train
+    cfg,  # Its settings
+    module,  # Its system
+    out: Path,  # Folder of all claim runs
+    device: str,  # Where
+    fresh: bool,  # Forget an earlier training
+):  # The run; other settings have another folder
     "Open the folder of a claim's training, saying so if other source began it."
     from ebmbook.core.runs import open_run, source_hash
+
     tag = hashlib.sha256(json.dumps(asdict(cfg), sort_keys=True).encode()).hexdigest()[:8]
-    folder = Path(out)/f'{job.system}-{job.row}-{tag}-{job.seed}'
-    if fresh: shutil.rmtree(folder, ignore_errors=True)
-    run = open_run(job.system, job.row, cfg, module.PRESETS[job.row], seed=job.seed, out=folder, device=device)
-    note = folder/'source.txt'
-    if not note.exists(): note.write_text(source_hash())
-    elif note.read_text()!=source_hash(): typer.echo(f"  {folder.name}: training began with other source; --fresh trains anew", err=True)
+    folder = Path(out) / f'{job.system}-{job.row}-{tag}-{job.seed}'
+    if fresh:
+        shutil.rmtree(folder, ignore_errors=True)
+    run = open_run(
+        job.system,
+        job.row,
+        cfg,
+        module.PRESETS[job.row],
+        seed=job.seed,
+        out=folder,
+        device=device,
+    )
+    note = folder / 'source.txt'
+    if not note.exists():
+        note.write_text(source_hash())
+    elif note.read_text() != source_hash():
+        typer.echo(
+            f"  {folder.name}: training began with other source; --fresh trains anew",
+            err=True,
+        )
     return run
 
 # %% ../../nbs/core/cli.ipynb #c042
 def do_job(
-    job,              # What to train and measure
-    module, cfg,      # From `resolve`
-    run,              # From `claim_run`
-    path:Path,        # The ledger
+    job,  # What to train and measure
+    module,
+    cfg,  # From `resolve`
+    run,  # From `claim_run`
+    path: Path,  # The ledger
 ):
     "Train, measure, and publish each measurement at once."
     from ebmbook.core.runs import publish, record
     from ebmbook.core.train import seconds_trained, train as fit
+
     nets = fit(module, cfg, run, progress=sys.stderr.isatty())
     seconds = seconds_trained(run)
     for at in job.at:
         got = module.evaluate(nets, cfg, seed=job.seed, **at)
-        publish([record(run, k, v, n=n, extractor=e, at=at, seconds=seconds) for k,(v,n,e) in got.items()], path)
-        typer.echo(f"  {at or ''} " + ', '.join(f'{k} {v:.4g}' for k,(v,_,_) in got.items()), err=True)
+        publish(
+            [
+                record(run, k, v, n=n, extractor=e, at=at, seconds=seconds)
+                for k, (v, n, e) in got.items()
+            ],
+            path,
+        )
+        typer.echo(
+            f"  {at or ''} " + ', '.join(f'{k} {v:.4g}' for k, (v, _, _) in got.items()),
+            err=True,
+        )
+
 
 def run_claims(
-    chosen:list,      # Claims
-    seeds:list[int],  # Which there should be
-    path:Path,        # The ledger
-    out:Path,         # Folder of the runs
-    device:str='',    # Where
-    fresh:bool=False, # Forget earlier trainings of what is missing
-)->list[str]:         # What failed, in words
+    chosen: list,  # Claims
+    seeds: list[int],  # Which there should be
+    path: Path,  # The ledger
+    out: Path,  # Folder of the runs
+    device: str = '',  # Where
+    fresh: bool = False,  # Forget earlier trainings of what is missing
+) -> list[str]:  # What failed, in words
     "Train and measure whatever the ledger lacks; a training that fails is reported and the others go on."
     from ebmbook.core.claims import missing
     from ebmbook.core.runs import ledger
     from ebmbook.core.train import Diverged
-    jobs,failed = missing(chosen, ledger(path), seeds),[]
-    plan,device = [(job, *resolve(job)) for job in jobs],check_device(device)
-    typer.echo(f"missing: trainings {len(jobs)}, measurements {sum(len(o.at) for o in jobs)}", err=True)
-    for i,(job,module,cfg) in enumerate(plan, 1):
+
+    jobs, failed = missing(chosen, ledger(path), seeds), []
+    plan, device = [(job, *resolve(job)) for job in jobs], check_device(device)
+    typer.echo(
+        f"missing: trainings {len(jobs)}, measurements {sum(len(o.at) for o in jobs)}",
+        err=True,
+    )
+    for i, (job, module, cfg) in enumerate(plan, 1):
         name = f"{job.system} {job.row} {job.over or ''} seed {job.seed}"
         typer.echo(f"[{i}/{len(plan)}] {name}", err=True)
-        try: do_job(job, module, cfg, claim_run(job, cfg, module, out, device, fresh), path)
-        except (Diverged, ValueError) as e: # a number that is not finite is a ValueError
+        try:
+            do_job(job, module, cfg, claim_run(job, cfg, module, out, device, fresh), path)
+        except (Diverged, ValueError) as e:  # a number that is not finite is a ValueError
             failed.append(f"{name}: {e}")
             typer.echo(f"  failed: {e}", err=True)
     left = missing(chosen, ledger(path), seeds)
-    return failed + [f"{o.system} {o.row} {o.over or ''} seed {o.seed} at {o.at}: not every metric that the claims name was measured"
-                     for o in left if not failed]
+    return failed + [
+        f"{o.system} {o.row} {o.over or ''} seed {o.seed} at {o.at}: not every metric that the claims name was measured"
+        for o in left
+        if not failed
+    ]
 
 # %% ../../nbs/core/cli.ipynb #c045
 @app.command(cls=Command)
 def claims(
-    run:Annotated[bool, typer.Option('--run', help="train and measure what is missing, then judge")]=False,
-    only:Annotated[list[str]|None, typer.Option(metavar='ID', help="this claim alone; may be repeated", show_default=False)]=None,
-    as_json:Annotated[bool, typer.Option('--json', help="print a list of objects")]=False,
-    markdown:Annotated[bool, typer.Option('--markdown', help="print a markdown table")]=False,
-    seeds:Annotated[str, typer.Option(help="seeds that --run provides, e.g. --seeds 0 1 2")]='0 1 2',
-    device:Device='',
-    fresh:Annotated[bool, typer.Option('--fresh', help="with --run: train what is missing anew instead of continuing")]=False,
-    file:Annotated[str, typer.Option(help="claims file; empty: results/claims.yaml of the clone")]='',
-    ledger_file:Annotated[str, typer.Option('--ledger', help="ledger; empty: results/ledger.jsonl of the clone")]='',
-    out:Annotated[str, typer.Option(metavar='DIR', help="folder of the trainings; empty: runs/claims in the clone")]='',
+    run: Annotated[
+        bool, typer.Option('--run', help="train and measure what is missing, then judge")
+    ] = False,
+    only: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar='ID', help="this claim alone; may be repeated", show_default=False
+        ),
+    ] = None,
+    as_json: Annotated[
+        bool, typer.Option('--json', help="print a list of objects")
+    ] = False,
+    markdown: Annotated[
+        bool, typer.Option('--markdown', help="print a markdown table")
+    ] = False,
+    seeds: Annotated[
+        str, typer.Option(help="seeds that --run provides, e.g. --seeds 0 1 2")
+    ] = '0 1 2',
+    device: Device = '',
+    fresh: Annotated[
+        bool,
+        typer.Option(
+            '--fresh', help="with --run: train what is missing anew instead of continuing"
+        ),
+    ] = False,
+    file: Annotated[
+        str, typer.Option(help="claims file; empty: results/claims.yaml of the clone")
+    ] = '',
+    ledger_file: Annotated[
+        str,
+        typer.Option('--ledger', help="ledger; empty: results/ledger.jsonl of the clone"),
+    ] = '',
+    out: Annotated[
+        str,
+        typer.Option(
+            metavar='DIR', help="folder of the trainings; empty: runs/claims in the clone"
+        ),
+    ] = '',
 ):
     "Judge by the ledger what the papers claim."
     from ebmbook.core.claims import as_markdown, as_text, read_claims, verdicts
     from ebmbook.core.runs import ledger, ledger_path, root
-    chosen,path = read_claims(file or None),Path(ledger_file) if ledger_file else ledger_path()
+
+    chosen, path = (
+        read_claims(file or None),
+        Path(ledger_file) if ledger_file else ledger_path(),
+    )
     for o in only or []:
-        if o not in [c.id for c in chosen]: raise unknown('claim', o, [c.id for c in chosen])
-    if only: chosen = [c for c in chosen if c.id in only]
+        if o not in [c.id for c in chosen]:
+            raise unknown('claim', o, [c.id for c in chosen])
+    if only:
+        chosen = [c for c in chosen if c.id in only]
     numbers = [int(o) for o in re.split(r'[,\s]+', seeds) if o.isdigit()]
-    failed = run_claims(chosen, numbers, path, Path(out) if out else root()/'runs'/'claims', device, fresh) if run else []
+    failed = (
+        run_claims(
+            chosen,
+            numbers,
+            path,
+            Path(out) if out else root() / 'runs' / 'claims',
+            device,
+            fresh,
+        )
+        if run
+        else []
+    )
     results = verdicts(chosen, ledger(path))
-    typer.echo(json.dumps(results, indent=1) if as_json else as_markdown(results) if markdown else as_text(results))
-    if not run and any(o['verdict']=='not run' for o in results): typer.echo("\nebmbook claims --run trains and measures what is missing", err=True)
-    for o in failed: typer.echo(f'failed: {o}', err=True)
-    if failed: raise typer.Exit(1)
+    typer.echo(
+        json.dumps(results, indent=1)
+        if as_json
+        else as_markdown(results)
+        if markdown
+        else as_text(results)
+    )
+    if not run and any(o['verdict'] == 'not run' for o in results):
+        typer.echo("\nebmbook claims --run trains and measures what is missing", err=True)
+    for o in failed:
+        typer.echo(f'failed: {o}', err=True)
+    if failed:
+        raise typer.Exit(1)
 
 # %% ../../nbs/core/cli.ipynb #c048
 @app.command(cls=Command)
 def cost(
-    system:System, p:Pairs=None, device:Device='',
-    budget:Annotated[float, typer.Option(min=.01, help="seconds that one timed iteration may take")]=1.,
+    system: System,
+    p: Pairs = None,
+    device: Device = '',
+    budget: Annotated[
+        float, typer.Option(min=0.01, help="seconds that one timed iteration may take")
+    ] = 1.0,
 ):
     """Count parameters, estimate the training time.
 
     On this machine, with random data; -p takes dataset, preset and over.
     """
-    module,device = load_system(system),check_device(device)
+    module, device = load_system(system), check_device(device)
     said = parameters(p, ('dataset', 'preset', 'over'))
-    row,cfg = select(module, *(said.get(k, '') for k in ('dataset', 'preset', 'over')))
+    row, cfg = select(module, *(said.get(k, '') for k in ('dataset', 'preset', 'over')))
     import torch
     from ebmbook.core.cost import duration, plain_number, seconds_per_iteration
+
     torch.manual_seed(0)
     nets = module.build(cfg).to(device)
     count = lambda net: sum(o.numel() for o in net.parameters())
-    typer.echo(table(['network', 'parameters'], [[k, f'{count(o):,}'] for k,o in nets.named_children()] + [['all', f'{count(nets):,}']]))
+    typer.echo(
+        table(
+            ['network', 'parameters'],
+            [[k, f'{count(o):,}'] for k, o in nets.named_children()]
+            + [['all', f'{count(nets):,}']],
+        )
+    )
     for stage in (o for o in module.STAGES if o.n_iters(cfg)):
-        took,n = seconds_per_iteration(stage, nets, cfg, device, budget)
-        full,n_iters = stage.batch(cfg),stage.n_iters(cfg)
-        scale = full/n
-        how = f"measured with batch {n}" + (f", scaled by {plain_number(scale)} to batch {full}" if scale>1 else '')
-        typer.echo(f"\n{row}, stage {stage.name}, on {device} with {torch.get_num_threads()} threads: {plain_number(took*scale)} s per iteration ({how})")
-        typer.echo(f"{n_iters:,} iterations: about {duration(took*scale*n_iters)}; reading data and checkpoints are not in it")
-        if getattr(cfg, 'vae', ''): typer.echo("the autoencoder's share is not in it either")
+        took, n = seconds_per_iteration(stage, nets, cfg, device, budget)
+        full, n_iters = stage.batch(cfg), stage.n_iters(cfg)
+        scale = full / n
+        how = f"measured with batch {n}" + (
+            f", scaled by {plain_number(scale)} to batch {full}" if scale > 1 else ''
+        )
+        typer.echo(
+            f"\n{row}, stage {stage.name}, on {device} with {torch.get_num_threads()} threads: {plain_number(took * scale)} s per iteration ({how})"
+        )
+        typer.echo(
+            f"{n_iters:,} iterations: about {duration(took * scale * n_iters)}; reading data and checkpoints are not in it"
+        )
+        if getattr(cfg, 'vae', ''):
+            typer.echo("the autoencoder's share is not in it either")
 
 # %% ../../nbs/core/cli.ipynb #c051
 def chain_energy(
-    module, nets, cfg, # A system, its networks, their settings
-    x,                 # (B, ...) where the energy is wanted
-):                     # E(x) -> (B,), differentiable
+    module,
+    nets,
+    cfg,  # A system, its networks, their settings
+    x,  # (B, ...) where the energy is wanted
+):  # E(x) -> (B,), differentiable
     "The energy that a row's chains descend, at its lowest noise level where it has levels."
     import torch
-    if not hasattr(module, 'schedule'): return nets.energy
-    labels = torch.zeros(len(x), dtype=torch.int64, device=x.device) if getattr(cfg, 'n_classes', 0) else None
+
+    if not hasattr(module, 'schedule'):
+        return nets.energy
+    labels = (
+        torch.zeros(len(x), dtype=torch.int64, device=x.device)
+        if getattr(cfg, 'n_classes', 0)
+        else None
+    )
     return nets.energy.at(module.schedule(cfg, x.device).lam[:1].expand(len(x)), labels)
 
+
 def row_case(
-    system:str, # Name
-    row:str,    # Its preset; '' takes the first
-    batch:int,  # Chains
-    steps:int,  # Updates in one timed chain
-    device:str,
-):              # A `core.bench.Case`
+    system: str,  # Name
+    row: str,  # Its preset; '' takes the first
+    batch: int,  # Chains
+    steps: int,  # Updates in one timed chain
+    device: str,
+):  # A `core.bench.Case`
     "One row of a system, ready to be timed."
     import torch
     from ebmbook.core.bench import Case, vaebm_case
     from ebmbook.core.cost import random_batch
+
     module = load_system(system)
-    row,cfg = select(module, preset=row or next(iter(module.PRESETS)))
+    row, cfg = select(module, preset=row or next(iter(module.PRESETS)))
     torch.manual_seed(0)
-    nets,x = module.build(cfg).to(device).eval(),random_batch(cfg, batch, device)['x']
-    arms = [o for o in vaebm_case(1/32, 1).arms if x.ndim==4 or not o.endswith('channels last')]
-    return Case(name=f'{system} {row}', net=nets, x=x, steps=steps, arms=tuple(arms),
-                call=lambda nets, x: chain_energy(module, nets, cfg, x)(x), chain=lambda nets: chain_energy(module, nets, cfg, x))
+    nets, x = module.build(cfg).to(device).eval(), random_batch(cfg, batch, device)['x']
+    arms = [
+        o
+        for o in vaebm_case(1 / 32, 1).arms
+        if x.ndim == 4 or not o.endswith('channels last')
+    ]
+    return Case(
+        name=f'{system} {row}',
+        net=nets,
+        x=x,
+        steps=steps,
+        arms=tuple(arms),
+        call=lambda nets, x: chain_energy(module, nets, cfg, x)(x),
+        chain=lambda nets: chain_energy(module, nets, cfg, x),
+    )
 
 # %% ../../nbs/core/cli.ipynb #c053
 @app.command(cls=Command)
 def bench(
-    system:Annotated[str, typer.Argument(help="time a row of this system instead", show_default=False)]='',
-    row:Annotated[str, typer.Option(help="its preset; empty takes the first")]='',
-    batch:Annotated[int, typer.Option(min=1, help="chains at once, with a system")]=64,
-    steps:Annotated[int, typer.Option(min=1, help="updates in one timed chain, with a system")]=20,
-    only:Annotated[str, typer.Option(metavar='CASES', help="these cases alone, separated by commas; nothing is stored")]='',
-    quick:Annotated[bool, typer.Option('--quick', help="tiny networks, a few seconds; nothing is stored")]=False,
-    minutes:Annotated[float, typer.Option(min=0, help="time for the rounds; preparation, compilation and memory come on top")]=5.5,
-    as_json:Annotated[bool, typer.Option('--json', help="print one JSON line per measurement")]=False,
-    store:Annotated[bool, typer.Option('--store/--no-store', help="replace results/bench.json after a full run")]=True,
-    device:Device='',
+    system: Annotated[
+        str, typer.Argument(help="time a row of this system instead", show_default=False)
+    ] = '',
+    row: Annotated[str, typer.Option(help="its preset; empty takes the first")] = '',
+    batch: Annotated[int, typer.Option(min=1, help="chains at once, with a system")] = 64,
+    steps: Annotated[
+        int, typer.Option(min=1, help="updates in one timed chain, with a system")
+    ] = 20,
+    only: Annotated[
+        str,
+        typer.Option(
+            metavar='CASES',
+            help="these cases alone, separated by commas; nothing is stored",
+        ),
+    ] = '',
+    quick: Annotated[
+        bool,
+        typer.Option('--quick', help="tiny networks, a few seconds; nothing is stored"),
+    ] = False,
+    minutes: Annotated[
+        float,
+        typer.Option(
+            min=0,
+            help="time for the rounds; preparation, compilation and memory come on top",
+        ),
+    ] = 5.5,
+    as_json: Annotated[
+        bool, typer.Option('--json', help="print one JSON line per measurement")
+    ] = False,
+    store: Annotated[
+        bool,
+        typer.Option(
+            '--store/--no-store', help="replace results/bench.json after a full run"
+        ),
+    ] = True,
+    device: Device = '',
 ):
     """Time the sampler.
 
     Langevin updates against the least they can cost, the loop of public scripts, and torchebm; memory against the number of samples.
     """
-    from ebmbook.core.bench import SPEED_HEAD, VERDICT_HEAD, bench_path, machine, measure, run, save, speed_rows, verdict_rows
-    device,whole = check_device(device),not (system or only or quick)
-    path = bench_path() if whole and store else None # before the work: outside a clone there is no place for the result
-    if system: result = dict(machine=machine(device), rows=measure(row_case(system, row, batch, steps, device), 60*minutes), memory=[])
-    else: result = run(tuple(o.strip() for o in only.split(',') if o.strip()), quick=quick, minutes=minutes, device=device, tell=lambda o: typer.echo(o, err=True))
-    if as_json: typer.echo('\n'.join(json.dumps(result['machine'] | o) for o in result['rows']+result['memory']))
+    from ebmbook.core.bench import (
+        SPEED_HEAD,
+        VERDICT_HEAD,
+        bench_path,
+        machine,
+        measure,
+        run,
+        save,
+        speed_rows,
+        verdict_rows,
+    )
+
+    device, whole = check_device(device), not (system or only or quick)
+    path = (
+        bench_path() if whole and store else None
+    )  # before the work: outside a clone there is no place for the result
+    if system:
+        result = dict(
+            machine=machine(device),
+            rows=measure(row_case(system, row, batch, steps, device), 60 * minutes),
+            memory=[],
+        )
     else:
-        typer.echo(', '.join(f'{k} {v}' for k,v in result['machine'].items()))
-        typer.echo('\n'+table(SPEED_HEAD, speed_rows(result)))
-        if result['memory']: typer.echo('\n'+table(['samples', 'chunk', 'MB above one chain'], [[o['samples'], o['chunk'] or 'all', o['mb']] for o in result['memory']]))
-        if not system and not quick: typer.echo('\n'+table(VERDICT_HEAD, verdict_rows(result)))
-    if path: save(result, path)
+        result = run(
+            tuple(o.strip() for o in only.split(',') if o.strip()),
+            quick=quick,
+            minutes=minutes,
+            device=device,
+            tell=lambda o: typer.echo(o, err=True),
+        )
+    if as_json:
+        typer.echo(
+            '\n'.join(
+                json.dumps(result['machine'] | o) for o in result['rows'] + result['memory']
+            )
+        )
+    else:
+        typer.echo(', '.join(f'{k} {v}' for k, v in result['machine'].items()))
+        typer.echo('\n' + table(SPEED_HEAD, speed_rows(result)))
+        if result['memory']:
+            typer.echo(
+                '\n'
+                + table(
+                    ['samples', 'chunk', 'MB above one chain'],
+                    [
+                        [o['samples'], o['chunk'] or 'all', o['mb']]
+                        for o in result['memory']
+                    ],
+                )
+            )
+        if not system and not quick:
+            typer.echo('\n' + table(VERDICT_HEAD, verdict_rows(result)))
+    if path:
+        save(result, path)
 
 # %% ../../nbs/core/cli.ipynb #c056
-def main(): # What `ebmbook` and `python -m ebmbook.core.cli` start
+def main():  # What `ebmbook` and `python -m ebmbook.core.cli` start
     "Run the command line."
     app(prog_name='ebmbook')
 
-if __name__=='__main__' and '__file__' in globals(): main() # a notebook is __main__ too, but no file
+
+if __name__ == '__main__' and '__file__' in globals():
+    main()  # a notebook is __main__ too, but no file

@@ -15,12 +15,12 @@ import yaml
 
 # %% ../../nbs/core/config.ipynb #c005
 def unknown(
-    kind:str, # What was named, for example 'preset'
-    name,     # The name that does not exist
-    known,    # The names that do
-)->KeyError:  # To be raised
+    kind: str,  # What was named, for example 'preset'
+    name,  # The name that does not exist
+    known,  # The names that do
+) -> KeyError:  # To be raised
     "The error for a wrong name; its message offers the nearest right one."
-    near = difflib.get_close_matches(str(name), known, 1, .5)
+    near = difflib.get_close_matches(str(name), known, 1, 0.5)
     hint = f"; did you mean {near[0]!r}?" if near else ""
     return KeyError(f"unknown {kind} {name!r}{hint} Known: {', '.join(sorted(known))}")
 
@@ -28,39 +28,50 @@ def unknown(
 def _accepts(kind, value):
     if typing.get_origin(kind) in (types.UnionType, typing.Union):
         return any(_accepts(option, value) for option in typing.get_args(kind))
-    if kind is type(None): return value is None
+    if kind is type(None):
+        return value is None
     origin = typing.get_origin(kind) or kind
     # bool is an int for Python, but not for a reader
-    if origin is float: return isinstance(value, (int, float)) and not isinstance(value, bool)
-    if origin is int: return isinstance(value, int) and not isinstance(value, bool)
+    if origin is float:
+        return isinstance(value, (int, float)) and not isinstance(value, bool)
+    if origin is int:
+        return isinstance(value, int) and not isinstance(value, bool)
     return isinstance(value, origin)
 
-def _number(value): # YAML 1.1 reads 1e-4 as a word; people mean a number
-    if not isinstance(value, str): return value
-    try: return float(value)
-    except ValueError: return value
+
+def _number(value):  # YAML 1.1 reads 1e-4 as a word; people mean a number
+    if not isinstance(value, str):
+        return value
+    try:
+        return float(value)
+    except ValueError:
+        return value
 
 # %% ../../nbs/core/config.ipynb #c342e362
 def read_over(
-    config,            # A Config instance: its fields say which names and types are allowed
-    over:dict|str|None # Fields to replace, as dictionary or as YAML, "{n_iters: 10}"
-)->dict:               # The same with values of the right types
+    config,  # A Config instance: its fields say which names and types are allowed
+    over: dict | str | None,  # Fields to replace, as dictionary or as YAML, "{n_iters: 10}"
+) -> dict:  # The same with values of the right types
     """Check the fields to replace and convert values given as text.
 
     Raises `KeyError` for an unknown field and `ValueError` for a value of the wrong type.
     """
-    if isinstance(over, str): over = yaml.safe_load(over) if over.strip() else {}
-    if over is None: over = {}
+    if isinstance(over, str):
+        over = yaml.safe_load(over) if over.strip() else {}
+    if over is None:
+        over = {}
     if not isinstance(over, dict):
         raise ValueError(f"over must be a mapping of field to value, got {over!r}")
     hints = typing.get_type_hints(type(config))
     known = [field.name for field in fields(config)]
     out = {}
-    for name,value in over.items():
-        if name not in known: raise unknown('field', name, known)
+    for name, value in over.items():
+        if name not in known:
+            raise unknown('field', name, known)
         if isinstance(value, str) and not _accepts(hints[name], value):
             value = _number(yaml.safe_load(value))
-        if isinstance(value, list): value = tuple(value)
+        if isinstance(value, list):
+            value = tuple(value)
         if not _accepts(hints[name], value):
             raise ValueError(f"field {name!r} takes {hints[name]}, got {value!r}")
         out[name] = float(value) if hints[name] is float else value
@@ -68,23 +79,23 @@ def read_over(
 
 # %% ../../nbs/core/config.ipynb #c007
 def check_words(
-    cfg,        # A Config instance
-    words:dict, # Field -> the words that it may hold
+    cfg,  # A Config instance
+    words: dict,  # Field -> the words that it may hold
 ):
     "Refuse a word that a setting does not know. Raises `ValueError` naming the field."
-    for name,known in words.items():
+    for name, known in words.items():
         value = getattr(cfg, name)
         if value not in known:
             raise ValueError(f"{name} must be one of {', '.join(known)}, got {value!r}")
 
 # %% ../../nbs/core/config.ipynb #c010
 def choose(
-    presets:dict,            # Presets by name, each a frozen dataclass with a field `data`
-    default_preset:dict,     # Data set -> preset, for `-p dataset NAME` alone
-    dataset:str,             # Data-set name, or folder:PATH
-    preset:str='',           # Its name; empty selects the default preset of the data set
-    over:dict|str|None=None, # Fields to replace in the preset
-)->tuple[str,object]:        # Name of the preset and the resolved Config
+    presets: dict,  # Presets by name, each a frozen dataclass with a field `data`
+    default_preset: dict,  # Data set -> preset, for `-p dataset NAME` alone
+    dataset: str,  # Data-set name, or folder:PATH
+    preset: str = '',  # Its name; empty selects the default preset of the data set
+    over: dict | str | None = None,  # Fields to replace in the preset
+) -> tuple[str, object]:  # Name of the preset and the resolved Config
     """Select a preset and replace fields, refusing whatever is unknown or contradictory.
 
     Raises `KeyError` for an unknown preset or field, `ValueError` for a preset of another
@@ -93,17 +104,22 @@ def choose(
     own = dataset.startswith('folder:')
     if not preset:
         if own:
-            raise ValueError("your own images have no preset of their own: "
-                             "name one, e.g. -p preset cifar10")
+            raise ValueError(
+                "your own images have no preset of their own: "
+                "name one, e.g. -p preset cifar10"
+            )
         if dataset not in default_preset:
             raise unknown('data set for this system', dataset, list(default_preset))
         preset = default_preset[dataset]
-    if preset not in presets: raise unknown('preset', preset, list(presets))
+    if preset not in presets:
+        raise unknown('preset', preset, list(presets))
     settings = presets[preset]
     over = read_over(settings, over)
     if own:
         over = dict(data=dataset) | over
-    elif settings.data!=dataset:
-        raise ValueError(f"preset {preset!r} belongs to data set {settings.data!r}, "
-                         f"but dataset is {dataset!r}")
+    elif settings.data != dataset:
+        raise ValueError(
+            f"preset {preset!r} belongs to data set {settings.data!r}, "
+            f"but dataset is {dataset!r}"
+        )
     return preset, replace(settings, **over)

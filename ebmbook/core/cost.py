@@ -18,65 +18,94 @@ from ..data import CAMERAS, DATASETS, require
 
 # %% ../../nbs/core/cost.ipynb #c005
 def waiter(
-    device:str, # 'cpu', 'cuda', 'cuda:1' or 'mps'
-)->Callable:    # Blocks until the device has done its work
+    device: str,  # 'cpu', 'cuda', 'cuda:1' or 'mps'
+) -> Callable:  # Blocks until the device has done its work
     "What to call before looking at the clock."
-    if device.startswith('cuda'): return lambda: torch.cuda.synchronize(device)
-    return torch.mps.synchronize if device=='mps' else lambda: None
+    if device.startswith('cuda'):
+        return lambda: torch.cuda.synchronize(device)
+    return torch.mps.synchronize if device == 'mps' else lambda: None
+
 
 def random_batch(
-    cfg,          # Resolved settings
-    n:int,        # How many
-    device:str,   # Where
-)->dict:          # x, y if the data set has labels, and cameras and objects if it has those
+    cfg,  # Resolved settings
+    n: int,  # How many
+    device: str,  # Where
+) -> dict:  # x, y if the data set has labels, and cameras and objects if it has those
     "A batch that looks like the data of a row."
     spec = DATASETS[cfg.data] if cfg.data in DATASETS else require(cfg.data)
-    x = torch.rand(n, *(cfg.shape if getattr(cfg, 'vae', '') else spec.shape), device=device)*2-1
+    x = (
+        torch.rand(
+            n, *(cfg.shape if getattr(cfg, 'vae', '') else spec.shape), device=device
+        )
+        * 2
+        - 1
+    )
     out = dict(x=x)
-    if spec.attributes: out['y'] = torch.randint(2, (n, len(spec.attributes)), device=device)
-    elif spec.n_classes: out['y'] = torch.randint(spec.n_classes, (n,), device=device)
+    if spec.attributes:
+        out['y'] = torch.randint(2, (n, len(spec.attributes)), device=device)
+    elif spec.n_classes:
+        out['y'] = torch.randint(spec.n_classes, (n,), device=device)
     if cfg.data in CAMERAS:
         pose = torch.rand(n, 2, device=device)
-        out |= dict(pose=pose, c2w=camera_to_world(pose, CAMERAS[cfg.data]), object=torch.arange(n, device=device))
+        out |= dict(
+            pose=pose,
+            c2w=camera_to_world(pose, CAMERAS[cfg.data]),
+            object=torch.arange(n, device=device),
+        )
     return out
 
 # %% ../../nbs/core/cost.ipynb #c008
 def seconds_per_iteration(
-    stage,             # One of the system's stages
-    nets,              # Its networks, on the device; their weights change
-    cfg,               # Resolved settings
-    device:str,        # Where
-    budget:float=1.,   # Seconds that one iteration may take
-    most:int|None=None,# Largest batch to try; None is the row's
-)->tuple[float,int]:   # Seconds, and the batch they were measured with
+    stage,  # One of the system's stages
+    nets,  # Its networks, on the device; their weights change
+    cfg,  # Resolved settings
+    device: str,  # Where
+    budget: float = 1.0,  # Seconds that one iteration may take
+    most: int | None = None,  # Largest batch to try; None is the row's
+) -> tuple[float, int]:  # Seconds, and the batch they were measured with
     "Time one iteration with a batch as near to the row's as the budget allows."
-    acc,groups = _accelerator(cfg, device),stage.optimisers(nets, cfg)
+    acc, groups = _accelerator(cfg, device), stage.optimisers(nets, cfg)
     for group in groups.values():
-        for g in group.optimiser.param_groups: g.setdefault('initial_lr', g['lr'])
-    last = max(stage.n_iters(cfg)-1, 0) # warm-ups are over then, and chains have their full length
-    ctx = Context(last, last/max(stage.n_iters(cfg), 1), torch.Generator(device).manual_seed(0))
+        for g in group.optimiser.param_groups:
+            g.setdefault('initial_lr', g['lr'])
+    last = max(
+        stage.n_iters(cfg) - 1, 0
+    )  # warm-ups are over then, and chains have their full length
+    ctx = Context(
+        last, last / max(stage.n_iters(cfg), 1), torch.Generator(device).manual_seed(0)
+    )
     full = stage.batch(cfg)
-    bare,most = replace(cfg, vae='') if getattr(cfg, 'vae', '') else cfg,min(most or full, full)
+    bare, most = (
+        replace(cfg, vae='') if getattr(cfg, 'vae', '') else cfg,
+        min(most or full, full),
+    )
     wait = waiter(device)
+
     def once(n):
         batch = random_batch(cfg, n, device)
         wait()
         start = time.monotonic()
         optimiser_step(stage, nets, [batch], bare, [ctx], groups, acc)
         wait()
-        return time.monotonic()-start
+        return time.monotonic() - start
+
     n = min(stage.least(cfg), most)
-    if (took := once(n))>4*budget: return took,n # the first iteration also allocates, but little beside this
-    while (took := min(once(n), once(n)))<budget/2 and n<most: n = min(2*n, most)
-    return took,n
+    if (took := once(n)) > 4 * budget:
+        return took, n  # the first iteration also allocates, but little beside this
+    while (took := min(once(n), once(n))) < budget / 2 and n < most:
+        n = min(2 * n, most)
+    return took, n
 
 # %% ../../nbs/core/cost.ipynb #c010
 def duration(
-    seconds:float, # >= 0
-)->str:            # With one unit
+    seconds: float,  # >= 0
+) -> str:  # With one unit
     "Seconds in the unit in which a person would say them."
-    for size,unit in ((86_400, 'days'), (3_600, 'hours'), (60, 'minutes')):
-        if seconds>=2*size: return f'{plain_number(seconds/size)} {unit}'
+    for size, unit in ((86_400, 'days'), (3_600, 'hours'), (60, 'minutes')):
+        if seconds >= 2 * size:
+            return f'{plain_number(seconds / size)} {unit}'
     return f'{plain_number(seconds)} s'
 
-def plain_number(v:float)->str: return f'{v:,.0f}' if v>=100 else f'{v:.3g}' # no exponent for large numbers
+
+def plain_number(v: float) -> str:
+    return f'{v:,.0f}' if v >= 100 else f'{v:.3g}'  # no exponent for large numbers

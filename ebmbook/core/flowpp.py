@@ -42,7 +42,7 @@ def log_odds(
 
 # %% ../../nbs/core/flowpp.ipynb #c010
 @torch.no_grad()
-def _search(odds, mixture, n_max): # Newton's method in a bracket, each number for itself
+def _search(odds, mixture, n_max):  # Newton's method in a bracket, each number for itself
     eps = torch.finfo(odds.dtype).eps
     ends = mixture[1] + odds.unsqueeze(-1) * mixture[2].exp()
     low = ends.amin(-1)
@@ -101,6 +101,7 @@ def checker(
     black = torch.where(odd, x[..., 0], x[..., 1])
     return white, black
 
+
 def unchecker(
     white: Tensor,  # (B, C, H, W/2) white fields
     black: Tensor,  # (B, C, H, W/2) black fields
@@ -126,6 +127,7 @@ def squeeze(
     lower_left = x[..., 1::2, ::2]
     return torch.cat((upper_left, lower_right, upper_right, lower_left), 1)
 
+
 def unsqueeze(
     x: Tensor,  # (B, 4C, H/2, W/2)
 ) -> Tensor:  # (B, C, H, W)
@@ -142,6 +144,7 @@ def wn(
     "Give `layer` weight normalisation, one gain for each output."
     return parametrizations.weight_norm(layer)
 
+
 def gains(
     net: nn.Module,  # Any network
 ) -> list:  # Its weight-norm gains: the parameters that the released programs decay
@@ -149,10 +152,12 @@ def gains(
     ending = 'parametrizations.weight.original0'
     return [value for name, value in net.named_parameters() if name.endswith(ending)]
 
+
 def _conv(n_in, n_out, kernel):
     return wn(nn.Conv2d(n_in, n_out, kernel, padding=kernel // 2))
 
-def _both(x): # twice the channels, and neither sign is lost
+
+def _both(x):  # twice the channels, and neither sign is lost
     return F.elu(torch.cat((x, -x), 1))
 
 # %% ../../nbs/core/flowpp.ipynb #c021
@@ -162,11 +167,12 @@ class GatedConv(nn.Module):
     A context of the same height and width may join between them.
     Dropout draws from torch's global generator.
     """
+
     def __init__(
         self,
         width: int,  # Channels in and out
         ctx: int = 0,  # Channels of the context; 0 for none
-        drop: float = .2,  # Share of channels dropped in training mode
+        drop: float = 0.2,  # Share of channels dropped in training mode
     ):
         super().__init__()
         self.enter = _conv(2 * width, width, 3)
@@ -190,11 +196,12 @@ class GatedAttention(nn.Module):
 
     Raises `ValueError` if the heads do not share the channels evenly.
     """
+
     def __init__(
         self,
         width: int,  # Channels in and out; a multiple of `heads`, even
         heads: int = 4,  # Parallel attentions
-        drop: float = .2,  # Share of attention weights dropped in training mode
+        drop: float = 0.2,  # Share of attention weights dropped in training mode
     ):
         super().__init__()
         if width % heads or width % 2:
@@ -204,7 +211,7 @@ class GatedAttention(nn.Module):
         self.ask = wn(nn.Linear(width, 3 * width, bias=False))
         self.leave = wn(nn.Linear(width, 2 * width))
 
-    def _split(self, x): # (B, H*W, width) -> (B, heads, H*W, width/heads)
+    def _split(self, x):  # (B, H*W, width) -> (B, heads, H*W, width/heads)
         return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)
 
     def forward(
@@ -215,7 +222,7 @@ class GatedAttention(nn.Module):
         order = torch.arange(places.shape[1], dtype=x.dtype, device=x.device)
         places = places + sinusoid(order, x.shape[1])
         key, value, query = (self._split(part) for part in self.ask(places).chunk(3, -1))
-        drop = self.drop if self.training else 0.
+        drop = self.drop if self.training else 0.0
         heads = F.scaled_dot_product_attention(query, key, value, dropout_p=drop)
         gated = F.glu(self.leave(heads.transpose(1, 2).flatten(2)), -1)
         return gated.mT.unflatten(-1, x.shape[2:])
@@ -227,6 +234,7 @@ class Gain(nn.Module):
     It takes weight norm, as in the released program, where its second number is only a
     sign.
     """
+
     def __init__(
         self,
         n: int,  # Channels
@@ -241,11 +249,13 @@ class Gain(nn.Module):
 def _norm_channels(norm, x):
     return norm(x.movedim(1, -1)).movedim(-1, 1)
 
+
 class ImageNet(nn.Module):
     """Mixture parameters for one half of an image from the other half.
 
     Convolutions and attention take turns.
     """
+
     def __init__(
         self,
         ch: int,  # Channels of each half
@@ -253,14 +263,16 @@ class ImageNet(nn.Module):
         blocks: int = 10,  # Pairs of gated convolution and gated attention
         n_mix: int = 32,  # Components K
         heads: int = 4,  # Heads of the attention
-        drop: float = .2,  # Dropout in training mode
+        drop: float = 0.2,  # Dropout in training mode
         ctx: int = 0,  # Channels of a context; 0 for none
     ):
         super().__init__()
         self.enter = _conv(ch, width, 3)
         self.leave = _conv(width, ch * (2 + 3 * n_mix), 3)
         self.convs = nn.ModuleList(GatedConv(width, ctx, drop) for _ in range(blocks))
-        self.attns = nn.ModuleList(GatedAttention(width, heads, drop) for _ in range(blocks))
+        self.attns = nn.ModuleList(
+            GatedAttention(width, heads, drop) for _ in range(blocks)
+        )
         self.norms = nn.ModuleList(nn.LayerNorm(width) for _ in range(2 * blocks))
 
     def forward(
@@ -278,6 +290,7 @@ class ImageNet(nn.Module):
 # %% ../../nbs/core/flowpp.ipynb #c030
 class PointNet(nn.Sequential):
     "Mixture parameters for one half of a point from the other half: a dense network."
+
     def __init__(
         self,
         ch: int,  # Coordinates of each half
@@ -303,6 +316,7 @@ class PointNet(nn.Sequential):
 # %% ../../nbs/core/flowpp.ipynb #c033
 class Coupling(nn.Module):
     "Move one half by a mixture transform whose parameters come from the other half."
+
     def __init__(
         self,
         net: nn.Module,  # (resting, ctx) -> (B, C, H, W, 2+3K)
@@ -314,12 +328,16 @@ class Coupling(nn.Module):
         self.gain = wn(Gain(ch))
         self.save = save
 
-    def parts(self, resting, ctx): # a, b and the mixture, from the resting half
+    def parts(self, resting, ctx):  # a, b and the mixture, from the resting half
         save = self.save and torch.is_grad_enabled()
         args = resting, ctx
         out = checkpoint(self.net, *args, use_reentrant=False) if save else self.net(*args)
         logits, mu, log_scale = out[..., 2:].chunk(3, -1)
-        return self.gain(out[..., 0].tanh()), out[..., 1], (logits, mu, log_scale.clamp(min=-7))
+        return (
+            self.gain(out[..., 0].tanh()),
+            out[..., 1],
+            (logits, mu, log_scale.clamp(min=-7)),
+        )
 
     def forward(
         self,
@@ -344,6 +362,7 @@ class Coupling(nn.Module):
 # %% ../../nbs/core/flowpp.ipynb #c037
 class Mix(nn.Module):
     "Multiply the channels of every pixel by one matrix, at first nearly the identity."
+
     def __init__(
         self,
         ch: int,  # Channels
@@ -364,6 +383,7 @@ class Mix(nn.Module):
 # %% ../../nbs/core/flowpp.ipynb #c040
 class Step(nn.Module):
     "Normalise, mix, move one half, and exchange the halves."
+
     def __init__(
         self,
         net: nn.Module,  # Network of the coupling
@@ -375,25 +395,30 @@ class Step(nn.Module):
         self.mix = Mix(2 * ch)
         self.move = Coupling(net, ch, save)
 
-    def forward(self, moving, resting, ctx=None): # -> exchanged halves, log-determinant (B,)
+    def forward(
+        self, moving, resting, ctx=None
+    ):  # -> exchanged halves, log-determinant (B,)
         x, logdet_norm = self.norm(torch.cat((moving, resting), 1))
         x, logdet_mix = self.mix(x)
         moving, resting = x.chunk(2, 1)
         moved, logdet_move = self.move(moving, resting, ctx)
         return resting, moved, logdet_norm + logdet_mix + logdet_move
 
-    def inverse(self, resting, moved, ctx=None): # -> halves as they entered
+    def inverse(self, resting, moved, ctx=None):  # -> halves as they entered
         moving = self.move.inverse(moved, resting, ctx)
         x = self.mix.inverse(torch.cat((moving, resting), 1))
         return self.norm.inverse(x).chunk(2, 1)
 
 # %% ../../nbs/core/flowpp.ipynb #c043
-def _through(steps, moving, resting, ctx=None): # all steps of one split: halves, log-determinant
+def _through(
+    steps, moving, resting, ctx=None
+):  # all steps of one split: halves, log-determinant
     total = 0
     for step in steps:
         moving, resting, logdet = step(moving, resting, ctx)
         total = total + logdet
     return moving, resting, total
+
 
 def _back(steps, moving, resting):
     for step in reversed(steps):
@@ -406,6 +431,7 @@ class PointFlowPP(Flow):
 
     Raises `ValueError` for an odd number of coordinates.
     """
+
     def __init__(
         self,
         dim: int = 2,  # Coordinates of a point, even
@@ -442,13 +468,14 @@ class PointFlowPP(Flow):
 # %% ../../nbs/core/flowpp.ipynb #c052
 class Dequantiser(nn.Module):
     "Noise inside the levels of an image, drawn by a small flow that sees the image."
+
     def __init__(
         self,
         ch: int,  # Channels of the image
         steps: int = 4,  # Couplings, on a checkerboard
         blocks: int = 2,  # Pairs of convolution and attention in each
         ctx: int = 32,  # Channels of the context
-        drop: float = .2,  # Dropout in training mode
+        drop: float = 0.2,  # Dropout in training mode
         save: bool = False,  # As in `Coupling`
         **net,  # Further arguments of `ImageNet`: width, n_mix, heads
     ):
@@ -456,7 +483,9 @@ class Dequantiser(nn.Module):
         first = nn.Conv2d(2 * ch, ctx, 3, padding=1)
         self.look = nn.ModuleList([first, *(GatedConv(ctx, drop=drop) for _ in range(3))])
         sizes = dict(blocks=blocks, drop=drop, ctx=ctx, **net)
-        self.steps = nn.ModuleList(Step(ImageNet(ch, **sizes), ch, save) for _ in range(steps))
+        self.steps = nn.ModuleList(
+            Step(ImageNet(ch, **sizes), ch, save) for _ in range(steps)
+        )
 
     def forward(
         self,
@@ -479,6 +508,7 @@ class ImageBody(nn.Module):
 
     They couple a checkerboard, channels, and a checkerboard of the squeezed image.
     """
+
     def __init__(
         self,
         ch: int,  # Channels of the image
@@ -513,7 +543,9 @@ class ImageBody(nn.Module):
         keep, done = squeeze(z).chunk(2, 1)
         keep = unchecker(*_back(self.small, *checker(keep)))
         keep = torch.cat(_back(self.channels, *keep.chunk(2, 1)), 1)
-        return unchecker(*_back(self.board, *checker(unsqueeze(torch.cat((keep, done), 1)))))
+        return unchecker(
+            *_back(self.board, *checker(unsqueeze(torch.cat((keep, done), 1))))
+        )
 
 # %% ../../nbs/core/flowpp.ipynb #c058
 def to_line(
@@ -527,13 +559,14 @@ def to_line(
     On a GPU, where the check would stall it, they become NaN instead.
     Source: label `eq-flowpp-pixels`.
     """
-    contraction = .9 * (levels - 1) / levels
-    y = contraction * x + .9 * (2 * v - 1) / levels
+    contraction = 0.9 * (levels - 1) / levels
+    y = contraction * x + 0.9 * (2 * v - 1) / levels
     if y.device.type != 'cuda' and not y.abs().amax() < 1:
         raise ValueError(f"pixels must lie in [-1, 1], got up to {x.abs().max():.3g}")
     h = torch.log1p(y) - torch.log1p(-y)
     slope = 2 * contraction / (1 - y.square())
     return h, slope.log().flatten(1).sum(1)
+
 
 def from_line(
     h: Tensor,  # (B, ...) on the whole line
@@ -542,7 +575,7 @@ def from_line(
 ) -> Tensor:  # Like h; exactly, |x| < 1.12 for 256 levels, as only |x| <= 1 is ever encoded
     "Pixels whose noise was in the middle of its level."
     y = torch.tanh(h / 2)
-    return y * levels / (.9 * (levels - 1)) if exact else y
+    return y * levels / (0.9 * (levels - 1)) if exact else y
 
 # %% ../../nbs/core/flowpp.ipynb #c061
 class FlowPP(Flow):
@@ -551,6 +584,7 @@ class FlowPP(Flow):
     Raises `ValueError` for sizes that cannot be split.
     Source: Ho et al. 2019; sizes and order from the released code of Xie et al. 2022.
     """
+
     def __init__(
         self,
         shape: tuple = (3, 32, 32),  # Of one image; height a multiple of 2, width of 4
@@ -574,7 +608,7 @@ class FlowPP(Flow):
         self.body = ImageBody(shape[0], steps, save, blocks=blocks, **net)
         self.deq = Dequantiser(shape[0], *deq, save=save, **net) if deq else None
 
-    def noise(self, x, generator=None): # v like x, and log r(v|x) (B,) in nats
+    def noise(self, x, generator=None):  # v like x, and log r(v|x) (B,) in nats
         eps = normal(x, generator)
         if self.deq is None:
             return torch.special.ndtr(eps), x.new_zeros(len(x))

@@ -22,6 +22,7 @@ class InvConv(nn.Module):
 
     At first it is a random rotation.
     """
+
     def __init__(
         self,
         ch: int,  # Channels
@@ -35,7 +36,7 @@ class InvConv(nn.Module):
         self.u = nn.Parameter(upper.triu(1))
         self.log_d = nn.Parameter(upper.diag().abs().log())
 
-    def factors(self): # unit lower triangular, upper triangular
+    def factors(self):  # unit lower triangular, upper triangular
         lower = self.l.tril(-1) + torch.eye(len(self.l)).to(self.l)
         return lower, self.u.triu(1) + torch.diag(self.sign * self.log_d.exp())
 
@@ -57,6 +58,7 @@ class InvConv(nn.Module):
 # %% ../../nbs/core/glow.ipynb #c009
 class ZeroConv(nn.Conv2d):
     "A convolution that starts at zero, with one exponential gain for each output."
+
     def __init__(
         self,
         n_in: int,  # Channels in
@@ -71,8 +73,10 @@ class ZeroConv(nn.Conv2d):
     def forward(self, x):
         return super().forward(x) * (3 * self.gain).exp()
 
+
 class Net(nn.Module):
     "Two hidden layers with ActNorm, and a last one that starts at zero."
+
     def __init__(
         self,
         n_in: int,  # Channels in
@@ -86,7 +90,7 @@ class Net(nn.Module):
         self.norms = nn.ModuleList((ActNorm(width), ActNorm(width)))
         self.last = ZeroConv(width, n_out, kernel)
         for layer in (self.first, self.second):
-            nn.init.normal_(layer.weight, std=.05)
+            nn.init.normal_(layer.weight, std=0.05)
 
     def forward(self, x):
         for layer, norm in zip((self.first, self.second), self.norms):
@@ -99,6 +103,7 @@ class Step(nn.Module):
 
     Source: label `eq-glow-affine`; Kingma and Dhariwal 2018, table 1.
     """
+
     def __init__(
         self,
         ch: int,  # Channels, even
@@ -110,7 +115,7 @@ class Step(nn.Module):
         self.mix = InvConv(ch)
         self.net = Net(ch // 2, ch, width, kernel)
 
-    def line(self, resting): # offset and log-slope from the resting half
+    def line(self, resting):  # offset and log-slope from the resting half
         offset, raw = self.net(resting).chunk(2, 1)
         return offset, 2 * torch.tanh(raw / 2)
 
@@ -133,17 +138,21 @@ class Step(nn.Module):
         return self.norm.inverse(self.mix.inverse(torch.cat((moving, resting), 1)))
 
 # %% ../../nbs/core/glow.ipynb #80a1a7fe
-def _run(fn, x, save): # with `save` only its result is kept, and the backward pass runs it again
+def _run(
+    fn, x, save
+):  # with `save` only its result is kept, and the backward pass runs it again
     if save and torch.is_grad_enabled():
         return checkpoint(fn, x, use_reentrant=False)
     return fn(x)
 
-def _through(steps, x, save=False): # all steps: like x, and log-determinant
+
+def _through(steps, x, save=False):  # all steps: like x, and log-determinant
     total = 0
     for step in steps:
         x, logdet = _run(step, x, save)
         total = total + logdet
     return x, total
+
 
 def _back(steps, x, save=False):
     for step in reversed(steps):
@@ -156,6 +165,7 @@ class Level(nn.Module):
 
     Source: label `eq-glow-split`.
     """
+
     def __init__(
         self,
         ch: int,  # Channels before squeezing
@@ -200,6 +210,7 @@ class PointGlow(Flow):
 
     Raises `ValueError` for an odd number of coordinates.
     """
+
     def __init__(
         self,
         dim: int = 2,  # Coordinates, even
@@ -234,6 +245,7 @@ class Glow(Flow):
     Raises `ValueError` for sizes that cannot be halved at every scale.
     Source: Kingma and Dhariwal 2018, section 3; its slopes have no bound.
     """
+
     def __init__(
         self,
         shape: tuple = (3, 32, 32),  # Of one image; sides are multiples of 2^n_levels

@@ -29,153 +29,184 @@ from ..data import load, ood_sets
 
 # %% ../../nbs/core/metrics.ipynb #c005
 def to_uint8(
-    x:Tensor,            # (N, C, H, W), C = 1 or 3; float in [-1, 1], or uint8
-    what:str='samples',  # How the message calls them
-)->Tensor:               # (N, C, H, W) uint8 on the CPU
+    x: Tensor,  # (N, C, H, W), C = 1 or 3; float in [-1, 1], or uint8
+    what: str = 'samples',  # How the message calls them
+) -> Tensor:  # (N, C, H, W) uint8 on the CPU
     """Clamp, scale and round images to the 256 levels that all metrics measure.
 
     uint8 passes unchanged.
     Raises `ValueError` for another shape or type, and for NaN or infinite values.
     """
-    if not isinstance(x, Tensor) or x.ndim!=4 or x.shape[1] not in (1, 3) or not len(x):
+    if not isinstance(x, Tensor) or x.ndim != 4 or x.shape[1] not in (1, 3) or not len(x):
         got = tuple(getattr(x, 'shape', ())) or type(x).__name__
         raise ValueError(f"{what}: expected images (N, 1 or 3, H, W), got {got}")
     x = x.detach()
-    if x.dtype==torch.uint8: return x.cpu()
+    if x.dtype == torch.uint8:
+        return x.cpu()
     if not x.is_floating_point():
         raise ValueError(f"{what}: expected float in [-1, 1] or uint8, got {x.dtype}")
     bad = (~x.isfinite()).flatten(1).any(1).sum().item()
-    if bad: raise ValueError(f"{what}: {bad} of {len(x)} images hold NaN or infinite values")
+    if bad:
+        raise ValueError(f"{what}: {bad} of {len(x)} images hold NaN or infinite values")
     return x.float().clamp(-1, 1).add(1).mul(127.5).round().byte().cpu()
 
-def _images(x, what): # a tensor, or a data set whose `x` holds the images
-    if not isinstance(x, Tensor) and hasattr(x, 'x'): x = x.x[:]
+
+def _images(x, what):  # a tensor, or a data set whose `x` holds the images
+    if not isinstance(x, Tensor) and hasattr(x, 'x'):
+        x = x.x[:]
     return to_uint8(x, what)
 
 # %% ../../nbs/core/metrics.ipynb #c008
 class Classifier(nn.Module):
     "A small convolutional classifier; what enters its head serves as features."
+
     def __init__(
         self,
-        in_ch:int,   # Colour channels C
-        size:int,    # Height and width in pixels
-        n_out:int,   # Classes, or attributes
-        width:int,   # Channels of the first stage; later stages have twice as many
-        dim:int=64,  # Features D
+        in_ch: int,  # Colour channels C
+        size: int,  # Height and width in pixels
+        n_out: int,  # Classes, or attributes
+        width: int,  # Channels of the first stage; later stages have twice as many
+        dim: int = 64,  # Features D
     ):
         super().__init__()
         self.spec = dict(in_ch=in_ch, size=size, n_out=n_out, width=width, dim=dim)
-        self.info = {} # What its JSON says, once loaded
+        self.info = {}  # What its JSON says, once loaded
         body = []
-        ch,out_ch = in_ch,width
-        while size>3:
+        ch, out_ch = in_ch, width
+        while size > 3:
             for _ in range(2):
                 conv = nn.Conv2d(ch, out_ch, 3, padding=1, bias=False)
                 body += [conv, nn.BatchNorm2d(out_ch), nn.SiLU()]
                 ch = out_ch
             body.append(nn.MaxPool2d(2))
-            out_ch = 2*width
-            size = size//2
-        last = nn.Linear(ch*size*size, dim)
-        self.body = nn.Sequential(*body, nn.Flatten(), last, nn.BatchNorm1d(dim, affine=False))
+            out_ch = 2 * width
+            size = size // 2
+        last = nn.Linear(ch * size * size, dim)
+        self.body = nn.Sequential(
+            *body, nn.Flatten(), last, nn.BatchNorm1d(dim, affine=False)
+        )
         self.head = nn.Linear(dim, n_out)
 
     def forward(
         self,
-        x:Tensor, # (N, C, H, W) in [-1, 1]
-    )->tuple:     # features (N, D) and logits (N, n_out)
+        x: Tensor,  # (N, C, H, W) in [-1, 1]
+    ) -> tuple:  # features (N, D) and logits (N, n_out)
         seen = self.body(x)
-        return seen,self.head(F.dropout(F.silu(seen), .2, self.training))
+        return seen, self.head(F.dropout(F.silu(seen), 0.2, self.training))
 
 # %% ../../nbs/core/metrics.ipynb #c011
 # data, first width, passes over the data, whether to jitter the images; all chosen here
 EXTRACTORS = {
-    'digits':   dict(data='digits',   width=24, epochs=150, jitter=True),
-    'digits16': dict(data='digits16', width=16, epochs=60,  jitter=True),
-    'shapes':   dict(data='shapes',   width=12, epochs=10,  jitter=False),
-    'mnist':    dict(data='mnist',    width=16, epochs=3,   jitter=True),
-    'cars':     dict(data='cars',     width=12, epochs=30,  jitter=False),
-    'cifar10':  dict(data='cifar10',  width=20, epochs=15,  jitter=False),
+    'digits': dict(data='digits', width=24, epochs=150, jitter=True),
+    'digits16': dict(data='digits16', width=16, epochs=60, jitter=True),
+    'shapes': dict(data='shapes', width=12, epochs=10, jitter=False),
+    'mnist': dict(data='mnist', width=16, epochs=3, jitter=True),
+    'cars': dict(data='cars', width=12, epochs=30, jitter=False),
+    'cifar10': dict(data='cifar10', width=20, epochs=15, jitter=False),
 }
 _EXTRACTOR_OF = {
     'stacked_digits': 'digits',
     'stacked_mnist': 'mnist',
     'cars_views': 'cars',
     'cars_masked': 'cars',
-    **{name: name for name in EXTRACTORS if name!='cifar10'},
+    **{name: name for name in EXTRACTORS if name != 'cifar10'},
 }
 
+
 def extractor_for(
-    data:str, # Name of a data set
-)->str:       # A name in `EXTRACTORS`, or 'inception'
+    data: str,  # Name of a data set
+) -> str:  # A name in `EXTRACTORS`, or 'inception'
     "The extractor with which this book measures a data set."
     return _EXTRACTOR_OF.get(data, 'inception')
 
-def extractor_folder()->Path: # Holds NAME.safetensors and NAME.json
+
+def extractor_folder() -> Path:  # Holds NAME.safetensors and NAME.json
     "Where the package keeps the extractors."
-    return Path(str(importlib.resources.files('ebmbook')))/'extractors'
+    return Path(str(importlib.resources.files('ebmbook'))) / 'extractors'
 
 # %% ../../nbs/core/metrics.ipynb #c013
-def _jitter(x, generator): # turn by up to 11 degrees, zoom by 10 %, move by 5 % of the width
-    draws = 2*torch.rand(len(x), 5, generator=generator)-1
-    angle = .2*draws[:, 0]
-    across,down = torch.exp(.1*draws[:, 1:3]).unbind(1)
-    right,low = (.1*draws[:, 3:]).unbind(1)
-    rows = [torch.stack([across*angle.cos(), -across*angle.sin(), right], 1),
-            torch.stack([down*angle.sin(), down*angle.cos(), low], 1)]
+def _jitter(
+    x, generator
+):  # turn by up to 11 degrees, zoom by 10 %, move by 5 % of the width
+    draws = 2 * torch.rand(len(x), 5, generator=generator) - 1
+    angle = 0.2 * draws[:, 0]
+    across, down = torch.exp(0.1 * draws[:, 1:3]).unbind(1)
+    right, low = (0.1 * draws[:, 3:]).unbind(1)
+    rows = [
+        torch.stack([across * angle.cos(), -across * angle.sin(), right], 1),
+        torch.stack([down * angle.sin(), down * angle.cos(), low], 1),
+    ]
     grid = F.affine_grid(torch.stack(rows, 1), x.shape, align_corners=False)
-    return F.grid_sample(x+1, grid, align_corners=False) - 1 # what comes into view is black
+    return (
+        F.grid_sample(x + 1, grid, align_corners=False) - 1
+    )  # what comes into view is black
 
-def _corrupt(x, generator): # each image in one of five ways, and its number; 0 is for intact ones
-    n,channels,height,width = x.shape
-    def rand(*shape): return torch.rand(*shape, generator=generator)
+
+def _corrupt(
+    x, generator
+):  # each image in one of five ways, and its number; 0 is for intact ones
+    n, channels, height, width = x.shape
+
+    def rand(*shape):
+        return torch.rand(*shape, generator=generator)
+
     kind = torch.randint(5, (n,), generator=generator)
     other = x[torch.randperm(n, generator=generator)]
-    strength = .3+rand(n, 1, 1, 1) # visible to strong
-    noisy = (x + strength*torch.randn(x.shape, generator=generator)).clamp(-1, 1)
-    blurred = F.avg_pool2d(F.pad(x, (1,)*4, mode='replicate'), 3, 1)
-    order = rand(n, 1, height*width).argsort(2).expand(-1, channels, -1)
+    strength = 0.3 + rand(n, 1, 1, 1)  # visible to strong
+    noisy = (x + strength * torch.randn(x.shape, generator=generator)).clamp(-1, 1)
+    blurred = F.avg_pool2d(F.pad(x, (1,) * 4, mode='replicate'), 3, 1)
+    order = rand(n, 1, height * width).argsort(2).expand(-1, channels, -1)
     scrambled = x.flatten(2).gather(2, order).view(x.shape)
-    mixed = x + (.3+.4*rand(n, 1, 1, 1))*(other-x)
-    upper = torch.arange(height)[:, None]<height//2
+    mixed = x + (0.3 + 0.4 * rand(n, 1, 1, 1)) * (other - x)
+    upper = torch.arange(height)[:, None] < height // 2
     halves = torch.where(upper, x, other)
     ways = torch.stack([noisy, blurred, scrambled, mixed, halves])
-    return ways[kind, torch.arange(n)],kind+1
+    return ways[kind, torch.arange(n)], kind + 1
 
 # %% ../../nbs/core/metrics.ipynb #8aeb26a6
-def _accuracies(net, x, y): # shares of right answers: one number, or one per attribute
-    with torch.no_grad(): logits = torch.cat([net(part)[1] for part in x.split(1000)])
-    right = (logits>0)==(y>0) if y.ndim==2 else (logits.argmax(1)==y)[:, None]
+def _accuracies(net, x, y):  # shares of right answers: one number, or one per attribute
+    with torch.no_grad():
+        logits = torch.cat([net(part)[1] for part in x.split(1000)])
+    right = (logits > 0) == (y > 0) if y.ndim == 2 else (logits.argmax(1) == y)[:, None]
     return right.double().mean(0).tolist()
 
 # %% ../../nbs/core/metrics.ipynb #c014
-def _augment(x, jitter, generator): # where jitter would harm, a mirrored batch half the time
-    if jitter: return _jitter(x, generator)
-    return x if torch.rand((), generator=generator)<.5 else x.flip(3)
+def _augment(
+    x, jitter, generator
+):  # where jitter would harm, a mirrored batch half the time
+    if jitter:
+        return _jitter(x, generator)
+    return x if torch.rand((), generator=generator) < 0.5 else x.flip(3)
+
 
 def _loss(net, guess, intact, y, corrupted, kind):
     n = len(intact)
-    seen,logits = net(torch.cat([intact, corrupted]))
+    seen, logits = net(torch.cat([intact, corrupted]))
     kind = torch.cat([torch.zeros(n, dtype=torch.long), kind])
-    if y.ndim==2:
+    if y.ndim == 2:
         loss = F.binary_cross_entropy_with_logits(logits[:n], y.float())
     else:
         loss = F.cross_entropy(logits[:n], y)
-    return loss + .1*F.cross_entropy(guess(F.silu(seen)), kind)
+    return loss + 0.1 * F.cross_entropy(guess(F.silu(seen)), kind)
+
 
 def _fit(net, x, y, epochs, jitter, generator, lr=3e-3, batch=64):
-    guess = nn.Linear(net.spec['dim'], 6) # which corruption? only needed here
+    guess = nn.Linear(net.spec['dim'], 6)  # which corruption? only needed here
     opt = torch.optim.AdamW([*net.parameters(), *guess.parameters()], lr, weight_decay=1e-2)
-    total = epochs*(len(x)//batch)
-    def factor(step): # rises for a twentieth of the steps, then follows a cosine
-        return min(1, 20*(step+1)/total)*.5*(1+math.cos(math.pi*step/total))
+    total = epochs * (len(x) // batch)
+
+    def factor(step):  # rises for a twentieth of the steps, then follows a cosine
+        return (
+            min(1, 20 * (step + 1) / total) * 0.5 * (1 + math.cos(math.pi * step / total))
+        )
+
     rate = torch.optim.lr_scheduler.LambdaLR(opt, factor)
     net.train()
     for _ in range(epochs):
         order = torch.randperm(len(x), generator=generator)
-        for i in order.split(batch)[:len(x)//batch]:
+        for i in order.split(batch)[: len(x) // batch]:
             intact = _augment(x[i], jitter, generator)
-            corrupted,kind = _corrupt(x[i[:batch//2]], generator)
+            corrupted, kind = _corrupt(x[i[: batch // 2]], generator)
             opt.zero_grad()
             _loss(net, guess, intact, y[i], corrupted, kind).backward()
             opt.step()
@@ -184,46 +215,53 @@ def _fit(net, x, y, epochs, jitter, generator, lr=3e-3, batch=64):
 
 # %% ../../nbs/core/metrics.ipynb #c015
 def extractor_info(
-    name:str,                  # A name in `EXTRACTORS`
-    folder:str|Path|None=None, # Where it lies; None is the package's own
-)->dict:                       # As `train_extractor` returns it
+    name: str,  # A name in `EXTRACTORS`
+    folder: str | Path | None = None,  # Where it lies; None is the package's own
+) -> dict:  # As `train_extractor` returns it
     "Read what is recorded about an extractor, without opening its weights."
-    path = Path(folder or extractor_folder())/f'{name}.json'
+    path = Path(folder or extractor_folder()) / f'{name}.json'
     if not path.exists():
-        raise ValueError(f"unknown extractor {name!r}: there is no {path.name}; "
-                         f"known: {', '.join(EXTRACTORS)}, inception")
+        raise ValueError(
+            f"unknown extractor {name!r}: there is no {path.name}; "
+            f"known: {', '.join(EXTRACTORS)}, inception"
+        )
     return json.loads(path.read_text())
 
 # %% ../../nbs/core/metrics.ipynb #cbe0b2f3
-def _recipe(name, epochs, data): # of `EXTRACTORS`, with these passes and these data if they are given
+def _recipe(
+    name, epochs, data
+):  # of `EXTRACTORS`, with these passes and these data if they are given
     if name not in EXTRACTORS:
         raise ValueError(f"unknown extractor {name!r}; known: {', '.join(EXTRACTORS)}")
     recipe = dict(EXTRACTORS[name])
-    if epochs is not None: recipe['epochs'] = epochs
-    if data: recipe['data'] = data
+    if epochs is not None:
+        recipe['epochs'] = epochs
+    if data:
+        recipe['data'] = data
     return recipe
 
-def _write_extractor(folder, net, info): # weights and JSON, which gets their fingerprint
+
+def _write_extractor(folder, net, info):  # weights and JSON, which gets their fingerprint
     from safetensors.torch import save
 
-    weights = save({name: value.contiguous() for name,value in net.state_dict().items()})
+    weights = save({name: value.contiguous() for name, value in net.state_dict().items()})
     name = info['name']
     info = dict(name=name, sha256=hashlib.sha256(weights).hexdigest()) | info
     folder.mkdir(parents=True, exist_ok=True)
-    (folder/f'{name}.safetensors').write_bytes(weights)
-    (folder/f'{name}.json').write_text(json.dumps(info, indent=1)+'\n')
+    (folder / f'{name}.safetensors').write_bytes(weights)
+    (folder / f'{name}.json').write_text(json.dumps(info, indent=1) + '\n')
     return info
 
 # %% ../../nbs/core/metrics.ipynb #3dd5e408
 def train_extractor(
-    name:str,              # A name in `EXTRACTORS`
-    seed:int=0,            # Start weights, order, jitter and dropout
-    folder:str|Path|None=None, # Where to write; None replaces the package's own
+    name: str,  # A name in `EXTRACTORS`
+    seed: int = 0,  # Start weights, order, jitter and dropout
+    folder: str | Path | None = None,  # Where to write; None replaces the package's own
     *,
-    epochs:int|None=None,  # Passes over the data; None is the recipe's
-    data:str='',           # Another copy of the recipe's data set, e.g. folder:PATH
-    root:str|Path|None=None, # Data folder, as in `ebmbook.data.load`
-)->dict:                   # The JSON: fingerprint, architecture, accuracy, data, seed
+    epochs: int | None = None,  # Passes over the data; None is the recipe's
+    data: str = '',  # Another copy of the recipe's data set, e.g. folder:PATH
+    root: str | Path | None = None,  # Data folder, as in `ebmbook.data.load`
+) -> dict:  # The JSON: fingerprint, architecture, accuracy, data, seed
     """Train a small classifier on the train split and score it on the test split.
 
     Weights and a JSON are written. To replace the package's own changes the meaning of
@@ -231,25 +269,40 @@ def train_extractor(
     Raises `ValueError` for an unknown name, and what `ebmbook.data.load` raises.
     """
     recipe = _recipe(name, epochs, data)
-    train,test = (load(recipe['data'], root, split) for split in ('train', 'test'))
-    x,y = train.tensor(),train.y
-    attributes = y.ndim==2
-    n_out = y.shape[1] if attributes else int(y.max())+1
+    train, test = (load(recipe['data'], root, split) for split in ('train', 'test'))
+    x, y = train.tensor(), train.y
+    attributes = y.ndim == 2
+    n_out = y.shape[1] if attributes else int(y.max()) + 1
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         net = Classifier(*x.shape[1:3], n_out, recipe['width'])
         generator = torch.Generator().manual_seed(seed)
         _fit(net, x, y, recipe['epochs'], recipe['jitter'], generator)
     right = _accuracies(net, test.tensor(), test.y)
-    return _write_extractor(Path(folder or extractor_folder()), net, dict(
-        name=name, architecture=net.spec, head='attributes' if attributes else 'classes',
-        accuracy=sum(right)/len(right), accuracies=right, n_test=len(test),
-        data=recipe['data'], n_train=len(train), seed=seed, epochs=recipe['epochs'],
-        threads=torch.get_num_threads(), torch=torch.__version__))
+    return _write_extractor(
+        Path(folder or extractor_folder()),
+        net,
+        dict(
+            name=name,
+            architecture=net.spec,
+            head='attributes' if attributes else 'classes',
+            accuracy=sum(right) / len(right),
+            accuracies=right,
+            n_test=len(test),
+            data=recipe['data'],
+            n_train=len(train),
+            seed=seed,
+            epochs=recipe['epochs'],
+            threads=torch.get_num_threads(),
+            torch=torch.__version__,
+        ),
+    )
 
 # %% ../../nbs/core/metrics.ipynb #c017
 @lru_cache(16)
-def _build(info, data): # JSON text and weights, both by content: a replaced file is never served from memory
+def _build(
+    info, data
+):  # JSON text and weights, both by content: a replaced file is never served from memory
     from safetensors.torch import load as read
 
     net = Classifier(**json.loads(info)['architecture'])
@@ -257,10 +310,11 @@ def _build(info, data): # JSON text and weights, both by content: a replaced fil
     net.info = json.loads(info)
     return net.eval().requires_grad_(False)
 
+
 def load_extractor(
-    name:str,                  # A name in `EXTRACTORS`
-    folder:str|Path|None=None, # Where it lies; None is the package's own
-)->Classifier:                 # In evaluation mode, without parameter gradients
+    name: str,  # A name in `EXTRACTORS`
+    folder: str | Path | None = None,  # Where it lies; None is the package's own
+) -> Classifier:  # In evaluation mode, without parameter gradients
     """Load an extractor and verify that its weights are the recorded ones.
 
     It is shared, so do not change it.
@@ -268,107 +322,129 @@ def load_extractor(
     in its JSON.
     """
     info = extractor_info(name, folder)
-    path = Path(folder or extractor_folder())/f'{name}.safetensors'
+    path = Path(folder or extractor_folder()) / f'{name}.safetensors'
     data = path.read_bytes()
     found = hashlib.sha256(data).hexdigest()
-    if found!=info['sha256']:
-        raise ValueError(f"{path} is damaged or another file: its SHA-256 begins {found[:8]}, "
-                         f"its JSON says {info['sha256'][:8]}")
+    if found != info['sha256']:
+        raise ValueError(
+            f"{path} is damaged or another file: its SHA-256 begins {found[:8]}, "
+            f"its JSON says {info['sha256'][:8]}"
+        )
     return _build(json.dumps(info), data)
 
 # %% ../../nbs/core/metrics.ipynb #c023
 def _net(extractor):
     return extractor if isinstance(extractor, Classifier) else load_extractor(extractor)
 
-def _fits(x, net, what='samples'): # three digits in three channels are read one by one
+
+def _fits(x, net, what='samples'):  # three digits in three channels are read one by one
     want = tuple(net.spec[key] for key in ('in_ch', 'size', 'size'))
-    fits = x.shape[1:]==want or want[0]==1 and x.shape[1:]==(3, *want[1:])
+    fits = x.shape[1:] == want or want[0] == 1 and x.shape[1:] == (3, *want[1:])
     if not fits:
-        raise ValueError(f"{what}: the extractor {net.info.get('name', '')!r} looks at images "
-                         f"{want}, got {tuple(x.shape[1:])}")
+        raise ValueError(
+            f"{what}: the extractor {net.info.get('name', '')!r} looks at images "
+            f"{want}, got {tuple(x.shape[1:])}"
+        )
     return x
 
-def _outputs(x, net): # uint8 (N, C, H, W) -> features (N, D) or (N, 3 D), logits (N, K) or (N, 3, K)
-    stack = x.shape[1]!=net.spec['in_ch']
-    if stack: x = x.flatten(0, 1)[:, None]
-    seen,logits = net(x.float().div(127.5).sub(1))
-    if not stack: return seen,logits
-    n = len(x)//3
-    return seen.reshape(n, -1),logits.reshape(n, 3, -1)
+
+def _outputs(
+    x, net
+):  # uint8 (N, C, H, W) -> features (N, D) or (N, 3 D), logits (N, K) or (N, 3, K)
+    stack = x.shape[1] != net.spec['in_ch']
+    if stack:
+        x = x.flatten(0, 1)[:, None]
+    seen, logits = net(x.float().div(127.5).sub(1))
+    if not stack:
+        return seen, logits
+    n = len(x) // 3
+    return seen.reshape(n, -1), logits.reshape(n, 3, -1)
+
 
 def _all_outputs(x, extractor, batch, device):
     net = _net(extractor)
     x = _fits(_images(x, 'samples'), net)
-    if str(device)!='cpu': net = copy.deepcopy(net).to(device)
-    with torch.no_grad(): parts = [_outputs(part.to(device), net) for part in x.split(batch)]
+    if str(device) != 'cpu':
+        net = copy.deepcopy(net).to(device)
+    with torch.no_grad():
+        parts = [_outputs(part.to(device), net) for part in x.split(batch)]
     return [torch.cat([part.cpu() for part in kind]) for kind in zip(*parts)]
 
 # %% ../../nbs/core/metrics.ipynb #f79974a0
 def features(
-    x:Tensor,            # (N, C, H, W) float in [-1, 1] or uint8
-    extractor:str|Classifier, # A name in `EXTRACTORS`, or a loaded one
-    batch:int=1000,      # Images at once
-    device:str='cpu',    # Where the network runs; the CPU gives one value on every machine
-)->Tensor:               # (N, D) float32, or (N, 3 D) for stacks of three, on the CPU
+    x: Tensor,  # (N, C, H, W) float in [-1, 1] or uint8
+    extractor: str | Classifier,  # A name in `EXTRACTORS`, or a loaded one
+    batch: int = 1000,  # Images at once
+    device: str = 'cpu',  # Where the network runs; the CPU gives one value on every machine
+) -> Tensor:  # (N, D) float32, or (N, 3 D) for stacks of three, on the CPU
     "What the extractor sees in each image."
     return _all_outputs(x, extractor, batch, device)[0].float()
 
+
 def classify(
-    x:Tensor,            # (N, C, H, W) float in [-1, 1] or uint8
-    extractor:str|Classifier, # A name in `EXTRACTORS`, or a loaded one
-    batch:int=1000,      # Images at once
-    device:str='cpu',    # Where the network runs
-)->Tensor:               # Probabilities
+    x: Tensor,  # (N, C, H, W) float in [-1, 1] or uint8
+    extractor: str | Classifier,  # A name in `EXTRACTORS`, or a loaded one
+    batch: int = 1000,  # Images at once
+    device: str = 'cpu',  # Where the network runs
+) -> Tensor:  # Probabilities
     """What the extractor takes each image for.
 
     (N, K) of classes, (N, 3, K) for stacks of three, (N, A) of attributes.
     """
     net = _net(extractor)
     logits = _all_outputs(x, net, batch, device)[1].float()
-    return logits.sigmoid() if net.info.get('head')=='attributes' else logits.softmax(-1)
+    return logits.sigmoid() if net.info.get('head') == 'attributes' else logits.softmax(-1)
 
 # %% ../../nbs/core/metrics.ipynb #c026
-MIN_COUNT = 20 # Fewest rows for KID, precision, recall and the Inception score
+MIN_COUNT = 20  # Fewest rows for KID, precision, recall and the Inception score
 
-def _rows(x, what): # (N, D) float64 array, finite
+
+def _rows(x, what):  # (N, D) float64 array, finite
     x = np.asarray(x.detach().cpu() if isinstance(x, Tensor) else x, dtype=np.float64)
-    if x.ndim!=2: raise ValueError(f"{what}: expected features (N, D), got {x.shape}")
-    if not np.isfinite(x).all(): raise ValueError(f"{what}: features hold NaN or infinite values")
+    if x.ndim != 2:
+        raise ValueError(f"{what}: expected features (N, D), got {x.shape}")
+    if not np.isfinite(x).all():
+        raise ValueError(f"{what}: features hold NaN or infinite values")
     return x
 
-def _check_counts(n, n_ref, dim, metrics): # refuses sets whose statistics would mean nothing
-    for count,what in ((n, 'samples'), (n_ref, 'reference')):
-        if 'fid' in metrics and count<2*dim:
-            raise ValueError(f"{what}: {count} are too few for FID with {dim} features; "
-                             f"it needs {2*dim}, twice as many as features")
-        if count<MIN_COUNT:
+
+def _check_counts(
+    n, n_ref, dim, metrics
+):  # refuses sets whose statistics would mean nothing
+    for count, what in ((n, 'samples'), (n_ref, 'reference')):
+        if 'fid' in metrics and count < 2 * dim:
+            raise ValueError(
+                f"{what}: {count} are too few for FID with {dim} features; "
+                f"it needs {2 * dim}, twice as many as features"
+            )
+        if count < MIN_COUNT:
             raise ValueError(f"{what}: {count} are too few; {MIN_COUNT} is the least")
 
 # %% ../../nbs/core/metrics.ipynb #0a17987b
 def fid_from_features(
-    a:Tensor|np.ndarray, # (N, D) features of the generated images
-    b:Tensor|np.ndarray, # (M, D) features of the real ones
-)->float:                # >= 0 up to rounding
+    a: Tensor | np.ndarray,  # (N, D) features of the generated images
+    b: Tensor | np.ndarray,  # (M, D) features of the real ones
+) -> float:  # >= 0 up to rounding
     """FID from features, in NumPy alone and in float64.
 
     Computes label `eq-metrics-fid`; symmetric in its arguments.
     Raises `ValueError` for fewer than 2 D rows, unequal D, or values that are not finite.
     """
-    a,b = _rows(a, 'samples'),_rows(b, 'reference')
-    if a.shape[1]!=b.shape[1]:
+    a, b = _rows(a, 'samples'), _rows(b, 'reference')
+    if a.shape[1] != b.shape[1]:
         raise ValueError(f"features differ in number: {a.shape[1]} and {b.shape[1]}")
     _check_counts(len(a), len(b), a.shape[1], ('fid',))
-    cov_a,cov_b = (np.atleast_2d(np.cov(rows, rowvar=False)) for rows in (a, b))
-    values,vectors = np.linalg.eigh(cov_a)
+    cov_a, cov_b = (np.atleast_2d(np.cov(rows, rowvar=False)) for rows in (a, b))
+    values, vectors = np.linalg.eigh(cov_a)
     # half @ half.T is cov_a, so the symmetric half.T @ cov_b @ half has the eigenvalues of
     # cov_a @ cov_b
-    half = vectors*np.sqrt(values.clip(0))
-    roots = np.sqrt(np.linalg.eigvalsh(half.T@cov_b@half).clip(0))
-    shift = ((a.mean(0)-b.mean(0))**2).sum()
-    return float(shift + np.trace(cov_a) + np.trace(cov_b) - 2*roots.sum())
+    half = vectors * np.sqrt(values.clip(0))
+    roots = np.sqrt(np.linalg.eigvalsh(half.T @ cov_b @ half).clip(0))
+    shift = ((a.mean(0) - b.mean(0)) ** 2).sum()
+    return float(shift + np.trace(cov_a) + np.trace(cov_b) - 2 * roots.sum())
 
 # %% ../../nbs/core/metrics.ipynb #c028
-_SHORT = { # our name of a metric -> torch-fidelity's
+_SHORT = {  # our name of a metric -> torch-fidelity's
     'fid': 'frechet_inception_distance',
     'kid': 'kernel_inception_distance_mean',
     'kid_std': 'kernel_inception_distance_std',
@@ -379,184 +455,251 @@ _SHORT = { # our name of a metric -> torch-fidelity's
     'is_std': 'inception_score_std',
 }
 
-class _Items(torch.utils.data.Dataset): # torch-fidelity wants single tensors
-    def __init__(self, x): self.x = x
-    def __len__(self): return len(self.x)
-    def __getitem__(self, i): return self.x[i]
+
+class _Items(torch.utils.data.Dataset):  # torch-fidelity wants single tensors
+    def __init__(self, x):
+        self.x = x
+
+    def __len__(self):
+        return len(self.x)
+
+    def __getitem__(self, i):
+        return self.x[i]
+
 
 def _fidelity():
-    try: import torch_fidelity
+    try:
+        import torch_fidelity
     except ImportError:
-        raise ImportError("this needs torch-fidelity (pip install torch-fidelity); without it, "
-                          "fid_from_features(features(a, e), features(b, e)) gives the same FID") from None
+        raise ImportError(
+            "this needs torch-fidelity (pip install torch-fidelity); without it, "
+            "fid_from_features(features(a, e), features(b, e)) gives the same FID"
+        ) from None
     return torch_fidelity
 
 # %% ../../nbs/core/metrics.ipynb #6193ce87
-def _register(name, outputs, net=None): # outputs(batch, net) -> features, logits
+def _register(name, outputs, net=None):  # outputs(batch, net) -> features, logits
     # `name` holds a fingerprint, so one name is one network
     from torch_fidelity import FeatureExtractorBase, register_feature_extractor
     from torch_fidelity.registry import FEATURE_EXTRACTORS_REGISTRY
 
     class Own(FeatureExtractorBase):
         "A network of this book as torch-fidelity wants it."
+
         def __init__(self, name, features_list, **kwargs):
             super().__init__(name, features_list)
-            self.net = copy.deepcopy(net) # torch-fidelity moves it to its device
+            self.net = copy.deepcopy(net)  # torch-fidelity moves it to its device
 
         @staticmethod
-        def get_provided_features_list(): return 'features', 'logits'
+        def get_provided_features_list():
+            return 'features', 'logits'
 
         @staticmethod
         def get_default_feature_layer_for_metric(metric):
-            return 'logits' if metric=='isc' else 'features'
+            return 'logits' if metric == 'isc' else 'features'
 
         def forward(self, x):
-            seen,logits = outputs(x, self.net)
-            return tuple(dict(features=seen, logits=logits)[key] for key in self.features_list)
+            seen, logits = outputs(x, self.net)
+            return tuple(
+                dict(features=seen, logits=logits)[key] for key in self.features_list
+            )
 
-    if name not in FEATURE_EXTRACTORS_REGISTRY: register_feature_extractor(name, Own)
+    if name not in FEATURE_EXTRACTORS_REGISTRY:
+        register_feature_extractor(name, Own)
     return name
 
 # %% ../../nbs/core/metrics.ipynb #c029
-def _measure(a, b, name, dim, metrics, ident, **kwargs): # one call of torch-fidelity, its counts adapted and stated
-    if not metrics or set(metrics)-{'fid', 'kid', 'prc', 'is'}:
+def _measure(
+    a, b, name, dim, metrics, ident, **kwargs
+):  # one call of torch-fidelity, its counts adapted and stated
+    if not metrics or set(metrics) - {'fid', 'kid', 'prc', 'is'}:
         raise ValueError(f"unknown metrics {metrics}; known: fid, kid, prc, is")
     _check_counts(len(a), len(b), dim, metrics)
-    size = min(1000, min(len(a), len(b))//2)
-    splits = max(1, min(10, len(a)//500))
-    with torch.random.fork_rng(devices=[]): # its data loaders draw from the global generator
+    size = min(1000, min(len(a), len(b)) // 2)
+    splits = max(1, min(10, len(a) // 500))
+    with torch.random.fork_rng(
+        devices=[]
+    ):  # its data loaders draw from the global generator
         got = _fidelity().calculate_metrics(
-            input1=_Items(a), input2=_Items(b), feature_extractor=name,
-            isc='is' in metrics, fid='fid' in metrics, kid='kid' in metrics, prc='prc' in metrics,
-            kid_subset_size=size, isc_splits=splits, save_cpu_ram=True, verbose=False, **kwargs)
-    out = {short: got[long] for short,long in _SHORT.items() if long in got}
+            input1=_Items(a),
+            input2=_Items(b),
+            feature_extractor=name,
+            isc='is' in metrics,
+            fid='fid' in metrics,
+            kid='kid' in metrics,
+            prc='prc' in metrics,
+            kid_subset_size=size,
+            isc_splits=splits,
+            save_cpu_ram=True,
+            verbose=False,
+            **kwargs,
+        )
+    out = {short: got[long] for short, long in _SHORT.items() if long in got}
     out |= dict(n=len(a), n_ref=len(b), extractor=ident)
-    if 'kid' in metrics: out['kid_subset_size'] = size
-    if 'is' in metrics: out['is_splits'] = splits
+    if 'kid' in metrics:
+        out['kid_subset_size'] = size
+    if 'is' in metrics:
+        out['is_splits'] = splits
     return out
 
 # %% ../../nbs/core/metrics.ipynb #c030
 def evaluate_features(
-    a:Tensor, # (N, D) rows of the generated set
-    b:Tensor, # (M, D) rows of the real set
-    metrics:Sequence[str]=('fid', 'kid', 'prc'), # Any of fid, kid, prc, is
-)->dict:      # As `evaluate_images`, extractor 'rows'
+    a: Tensor,  # (N, D) rows of the generated set
+    b: Tensor,  # (M, D) rows of the real set
+    metrics: Sequence[str] = ('fid', 'kid', 'prc'),  # Any of fid, kid, prc, is
+) -> dict:  # As `evaluate_images`, extractor 'rows'
     """Measure two sets of vectors: points, or features that another network made.
 
     For `is` the rows are logits of D classes.
     Raises `ValueError` for an unknown metric, too few rows, unequal D, or values that are
     not finite.
     """
-    a,b = (torch.from_numpy(_rows(*part)).float() for part in ((a, 'samples'), (b, 'reference')))
-    if a.shape[1]!=b.shape[1] or a.shape[1]<2:
-        raise ValueError("both sets need the same number of features, 2 or more; "
-                         f"got {a.shape[1]} and {b.shape[1]}")
+    a, b = (
+        torch.from_numpy(_rows(*part)).float()
+        for part in ((a, 'samples'), (b, 'reference'))
+    )
+    if a.shape[1] != b.shape[1] or a.shape[1] < 2:
+        raise ValueError(
+            "both sets need the same number of features, 2 or more; "
+            f"got {a.shape[1]} and {b.shape[1]}"
+        )
     _fidelity()
-    _register('rows', lambda x,_: (x, x))
-    return _measure(a, b, 'rows', a.shape[1], metrics, 'rows', batch_size=1000, cuda=False, cache=False)
+    _register('rows', lambda x, _: (x, x))
+    return _measure(
+        a, b, 'rows', a.shape[1], metrics, 'rows', batch_size=1000, cuda=False, cache=False
+    )
 
 # %% ../../nbs/core/metrics.ipynb #c033
-INCEPTION_FILE = 'weights-inception-2015-12-05-6726825d.pth' # As torch-fidelity publishes it
+INCEPTION_FILE = (
+    'weights-inception-2015-12-05-6726825d.pth'  # As torch-fidelity publishes it
+)
 
-def _fetch(url, path): # in half a minute or not at all
+
+def _fetch(url, path):  # in half a minute or not at all
     wait = socket.getdefaulttimeout()
     try:
         socket.setdefaulttimeout(30)
         path.parent.mkdir(parents=True, exist_ok=True)
         torch.hub.download_url_to_file(url, str(path), progress=False)
-    finally: socket.setdefaulttimeout(wait)
+    finally:
+        socket.setdefaulttimeout(wait)
+
 
 def inception_weights(
-    path:str|Path|None=None, # Your own copy; None looks in torch's download folder
-)->Path:                     # The file
+    path: str | Path | None = None,  # Your own copy; None looks in torch's download folder
+) -> Path:  # The file
     """Find the Inception weights, and fetch the file if it is not in torch's folder.
 
     Raises `FileNotFoundError` that says where they are expected and how to get them.
     """
     if path is not None:
-        if not Path(path).is_file(): raise FileNotFoundError(f"there are no Inception weights at {path}")
+        if not Path(path).is_file():
+            raise FileNotFoundError(f"there are no Inception weights at {path}")
         return Path(path)
-    path = Path(torch.hub.get_dir())/'checkpoints'/INCEPTION_FILE
-    if path.is_file(): return path
+    path = Path(torch.hub.get_dir()) / 'checkpoints' / INCEPTION_FILE
+    if path.is_file():
+        return path
     _fidelity()
     from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3 as url
 
-    try: _fetch(url, path)
+    try:
+        _fetch(url, path)
     except (OSError, RuntimeError) as error:
         raise FileNotFoundError(
             f"Inception metrics need the file {INCEPTION_FILE}, which could not be fetched "
             f"({error}). Get it from {url}, then put it at {path} or pass weights=PATH. "
             "Data sets with a small extractor need no download: "
-            f"{', '.join(_EXTRACTOR_OF)}.") from None
+            f"{', '.join(_EXTRACTOR_OF)}."
+        ) from None
     return path
 
 # %% ../../nbs/core/metrics.ipynb #dbe841b7
 @lru_cache
-def _file_hash(path, stamp): # stamp: time and size, so that a replaced file is read again
-    with open(path, 'rb') as file: return hashlib.file_digest(file, 'sha256').hexdigest()
+def _file_hash(path, stamp):  # stamp: time and size, so that a replaced file is read again
+    with open(path, 'rb') as file:
+        return hashlib.file_digest(file, 'sha256').hexdigest()
+
 
 def extractor_id(
-    name:str|Classifier,      # A name in `EXTRACTORS`, a loaded one, or 'inception'
-    weights:str|Path|None=None, # For 'inception': your own copy
-)->str:                       # Name, and first 8 digits of the SHA-256 of the weights
+    name: str | Classifier,  # A name in `EXTRACTORS`, a loaded one, or 'inception'
+    weights: str | Path | None = None,  # For 'inception': your own copy
+) -> str:  # Name, and first 8 digits of the SHA-256 of the weights
     """The name under which numbers are filed in the ledger.
 
     It changes whenever the weights do.
     """
-    if isinstance(name, Classifier): return f"{name.info['name']}-{name.info['sha256'][:8]}"
-    if name!='inception': return f"{name}-{extractor_info(name)['sha256'][:8]}"
+    if isinstance(name, Classifier):
+        return f"{name.info['name']}-{name.info['sha256'][:8]}"
+    if name != 'inception':
+        return f"{name}-{extractor_info(name)['sha256'][:8]}"
     path = inception_weights(weights)
     stat = path.stat()
     return f"inception-{_file_hash(path, (stat.st_mtime_ns, stat.st_size))[:8]}"
 
 # %% ../../nbs/core/metrics.ipynb #c035
-def _joint(logits, attributes): # log-probabilities over all combinations: several attributes, or several channels
-    if attributes: logits = torch.stack([torch.zeros_like(logits), logits], 2)
-    if logits.ndim==2: return logits
+def _joint(
+    logits, attributes
+):  # log-probabilities over all combinations: several attributes, or several channels
+    if attributes:
+        logits = torch.stack([torch.zeros_like(logits), logits], 2)
+    if logits.ndim == 2:
+        return logits
     parts = logits.log_softmax(2).unbind(1)
     out = parts[0]
-    for part in parts[1:]: out = (out[:, :, None]+part[:, None]).flatten(1)
+    for part in parts[1:]:
+        out = (out[:, :, None] + part[:, None]).flatten(1)
     return out
 
-def _dim(x, extractor): # how many features it has of such images
-    if extractor=='inception': return 2048
-    net = _net(extractor)
-    return net.spec['dim']*(_fits(x, net).shape[1]//net.spec['in_ch'])
 
-def _content(x, ident): # a cache key that no other images and no other weights share
+def _dim(x, extractor):  # how many features it has of such images
+    if extractor == 'inception':
+        return 2048
+    net = _net(extractor)
+    return net.spec['dim'] * (_fits(x, net).shape[1] // net.spec['in_ch'])
+
+
+def _content(x, ident):  # a cache key that no other images and no other weights share
     label = f'{ident}{tuple(x.shape)}'.encode()
-    return hashlib.sha256(label+x.contiguous().numpy().tobytes()).hexdigest()[:24]
+    return hashlib.sha256(label + x.contiguous().numpy().tobytes()).hexdigest()[:24]
 
 # %% ../../nbs/core/metrics.ipynb #49c23960
-def _inception(a, b, metrics, weights, cuda): # what `_measure` must know of it: name, identity, options
-    _check_counts(len(a), len(b), _dim(a, 'inception'), metrics) # before anything is fetched
+def _inception(
+    a, b, metrics, weights, cuda
+):  # what `_measure` must know of it: name, identity, options
+    _check_counts(
+        len(a), len(b), _dim(a, 'inception'), metrics
+    )  # before anything is fetched
     path = inception_weights(weights)
-    if cuda is None: cuda = torch.cuda.is_available()
+    if cuda is None:
+        cuda = torch.cuda.is_available()
     options = dict(feature_extractor_weights_path=str(path), cuda=cuda)
     return 'inception-v3-compat', extractor_id('inception', weights), options
 
-def _small(extractor, cuda): # the same of a small extractor
+
+def _small(extractor, cuda):  # the same of a small extractor
     net = _net(extractor)
     ident = extractor_id(net)
-    attributes = net.info['head']=='attributes'
+    attributes = net.info['head'] == 'attributes'
+
     def outputs(x, net):
-        seen,logits = _outputs(x, net)
-        return seen,_joint(logits, attributes)
+        seen, logits = _outputs(x, net)
+        return seen, _joint(logits, attributes)
+
     return _register(ident, outputs, net), ident, dict(cuda=bool(cuda))
 
 # %% ../../nbs/core/metrics.ipynb #c036
 def evaluate_images(
-    samples:Tensor,   # Generated (N, C, H, W): float in [-1, 1] or uint8
-    reference:Tensor, # Real (M, C, H, W), or a data set of `ebmbook.data`
-    extractor:str|Classifier='inception', # Or a name in `EXTRACTORS`, or a loaded one
-    metrics:Sequence[str]=('fid', 'kid', 'prc'), # Any of fid, kid, prc, is
+    samples: Tensor,  # Generated (N, C, H, W): float in [-1, 1] or uint8
+    reference: Tensor,  # Real (M, C, H, W), or a data set of `ebmbook.data`
+    extractor: str | Classifier = 'inception',  # Or a name in `EXTRACTORS`, or a loaded one
+    metrics: Sequence[str] = ('fid', 'kid', 'prc'),  # Any of fid, kid, prc, is
     *,
-    n:int|None=None,  # The count that the protocol fixes; another number is refused
-    batch:int=64,     # Images at once
-    weights:str|Path|None=None, # For 'inception': your own copy of its weights
-    cache:str|Path|None=None,   # Folder that keeps what was seen in the reference
-    cuda:bool|None=None,        # None: Inception on a GPU if there is one, others on the CPU
-)->dict:              # The metrics, `n`, `n_ref` and `extractor` with fingerprint
+    n: int | None = None,  # The count that the protocol fixes; another number is refused
+    batch: int = 64,  # Images at once
+    weights: str | Path | None = None,  # For 'inception': your own copy of its weights
+    cache: str | Path | None = None,  # Folder that keeps what was seen in the reference
+    cuda: bool | None = None,  # None: Inception on a GPU if there is one, others on the CPU
+) -> dict:  # The metrics, `n`, `n_ref` and `extractor` with fingerprint
     """Compare generated with real images through torch-fidelity.
 
     `prc` is precision and recall, `is` the Inception score. The result also holds
@@ -570,42 +713,49 @@ def evaluate_images(
     Source: Heusel et al. 2017, Binkowski et al. 2018, Kynkaanniemi et al. 2019,
     Salimans et al. 2016.
     """
-    a,b = _images(samples, 'samples'),_images(reference, 'reference')
-    if n is not None and len(a)!=n: raise ValueError(f"samples: the protocol asks for {n} images, got {len(a)}")
-    if a.shape[1:]!=b.shape[1:]:
-        raise ValueError(f"samples {tuple(a.shape[1:])} and reference {tuple(b.shape[1:])} "
-                         "differ in shape")
+    a, b = _images(samples, 'samples'), _images(reference, 'reference')
+    if n is not None and len(a) != n:
+        raise ValueError(f"samples: the protocol asks for {n} images, got {len(a)}")
+    if a.shape[1:] != b.shape[1:]:
+        raise ValueError(
+            f"samples {tuple(a.shape[1:])} and reference {tuple(b.shape[1:])} "
+            "differ in shape"
+        )
     _fidelity()
-    if extractor=='inception': a,b = (images.expand(-1, 3, -1, -1) for images in (a, b))
+    if extractor == 'inception':
+        a, b = (images.expand(-1, 3, -1, -1) for images in (a, b))
     dim = _dim(a, extractor)
-    if extractor=='inception':
-        name,ident,options = _inception(a, b, metrics, weights, cuda)
+    if extractor == 'inception':
+        name, ident, options = _inception(a, b, metrics, weights, cuda)
     else:
-        name,ident,options = _small(extractor, cuda)
-    if cache is None: options['cache'] = False
-    else: options |= dict(cache_root=str(cache), input2_cache_name=_content(b, ident))
+        name, ident, options = _small(extractor, cuda)
+    if cache is None:
+        options['cache'] = False
+    else:
+        options |= dict(cache_root=str(cache), input2_cache_name=_content(b, ident))
     return _measure(a, b, name, dim, metrics, ident, batch_size=batch, **options)
 
 # %% ../../nbs/core/metrics.ipynb #0abf569d
 def protocol(
-    cfg,              # Uses data, shape, and n_eval if `n` is None
-    n:int|None=None,  # Samples; None is the paper's number with Inception, else 1,000
-    extractor:str='', # A name in place of the one for these data
-)->tuple:             # Name of the extractor, number of samples, reference: a data set
+    cfg,  # Uses data, shape, and n_eval if `n` is None
+    n: int | None = None,  # Samples; None is the paper's number with Inception, else 1,000
+    extractor: str = '',  # A name in place of the one for these data
+) -> tuple:  # Name of the extractor, number of samples, reference: a data set
     """How samples of a preset are compared with images.
 
     Raises what `evaluate_images` would raise after they are drawn.
     """
     name = extractor or extractor_for(cfg.data)
-    n = n or (cfg.n_eval if name=='inception' else 1_000)
+    n = n or (cfg.n_eval if name == 'inception' else 1_000)
     _fidelity()
-    reference = load(cfg.data, split='train' if name=='inception' else 'test')
+    reference = load(cfg.data, split='train' if name == 'inception' else 'test')
     _check_counts(n, len(reference), _dim(torch.empty(1, *cfg.shape), name), ('fid',))
-    if name=='inception': inception_weights()
-    return name,n,reference
+    if name == 'inception':
+        inception_weights()
+    return name, n, reference
 
 # %% ../../nbs/core/metrics.ipynb #c041
-_SHOWN = { # how a metric is printed
+_SHOWN = {  # how a metric is printed
     'fid': ('FID', '.3g'),
     'kid': ('KID', '.2e'),
     'precision': ('precision', '.3f'),
@@ -613,157 +763,181 @@ _SHOWN = { # how a metric is printed
     'is': ('IS', '.3g'),
 }
 
+
 def describe(
-    result:dict, # From `evaluate_images` or `evaluate_features`
-)->str:          # "FID 1.23, precision 0.950 (n = 1000 against 360, digits-0a1b2c3d)"
+    result: dict,  # From `evaluate_images` or `evaluate_features`
+) -> str:  # "FID 1.23, precision 0.950 (n = 1000 against 360, digits-0a1b2c3d)"
     """One line for a result.
 
     The values, how many images stand behind them, and which network looked.
     """
-    shown = {key: style for key,style in _SHOWN.items() if key in result}
-    values = ', '.join(f"{word} {result[key]:{form}}" for key,(word,form) in shown.items())
+    shown = {key: style for key, style in _SHOWN.items() if key in result}
+    values = ', '.join(
+        f"{word} {result[key]:{form}}" for key, (word, form) in shown.items()
+    )
     return f"{values} (n = {result['n']} against {result['n_ref']}, {result['extractor']})"
 
 # %% ../../nbs/core/metrics.ipynb #6d4417dc
 def anchors(
-    real:Tensor,      # (N, C, H, W) real images that are not in the reference, or a data set
-    reference:Tensor, # (M, C, H, W) the real images to compare with, or a data set
-    extractor:str|Classifier='inception', # As in `evaluate_images`
-    metrics:Sequence[str]=('fid', 'kid', 'prc'), # As in `evaluate_images`
+    real: Tensor,  # (N, C, H, W) real images that are not in the reference, or a data set
+    reference: Tensor,  # (M, C, H, W) the real images to compare with, or a data set
+    extractor: str | Classifier = 'inception',  # As in `evaluate_images`
+    metrics: Sequence[str] = ('fid', 'kid', 'prc'),  # As in `evaluate_images`
     *,
-    n:int,            # Images in each anchor: as many as generated ones are measured
-    seed:int=0,       # Chooses the real ones and draws the noise
-    **kwargs,         # The rest of `evaluate_images`
-)->dict:              # real and noise -> result
+    n: int,  # Images in each anchor: as many as generated ones are measured
+    seed: int = 0,  # Chooses the real ones and draws the noise
+    **kwargs,  # The rest of `evaluate_images`
+) -> dict:  # real and noise -> result
     """Measure other real images and Gaussian noise against the reference.
 
     They are the two ends of the scale.
     Raises `ValueError` if there are fewer than `n` real images.
     """
     real = _images(real, 'real')
-    if len(real)<n: raise ValueError(f"real: the anchor needs {n} images, got {len(real)}")
+    if len(real) < n:
+        raise ValueError(f"real: the anchor needs {n} images, got {len(real)}")
     generator = torch.Generator().manual_seed(seed)
     chosen = real[torch.randperm(len(real), generator=generator)[:n]]
     noise = torch.randn(n, *real.shape[1:], generator=generator)
-    return {name: evaluate_images(images, reference, extractor, metrics, n=n, **kwargs)
-            for name,images in dict(real=chosen, noise=noise).items()}
+    return {
+        name: evaluate_images(images, reference, extractor, metrics, n=n, **kwargs)
+        for name, images in dict(real=chosen, noise=noise).items()
+    }
 
 # %% ../../nbs/core/metrics.ipynb #c045
 def class_accuracy(
-    samples:Tensor,  # (N, C, H, W) float in [-1, 1] or uint8
-    labels:Tensor,   # (N,) int64 class asked for; for stacks of three 100a+10b+c, or (N, 3)
-    extractor:str|Classifier, # A name in `EXTRACTORS`, or a loaded one
-)->float:            # Share in [0, 1]
+    samples: Tensor,  # (N, C, H, W) float in [-1, 1] or uint8
+    labels: Tensor,  # (N,) int64 class asked for; for stacks of three 100a+10b+c, or (N, 3)
+    extractor: str | Classifier,  # A name in `EXTRACTORS`, or a loaded one
+) -> float:  # Share in [0, 1]
     """Share of samples that the extractor takes for the class they were asked to show.
 
     A stack of digits counts only if all three are right.
     Raises `ValueError` for labels of another shape.
     """
-    seen,labels = classify(samples, extractor).argmax(-1),torch.as_tensor(labels).cpu()
-    if seen.ndim==2 and labels.ndim==1:
-        labels = torch.stack([labels//100, labels//10%10, labels%10], 1)
-    if _net(extractor).info.get('head')=='attributes' or seen.shape!=labels.shape:
-        raise ValueError(f"{len(samples)} samples need labels {tuple(seen.shape)} of classes, "
-                         f"got {tuple(labels.shape)}")
-    return (seen==labels).reshape(len(seen), -1).all(1).double().mean().item()
+    seen, labels = classify(samples, extractor).argmax(-1), torch.as_tensor(labels).cpu()
+    if seen.ndim == 2 and labels.ndim == 1:
+        labels = torch.stack([labels // 100, labels // 10 % 10, labels % 10], 1)
+    if _net(extractor).info.get('head') == 'attributes' or seen.shape != labels.shape:
+        raise ValueError(
+            f"{len(samples)} samples need labels {tuple(seen.shape)} of classes, "
+            f"got {tuple(labels.shape)}"
+        )
+    return (seen == labels).reshape(len(seen), -1).all(1).double().mean().item()
 
 # %% ../../nbs/core/metrics.ipynb #8743f40f
-def _asked(attributes, seen): # (N, A) or (A,) of 1, 0, -1 -> (N, A); refuses all else
+def _asked(attributes, seen):  # (N, A) or (A,) of 1, 0, -1 -> (N, A); refuses all else
     asked = torch.as_tensor(attributes).cpu()
-    if asked.ndim==1: asked = asked.expand(len(seen), -1)
-    if asked.shape!=seen.shape:
-        raise ValueError(f"{len(seen)} samples need attributes {tuple(seen.shape)}, "
-                         f"got {tuple(asked.shape)}")
-    if not torch.isin(asked, torch.tensor([-1, 0, 1])).all() or (asked<0).all(1).any():
-        raise ValueError("attributes are 0, 1, or -1 for not asked, "
-                         "and each sample is asked for one at least")
+    if asked.ndim == 1:
+        asked = asked.expand(len(seen), -1)
+    if asked.shape != seen.shape:
+        raise ValueError(
+            f"{len(seen)} samples need attributes {tuple(seen.shape)}, "
+            f"got {tuple(asked.shape)}"
+        )
+    if not torch.isin(asked, torch.tensor([-1, 0, 1])).all() or (asked < 0).all(1).any():
+        raise ValueError(
+            "attributes are 0, 1, or -1 for not asked, "
+            "and each sample is asked for one at least"
+        )
     return asked
 
+
 def attribute_accuracy(
-    samples:Tensor,    # (N, C, H, W) float in [-1, 1] or uint8
-    attributes:Tensor, # (N, A) or (A,) int64: 1 asked for, 0 to be absent, -1 not asked
-    extractor:str|Classifier='shapes', # One with attributes
-)->dict:               # each, all
+    samples: Tensor,  # (N, C, H, W) float in [-1, 1] or uint8
+    attributes: Tensor,  # (N, A) or (A,) int64: 1 asked for, 0 to be absent, -1 not asked
+    extractor: str | Classifier = 'shapes',  # One with attributes
+) -> dict:  # each, all
     """Share of samples that show the attributes they were asked to show.
 
     `each` has the share of right answers per attribute, None where it was never asked;
     `all` is the share of samples with every asked one right.
     Raises `ValueError` for an extractor without attributes, another shape, or other values.
     """
-    if _net(extractor).info.get('head')!='attributes':
+    if _net(extractor).info.get('head') != 'attributes':
         raise ValueError(f"the extractor {extractor!r} knows classes, not attributes")
-    seen = classify(samples, extractor)>.5
+    seen = classify(samples, extractor) > 0.5
     asked = _asked(attributes, seen)
-    right,care = seen==(asked>0),asked>=0
-    each = [right[care[:, i], i].double().mean().item() if care[:, i].any() else None
-            for i in range(seen.shape[1])]
-    return dict(each=each, all=(right|~care).all(1).double().mean().item())
+    right, care = seen == (asked > 0), asked >= 0
+    each = [
+        right[care[:, i], i].double().mean().item() if care[:, i].any() else None
+        for i in range(seen.shape[1])
+    ]
+    return dict(each=each, all=(right | ~care).all(1).double().mean().item())
 
 # %% ../../nbs/core/metrics.ipynb #c047
 def class_spread(
-    samples:Tensor, # (N, C, H, W) float in [-1, 1] or uint8
-    labels:Tensor,  # (N,) int64 class of each
-    extractor:str|Classifier, # A name in `EXTRACTORS`, or a loaded one
-)->float:           # In units of the features; compare with the same of real images
+    samples: Tensor,  # (N, C, H, W) float in [-1, 1] or uint8
+    labels: Tensor,  # (N,) int64 class of each
+    extractor: str | Classifier,  # A name in `EXTRACTORS`, or a loaded one
+) -> float:  # In units of the features; compare with the same of real images
     """Standard deviation of a feature within one class.
 
     Averaged over features and, weighted by size, over classes.
     Raises `ValueError` for a class with a single sample.
     """
-    seen,labels = features(samples, extractor),torch.as_tensor(labels).cpu()
-    if labels.shape!=(len(seen),):
-        raise ValueError(f"{len(seen)} samples need labels ({len(seen)},), got {tuple(labels.shape)}")
-    sizes = {kind: (labels==kind).sum().item() for kind in labels.unique().tolist()}
-    few = [kind for kind,size in sizes.items() if size<2]
-    if few: raise ValueError(f"classes {few} have one sample; a spread needs two")
-    spreads = (size*seen[labels==kind].std(0).mean().item() for kind,size in sizes.items())
-    return sum(spreads)/len(seen)
+    seen, labels = features(samples, extractor), torch.as_tensor(labels).cpu()
+    if labels.shape != (len(seen),):
+        raise ValueError(
+            f"{len(seen)} samples need labels ({len(seen)},), got {tuple(labels.shape)}"
+        )
+    sizes = {kind: (labels == kind).sum().item() for kind in labels.unique().tolist()}
+    few = [kind for kind, size in sizes.items() if size < 2]
+    if few:
+        raise ValueError(f"classes {few} have one sample; a spread needs two")
+    spreads = (
+        size * seen[labels == kind].std(0).mean().item() for kind, size in sizes.items()
+    )
+    return sum(spreads) / len(seen)
 
 # %% ../../nbs/core/metrics.ipynb #c050
 def count_modes(
-    kinds:Tensor,     # (N,) int64 codes 0..n_modes-1, or (N, 3) digits
-    n_modes:int=1000, # How many kinds there are, all equally likely in the data
-)->dict:              # modes, kl (nats), n, and floor: the KL that ideal samples reach on average
+    kinds: Tensor,  # (N,) int64 codes 0..n_modes-1, or (N, 3) digits
+    n_modes: int = 1000,  # How many kinds there are, all equally likely in the data
+) -> dict:  # modes, kl (nats), n, and floor: the KL that ideal samples reach on average
     """Count the kinds that occur, and the KL divergence of their shares from uniform.
 
     Computes label `eq-metrics-kl`. Raises `ValueError` for codes out of range.
     Source: Lin et al. 2018 (PacGAN).
     """
     kinds = torch.as_tensor(kinds).cpu().long()
-    if kinds.ndim==2 and kinds.shape[1]==3: kinds = kinds@torch.tensor([100, 10, 1])
-    if kinds.ndim!=1 or not len(kinds) or kinds.min()<0 or kinds.max()>=n_modes:
-        raise ValueError(f"expected codes 0..{n_modes-1} of shape (N,) or digits (N, 3)")
+    if kinds.ndim == 2 and kinds.shape[1] == 3:
+        kinds = kinds @ torch.tensor([100, 10, 1])
+    if kinds.ndim != 1 or not len(kinds) or kinds.min() < 0 or kinds.max() >= n_modes:
+        raise ValueError(f"expected codes 0..{n_modes - 1} of shape (N,) or digits (N, 3)")
     n = len(kinds)
-    shares = kinds.bincount(minlength=n_modes).double()/n
-    kl = torch.special.xlogy(shares, shares*n_modes).sum().item()
-    return dict(modes=int((shares>0).sum()), kl=kl, n=n, floor=(n_modes-1)/(2*n))
+    shares = kinds.bincount(minlength=n_modes).double() / n
+    kl = torch.special.xlogy(shares, shares * n_modes).sum().item()
+    return dict(modes=int((shares > 0).sum()), kl=kl, n=n, floor=(n_modes - 1) / (2 * n))
 
 # %% ../../nbs/core/metrics.ipynb #a7d68258
 def modes_kl(
-    samples:Tensor, # (N, 3, H, W) float in [-1, 1] or uint8, one digit per channel
-    extractor:str|Classifier='digits', # digits for 8 x 8, mnist for 28 x 28
+    samples: Tensor,  # (N, 3, H, W) float in [-1, 1] or uint8, one digit per channel
+    extractor: str | Classifier = 'digits',  # digits for 8 x 8, mnist for 28 x 28
     *,
-    n:int|None=None,  # The count that the protocol fixes; another number is refused
-    device:str='cpu', # Where the network runs
-)->dict:            # As `count_modes`, with `extractor` and its test `accuracy`
+    n: int | None = None,  # The count that the protocol fixes; another number is refused
+    device: str = 'cpu',  # Where the network runs
+) -> dict:  # As `count_modes`, with `extractor` and its test `accuracy`
     """Count the digit triples among stacked samples; the literature takes n = 26,000.
 
     Raises `ValueError` for images of one channel, or a count other than `n`.
     """
-    if n is not None and len(samples)!=n:
+    if n is not None and len(samples) != n:
         raise ValueError(f"samples: the protocol asks for {n} images, got {len(samples)}")
     seen = classify(samples, extractor, device=device).argmax(-1)
-    if seen.ndim!=2:
-        raise ValueError("samples: expected three channels with a digit each, "
-                         f"got {tuple(samples.shape)}")
+    if seen.ndim != 2:
+        raise ValueError(
+            "samples: expected three channels with a digit each, "
+            f"got {tuple(samples.shape)}"
+        )
     accuracy = _net(extractor).info['accuracy']
     return count_modes(seen) | dict(extractor=extractor_id(extractor), accuracy=accuracy)
 
 # %% ../../nbs/core/metrics.ipynb #c053
 def auroc(
-    scores_in:Tensor,  # (N,) of test images; higher is more ordinary, for example -E(x)
-    scores_out:Tensor, # (M,) of out-of-distribution images
-)->float:              # In [0, 1]; 0.5 is chance
+    scores_in: Tensor,  # (N,) of test images; higher is more ordinary, for example -E(x)
+    scores_out: Tensor,  # (M,) of out-of-distribution images
+) -> float:  # In [0, 1]; 0.5 is chance
     """Area under the ROC curve that tells ordinary from out-of-distribution images.
 
     Computes label `eq-metrics-auroc`.
@@ -772,12 +946,16 @@ def auroc(
     from sklearn.metrics import roc_auc_score
 
     both = []
-    for scores,what in ((scores_in, 'scores_in'), (scores_out, 'scores_out')):
-        if isinstance(scores, Tensor): scores = scores.detach().cpu()
+    for scores, what in ((scores_in, 'scores_in'), (scores_out, 'scores_out')):
+        if isinstance(scores, Tensor):
+            scores = scores.detach().cpu()
         scores = np.asarray(scores, dtype=np.float64)
-        if scores.ndim!=1 or not len(scores):
-            raise ValueError(f"{what}: expected one score per image (N,), got {scores.shape}")
-        if np.isnan(scores).any(): raise ValueError(f"{what}: holds NaN")
+        if scores.ndim != 1 or not len(scores):
+            raise ValueError(
+                f"{what}: expected one score per image (N,), got {scores.shape}"
+            )
+        if np.isnan(scores).any():
+            raise ValueError(f"{what}: holds NaN")
         both.append(scores)
     ranks = np.unique(np.concatenate(both), return_inverse=True)[1]
     inside = np.repeat([1, 0], [len(scores) for scores in both])
@@ -786,42 +964,53 @@ def auroc(
 # %% ../../nbs/core/metrics.ipynb #4f5b0cdb
 @torch.no_grad()
 def auroc_ood(
-    score:Callable, # score(x) -> (B,), higher is more ordinary
-    data:str,       # Name of the data set
-    n:int,          # Test images, and out-of-distribution images of each kind
+    score: Callable,  # score(x) -> (B,), higher is more ordinary
+    data: str,  # Name of the data set
+    n: int,  # Test images, and out-of-distribution images of each kind
     *,
-    chunk:int=100,  # Images at once
-)->dict:            # auroc_KIND -> (area, number of test images, ''), as ledgers have it
+    chunk: int = 100,  # Images at once
+) -> dict:  # auroc_KIND -> (area, number of test images, ''), as ledgers have it
     """How well a score detects out-of-distribution images.
 
     The kinds are those of `ebmbook.data.ood_sets`.
     """
-    def scores(x): return torch.cat([score(part) for part in x.split(chunk)])
+
+    def scores(x):
+        return torch.cat([score(part) for part in x.split(chunk)])
+
     x = load(data, split='test').tensor(n)
     inside = scores(x)
     kinds = ood_sets(data, n, torch.Generator().manual_seed(0))
-    return {f'auroc_{kind}': (auroc(inside, scores(images)), len(x), '')
-            for kind,images in kinds.items()}
+    return {
+        f'auroc_{kind}': (auroc(inside, scores(images)), len(x), '')
+        for kind, images in kinds.items()
+    }
 
 # %% ../../nbs/core/metrics.ipynb #c056
-DATA_RANGE = 1. # Of images once mapped to [0, 1], where both measures look at them
+DATA_RANGE = 1.0  # Of images once mapped to [0, 1], where both measures look at them
+
 
 def _pair(x, y, least=1):
-    if x.shape!=y.shape or x.ndim!=4 or not len(x):
-        raise ValueError("expected two batches of images of one shape (N, C, H, W), "
-                         f"got {tuple(x.shape)} and {tuple(y.shape)}")
-    if min(x.shape[2:])<least:
-        raise ValueError(f"images must have at least {least} pixels a side, got {tuple(x.shape[2:])}")
+    if x.shape != y.shape or x.ndim != 4 or not len(x):
+        raise ValueError(
+            "expected two batches of images of one shape (N, C, H, W), "
+            f"got {tuple(x.shape)} and {tuple(y.shape)}"
+        )
+    if min(x.shape[2:]) < least:
+        raise ValueError(
+            f"images must have at least {least} pixels a side, got {tuple(x.shape[2:])}"
+        )
     if not (x.isfinite().all() and y.isfinite().all()):
         raise ValueError("images hold NaN or infinite values")
-    return x.detach().float().add(1).div(2),y.detach().float().add(1).div(2)
+    return x.detach().float().add(1).div(2), y.detach().float().add(1).div(2)
+
 
 def psnr(
-    x:Tensor, # (N, C, H, W) in [-1, 1]
-    y:Tensor, # (N, C, H, W) in [-1, 1], what `x` should be
+    x: Tensor,  # (N, C, H, W) in [-1, 1]
+    y: Tensor,  # (N, C, H, W) in [-1, 1], what `x` should be
     *,
-    each:bool=False, # Return one value per image
-)->float|Tensor:     # dB; mean over images, or (N,)
+    each: bool = False,  # Return one value per image
+) -> float | Tensor:  # dB; mean over images, or (N,)
     """Peak signal-to-noise ratio of each image, averaged over images.
 
     Data range 1 after mapping to [0, 1].
@@ -830,17 +1019,19 @@ def psnr(
     """
     from torchmetrics.functional.image import peak_signal_noise_ratio
 
-    x,y = _pair(x, y)
-    values = peak_signal_noise_ratio(x, y, data_range=DATA_RANGE, dim=(1, 2, 3), reduction='none')
+    x, y = _pair(x, y)
+    values = peak_signal_noise_ratio(
+        x, y, data_range=DATA_RANGE, dim=(1, 2, 3), reduction='none'
+    )
     return values if each else values.mean().item()
 
 # %% ../../nbs/core/metrics.ipynb #8c30c08f
 def ssim(
-    x:Tensor, # (N, C, H, W) in [-1, 1], at least 6 pixels a side
-    y:Tensor, # (N, C, H, W) in [-1, 1], what `x` should be
+    x: Tensor,  # (N, C, H, W) in [-1, 1], at least 6 pixels a side
+    y: Tensor,  # (N, C, H, W) in [-1, 1], what `x` should be
     *,
-    each:bool=False, # Return one value per image
-)->float|Tensor:     # Mean over images, or (N,); 1 for equal images
+    each: bool = False,  # Return one value per image
+) -> float | Tensor:  # Mean over images, or (N,); 1 for equal images
     """Structural similarity of each image, averaged over images.
 
     Data range 1 after mapping to [0, 1].
@@ -849,20 +1040,23 @@ def ssim(
     """
     from torchmetrics.functional.image import structural_similarity_index_measure
 
-    x,y = _pair(x, y, 6)
-    values = structural_similarity_index_measure(x, y, data_range=DATA_RANGE, reduction='none')
+    x, y = _pair(x, y, 6)
+    values = structural_similarity_index_measure(
+        x, y, data_range=DATA_RANGE, reduction='none'
+    )
     values = values.reshape(len(x))
     return values if each else values.mean().item()
 
 # %% ../../nbs/core/metrics.ipynb #c059
 def iwae(
-    log_w:Tensor, # (..., K) log p(x, z_k) - log q(z_k | x), nats
-)->Tensor:        # (...) float64, nats per example
+    log_w: Tensor,  # (..., K) log p(x, z_k) - log q(z_k | x), nats
+) -> Tensor:  # (...) float64, nats per example
     """Importance-weighted bound on the log-likelihood of each example, summed in float64.
 
     Computes label `eq-metrics-iwae`. Raises `ValueError` for NaN or no draws.
     """
-    if log_w.ndim<1 or not log_w.shape[-1]:
+    if log_w.ndim < 1 or not log_w.shape[-1]:
         raise ValueError(f"expected (..., K) with K >= 1, got {tuple(log_w.shape)}")
-    if log_w.isnan().any(): raise ValueError("log_w holds NaN")
+    if log_w.isnan().any():
+        raise ValueError("log_w holds NaN")
     return torch.logsumexp(log_w.double(), -1) - math.log(log_w.shape[-1])

@@ -19,8 +19,8 @@ from ..mcmc import Slice, normal
 
 # %% ../../nbs/core/nets.ipynb #c005
 def snorm(
-    layer:nn.Module, # Linear or convolution
-)->nn.Module:        # The same layer; its weight is W/sigma(W) from now on
+    layer: nn.Module,  # Linear or convolution
+) -> nn.Module:  # The same layer; its weight is W/sigma(W) from now on
     """Normalise the weight of `layer` by its largest singular value.
 
     One power iteration for each training pass.
@@ -31,9 +31,9 @@ def snorm(
 # %% ../../nbs/core/nets.ipynb #c009
 @torch.no_grad()
 def settle_norms(
-    net:nn.Module, # Any network; layers without spectral norm are left alone
-    n:int=20,      # Power iterations for each weight; >= 0
-)->nn.Module:      # `net` itself, its vectors u and v renewed in place
+    net: nn.Module,  # Any network; layers without spectral norm are left alone
+    n: int = 20,  # Power iterations for each weight; >= 0
+) -> nn.Module:  # `net` itself, its vectors u and v renewed in place
     """Run `n` power iterations on every spectrally normalised weight, without data.
 
     Call it after weights were replaced from outside: averaged, loaded, or initialised anew.
@@ -41,106 +41,122 @@ def settle_norms(
     """
     for module in net.modules():
         for norm in getattr(module, 'parametrizations', {}).values():
-            if not hasattr(norm[0], '_u'): continue
+            if not hasattr(norm[0], '_u'):
+                continue
             flags = [(part, part.training) for part in norm.modules()]
             norm.train()
             with torch.autocast(norm.original.device.type, enabled=False):
-                for _ in range(n): norm()   # a read in training mode is one power iteration
-            for part,flag in flags: part.training = flag
+                for _ in range(n):
+                    norm()  # a read in training mode is one power iteration
+            for part, flag in flags:
+                part.training = flag
     return net
 
 # %% ../../nbs/core/nets.ipynb #c017
 def sinusoid(
-    v:Tensor, # (B,) float, the number to encode; changes of about one should matter
-    dim:int,  # Length of the code; even and at least 4
-)->Tensor:    # (B, dim): dim/2 sines, then dim/2 cosines, in [-1, 1]
+    v: Tensor,  # (B,) float, the number to encode; changes of about one should matter
+    dim: int,  # Length of the code; even and at least 4
+) -> Tensor:  # (B, dim): dim/2 sines, then dim/2 cosines, in [-1, 1]
     """Encode one number as sines and cosines of falling frequency.
 
     Frequency i of h = dim/2 is 10000^(-i/(h-1)), so that the first is 1, the last 1/10000.
     Scale `v` to suit.
     Raises `ValueError` if `v` is not one number per example or `dim` is odd or below 4.
     """
-    if v.ndim!=1: raise ValueError(f"v must have shape (B,), got {tuple(v.shape)}")
-    if dim<4 or dim%2: raise ValueError(f"dim must be even and at least 4, got {dim}")
-    angle = v[:,None] * torch.logspace(0, -4, dim//2, dtype=v.dtype, device=v.device)
+    if v.ndim != 1:
+        raise ValueError(f"v must have shape (B,), got {tuple(v.shape)}")
+    if dim < 4 or dim % 2:
+        raise ValueError(f"dim must be even and at least 4, got {dim}")
+    angle = v[:, None] * torch.logspace(0, -4, dim // 2, dtype=v.dtype, device=v.device)
     return torch.cat((angle.sin(), angle.cos()), 1)
 
 # %% ../../nbs/core/nets.ipynb #c021
 def count(
-    net:nn.Module, # Any network
-)->int:            # Number of scalars in its parameters; shared ones once, buffers not at all
+    net: nn.Module,  # Any network
+) -> int:  # Number of scalars in its parameters; shared ones once, buffers not at all
     "Count all parameters of `net`, trainable or frozen, without buffers."
     return sum(parameter.numel() for parameter in net.parameters())
 
 # %% ../../nbs/core/nets.ipynb #c024
 def full(
-    x:Tensor, # Any shape and type
-)->Tensor:    # The same numbers in float32, or in float64 where they were
+    x: Tensor,  # Any shape and type
+) -> Tensor:  # The same numbers in float32, or in float64 where they were
     "Single precision or better."
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 # %% ../../nbs/core/nets.ipynb #c027
 def groups(
-    width:int,   # Channels
-    most:int=32, # Groups at most
-    eps:float=1e-6, # Under the root
-)->nn.Module:
+    width: int,  # Channels
+    most: int = 32,  # Groups at most
+    eps: float = 1e-6,  # Under the root
+) -> nn.Module:
     """GroupNorm with as many groups as fit.
 
     Each group has the same number of channels and at least two.
     """
-    def fits(n): return width%n==0 and (2*n<=width or n==1)
-    return nn.GroupNorm(max(filter(fits, range(1, most+1))), width, eps=eps)
+
+    def fits(n):
+        return width % n == 0 and (2 * n <= width or n == 1)
+
+    return nn.GroupNorm(max(filter(fits, range(1, most + 1))), width, eps=eps)
+
 
 def mlp(
-    sizes:tuple,          # Numbers in, hidden units of each layer, numbers out
-    act:Callable=nn.SiLU, # Makes the activation between two layers
-    layer:Callable=lambda x: x, # Applied to each linear layer, for example a norm
-)->nn.Sequential:         # (B, sizes[0]) -> (B, sizes[-1])
+    sizes: tuple,  # Numbers in, hidden units of each layer, numbers out
+    act: Callable = nn.SiLU,  # Makes the activation between two layers
+    layer: Callable = lambda x: x,  # Applied to each linear layer, for example a norm
+) -> nn.Sequential:  # (B, sizes[0]) -> (B, sizes[-1])
     "Linear layers with an activation between every two."
     parts = []
-    for n_in,n_out in zip(sizes, sizes[1:]):
+    for n_in, n_out in zip(sizes, sizes[1:]):
         parts += [layer(nn.Linear(n_in, n_out)), act()]
     return nn.Sequential(*parts[:-1])
 
 # %% ../../nbs/core/nets.ipynb #c030
-def _length(v): return torch.linalg.vector_norm(v, dim=(1, 2, 3))
+def _length(v):
+    return torch.linalg.vector_norm(v, dim=(1, 2, 3))
+
 
 class LogLength(nn.Module):
     """A kernel from its log length g and its direction v; a parametrization of `weight`.
 
     A mask may hide a part of v.
     """
-    def __init__(self,
-        mask:Tensor|None=None, # Like the kernel, ones and zeros; None hides nothing
+
+    def __init__(
+        self,
+        mask: Tensor | None = None,  # Like the kernel, ones and zeros; None hides nothing
     ):
         super().__init__()
         self.register_buffer('mask', mask, persistent=False)
 
-    def _visible(self, v): return v if self.mask is None else v*self.mask
+    def _visible(self, v):
+        return v if self.mask is None else v * self.mask
 
-    def forward(self,
-        g:Tensor, # (out,), natural logarithm of the length
-        v:Tensor, # (out, in, kh, kw), only its direction counts
-    )->Tensor:    # Like v
+    def forward(
+        self,
+        g: Tensor,  # (out,), natural logarithm of the length
+        v: Tensor,  # (out, in, kh, kw), only its direction counts
+    ) -> Tensor:  # Like v
         "Source: released code of Xiao et al. 2021, label `eq-nets-length`."
         v = self._visible(v)
-        return v * (g.exp()/(_length(v)+1e-5))[:,None,None,None]
+        return v * (g.exp() / (_length(v) + 1e-5))[:, None, None, None]
 
-    def right_inverse(self,
-        kernel:Tensor, # (out, in, kh, kw), to start from
-    )->tuple:          # g, v
+    def right_inverse(
+        self,
+        kernel: Tensor,  # (out, in, kh, kw), to start from
+    ) -> tuple:  # g, v
         """The start of the released code.
 
         A touch longer than `kernel`, so that a zero kernel has a logarithm too.
         """
-        return (_length(self._visible(kernel))+.01).log(), kernel
+        return (_length(self._visible(kernel)) + 0.01).log(), kernel
 
 # %% ../../nbs/core/nets.ipynb #a3b2007f
 def wnorm(
-    layer:nn.Conv2d,       # Any convolution
-    mask:Tensor|None=None, # Like its kernel, ones and zeros
-)->nn.Conv2d:              # The same layer
+    layer: nn.Conv2d,  # Any convolution
+    mask: Tensor | None = None,  # Like its kernel, ones and zeros
+) -> nn.Conv2d:  # The same layer
     """Learn log length and direction of each kernel instead of the kernel.
 
     The weight is made from `original0` (g) and `original1` (v).
@@ -150,28 +166,34 @@ def wnorm(
 # %% ../../nbs/core/nets.ipynb #c033
 @torch.no_grad()
 def collect_norms(
-    net:nn.Module, # Changed in place; ends in evaluation mode
-    show:Callable, # Called without arguments; shows `net` some batches, all of one size
+    net: nn.Module,  # Changed in place; ends in evaluation mode
+    show: Callable,  # Called without arguments; shows `net` some batches, all of one size
 ):
     "Collect the averages of every batch norm anew; without one, nothing is shown."
-    norms = [module for module in net.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+    norms = [
+        module
+        for module in net.modules()
+        if isinstance(module, nn.modules.batchnorm._BatchNorm)
+    ]
     net.eval()
-    if not norms: return
+    if not norms:
+        return
     momenta = [norm.momentum for norm in norms]
     for norm in norms:
         norm.reset_running_stats()
-        norm.momentum = None # the mean over all batches
+        norm.momentum = None  # the mean over all batches
         norm.train()
     show()
-    for norm,momentum in zip(norms, momenta): norm.momentum = momentum
+    for norm, momentum in zip(norms, momenta):
+        norm.momentum = momentum
     net.eval()
 
 # %% ../../nbs/core/nets.ipynb #c036
 def log_normal(
-    z:Tensor, # (B, ...)
-)->Tensor:    # (B,) nats
+    z: Tensor,  # (B, ...)
+) -> Tensor:  # (B,) nats
     "Log-density of independent standard normal numbers."
-    return -(z.square()+math.log(2*math.pi)).flatten(1).sum(1)/2
+    return -(z.square() + math.log(2 * math.pi)).flatten(1).sum(1) / 2
 
 # %% ../../nbs/core/nets.ipynb #c039
 class ActNorm(nn.Module):
@@ -179,8 +201,10 @@ class ActNorm(nn.Module):
 
     Set from the first batch that `Flow.init` shows, learned afterwards.
     """
-    def __init__(self,
-        ch:int, # Channels
+
+    def __init__(
+        self,
+        ch: int,  # Channels
     ):
         super().__init__()
         self.mean = nn.Parameter(torch.zeros(ch, 1, 1))
@@ -188,37 +212,51 @@ class ActNorm(nn.Module):
         self.register_buffer('ready', torch.tensor(False))
         self.watching = False
 
-    def forward(self,
-        x:Tensor, # (B, ch, H, W)
-    )->tuple:     # Like x, and log-determinant (), the same for all examples
+    def forward(
+        self,
+        x: Tensor,  # (B, ch, H, W)
+    ) -> tuple:  # Like x, and log-determinant (), the same for all examples
         if self.watching and not self.ready:
-            std,mean = torch.std_mean(x, (0, 2, 3), correction=0, keepdim=True)
+            std, mean = torch.std_mean(x, (0, 2, 3), correction=0, keepdim=True)
             self.mean.data.copy_(mean[0])
-            self.inv_std.data.copy_(1/std[0].clamp(min=1e-6))
+            self.inv_std.data.copy_(1 / std[0].clamp(min=1e-6))
             self.ready.fill_(True)
-        return (x-self.mean)*self.inv_std, self.inv_std.abs().log().sum()*x[0,0].numel()
+        return (x - self.mean) * self.inv_std, self.inv_std.abs().log().sum() * x[
+            0, 0
+        ].numel()
 
-    def inverse(self, x): return x/self.inv_std + self.mean
+    def inverse(self, x):
+        return x / self.inv_std + self.mean
 
 # %% ../../nbs/core/nets.ipynb #c041
 def _check_batch(x, shape, dtype):
-    if tuple(x.shape[1:])!=shape:
-        raise ValueError(f"expected a batch (B, {', '.join(map(str, shape))}), got {tuple(x.shape)}")
-    if x.dtype!=dtype:
-        raise TypeError(f"this flow computes in {dtype}, got {x.dtype}: convert one of the two")
+    if tuple(x.shape[1:]) != shape:
+        raise ValueError(
+            f"expected a batch (B, {', '.join(map(str, shape))}), got {tuple(x.shape)}"
+        )
+    if x.dtype != dtype:
+        raise TypeError(
+            f"this flow computes in {dtype}, got {x.dtype}: convert one of the two"
+        )
     return x
 
+
 @contextmanager
-def _watching(net): # evaluation mode in which every ActNorm sets itself from what it is shown
+def _watching(
+    net,
+):  # evaluation mode in which every ActNorm sets itself from what it is shown
     modes = [(module, module.training) for module in net.modules()]
     norms = [module for module in net.modules() if hasattr(module, 'watching')]
     try:
         net.eval()
-        for norm in norms: norm.watching = True
+        for norm in norms:
+            norm.watching = True
         yield
     finally:
-        for norm in norms: norm.watching = False
-        for module,mode in modes: module.training = mode
+        for norm in norms:
+            norm.watching = False
+        for module, mode in modes:
+            module.training = mode
 
 # %% ../../nbs/core/nets.ipynb #581c3536
 class Flow(nn.Module):
@@ -228,35 +266,41 @@ class Flow(nn.Module):
     The methods raise `ValueError` for the wrong shape and `TypeError` for numbers of
     another kind than the parameters.
     """
-    def check(self, x): return _check_batch(x, self.shape, next(self.parameters()).dtype)
 
-    def log_prob(self,
-        x:Tensor,       # (B, *shape)
-        generator=None, # Not used by flows without dequantisation
-    )->Tensor:          # (B,) nats, log-density in units of x
+    def check(self, x):
+        return _check_batch(x, self.shape, next(self.parameters()).dtype)
+
+    def log_prob(
+        self,
+        x: Tensor,  # (B, *shape)
+        generator=None,  # Not used by flows without dequantisation
+    ) -> Tensor:  # (B,) nats, log-density in units of x
         "Exact log-density. Source: label `eq-glow-change`."
-        z,logdet = self.encode(x)
-        return log_normal(z)+logdet
+        z, logdet = self.encode(x)
+        return log_normal(z) + logdet
 
     @torch.no_grad()
-    def sample(self,
-        n:int,          # How many
+    def sample(
+        self,
+        n: int,  # How many
         *,
-        temp:float=1.,  # Standard deviation of z; 1 draws from the model
-        generator:torch.Generator|Slice|None=None, # Source of z; None: global
-    )->Tensor:          # (n, *shape)
+        temp: float = 1.0,  # Standard deviation of z; 1 draws from the model
+        generator: torch.Generator | Slice | None = None,  # Source of z; None: global
+    ) -> Tensor:  # (n, *shape)
         "Draw z and decode it; without gradients, for those decode a z of your own."
         z = normal(next(self.parameters()).new_empty(n, *self.shape), generator)
-        return self.decode(temp*z)
+        return self.decode(temp * z)
 
     @torch.no_grad()
-    def init(self,
-        x:Tensor,       # (B, *shape) data; several hundred images are usual, more are better
-        generator=None, # Source of dequantisation noise
-    )->'Flow':          # The flow itself
+    def init(
+        self,
+        x: Tensor,  # (B, *shape) data; several hundred images are usual, more are better
+        generator=None,  # Source of dequantisation noise
+    ) -> 'Flow':  # The flow itself
         """Set every ActNorm from data, layer by layer, without dropout.
 
         A second call changes nothing.
         """
-        with _watching(self): self.log_prob(x, generator=generator)
+        with _watching(self):
+            self.log_prob(x, generator=generator)
         return self

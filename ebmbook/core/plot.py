@@ -18,176 +18,220 @@ from matplotlib.axes import Axes
 from torch import Tensor
 
 # %% ../../nbs/core/plot.ipynb #c005
-COLORS = [ # Okabe-Ito, darkest first
-    '#0072B2', '#D55E00', '#009E73', '#CC79A7', '#E69F00', '#56B4E9', '#000000', '#F0E442',
+COLORS = [  # Okabe-Ito, darkest first
+    '#0072B2',
+    '#D55E00',
+    '#009E73',
+    '#CC79A7',
+    '#E69F00',
+    '#56B4E9',
+    '#000000',
+    '#F0E442',
 ]
 _DASHES = ['-', '--', '-.', ':']
 
+
 def house_style(
-    dpi:int=80, # Dots per inch of stored figures; 80 keeps a notebook small
-)->None:
+    dpi: int = 80,  # Dots per inch of stored figures; 80 keeps a notebook small
+) -> None:
     "Set matplotlib's defaults to the look of the book."
-    cycle = mpl.cycler(linestyle=_DASHES[:2])*mpl.cycler(color=COLORS[:7])
-    mpl.rcParams.update({
-        'figure.dpi': dpi, 'savefig.dpi': dpi, 'figure.figsize': (4.5, 3), 'figure.constrained_layout.use': True,
-        'font.size': 10, 'axes.titlesize': 10, 'axes.labelsize': 10, 'legend.fontsize': 9, 'legend.frameon': False,
-        'axes.spines.top': False, 'axes.spines.right': False, 'axes.prop_cycle': cycle, 'lines.linewidth': 1.6,
-        'image.cmap': 'viridis', 'savefig.bbox': 'tight', 'savefig.facecolor': 'white'})
+    cycle = mpl.cycler(linestyle=_DASHES[:2]) * mpl.cycler(color=COLORS[:7])
+    mpl.rcParams.update(
+        {
+            'figure.dpi': dpi,
+            'savefig.dpi': dpi,
+            'figure.figsize': (4.5, 3),
+            'figure.constrained_layout.use': True,
+            'font.size': 10,
+            'axes.titlesize': 10,
+            'axes.labelsize': 10,
+            'legend.fontsize': 9,
+            'legend.frameon': False,
+            'axes.spines.top': False,
+            'axes.spines.right': False,
+            'axes.prop_cycle': cycle,
+            'lines.linewidth': 1.6,
+            'image.cmap': 'viridis',
+            'savefig.bbox': 'tight',
+            'savefig.facecolor': 'white',
+        }
+    )
 
 # %% ../../nbs/core/plot.ipynb #c008
 def tile(
-    x:Tensor,      # (B, C, H, W) images in [-1, 1], C is 1 or 3; values outside are clipped
-    ncol:int=8,    # Images per row
+    x: Tensor,  # (B, C, H, W) images in [-1, 1], C is 1 or 3; values outside are clipped
+    ncol: int = 8,  # Images per row
     *,
-    pad:int=1,     # Gap in image pixels
-    scale:int=0,   # Screen pixels per image pixel; 0 makes the result about `width` wide
-    width:int=560, # Wished width in screen pixels, used when `scale` is 0
-)->np.ndarray:     # (rows, columns, 3) uint8, gaps white
+    pad: int = 1,  # Gap in image pixels
+    scale: int = 0,  # Screen pixels per image pixel; 0 makes the result about `width` wide
+    width: int = 560,  # Wished width in screen pixels, used when `scale` is 0
+) -> np.ndarray:  # (rows, columns, 3) uint8, gaps white
     """Lay images out on a white sheet, each pixel enlarged to a square block.
 
     Raises `ValueError` for anything but a batch of grey or colour images.
     """
-    if x.ndim!=4 or x.shape[1] not in (1, 3):
+    if x.ndim != 4 or x.shape[1] not in (1, 3):
         raise ValueError(f"expected images (B, 1 or 3, H, W), got {tuple(x.shape)}")
     x = x.detach().float().cpu().clamp(-1, 1).add(1).mul(127.5).round().byte()
-    n,_,tall,wide = x.shape
+    n, _, tall, wide = x.shape
     ncol = max(1, min(ncol, n))
-    size = math.ceil(n/ncol)*(tall+pad)+pad, ncol*(wide+pad)+pad
+    size = math.ceil(n / ncol) * (tall + pad) + pad, ncol * (wide + pad) + pad
     sheet = torch.full((3, *size), 255, dtype=torch.uint8)
     for i in range(n):
-        top = pad+(i//ncol)*(tall+pad)
-        left = pad+(i%ncol)*(wide+pad)
-        sheet[:, top:top+tall, left:left+wide] = x[i]
-    scale = scale or max(1, round(width/sheet.shape[2]))
+        top = pad + (i // ncol) * (tall + pad)
+        left = pad + (i % ncol) * (wide + pad)
+        sheet[:, top : top + tall, left : left + wide] = x[i]
+    scale = scale or max(1, round(width / sheet.shape[2]))
     sheet = sheet.repeat_interleave(scale, 1).repeat_interleave(scale, 2)
     return sheet.permute(1, 2, 0).numpy()
 
 # %% ../../nbs/core/plot.ipynb #c010
 def show_images(
-    x:Tensor,        # (B, C, H, W) in [-1, 1]
-    ncol:int=8,      # Images per row
+    x: Tensor,  # (B, C, H, W) in [-1, 1]
+    ncol: int = 8,  # Images per row
     *,
-    title:str='',    # Line above the grid
-    ax:Axes|None=None, # Where to draw; None makes a figure that fits pixel by pixel
-    pad:int=1,       # Gap in image pixels
-    width:int=560,   # Width of the new figure in screen pixels, about
-)->Axes:             # The axes, without ticks
+    title: str = '',  # Line above the grid
+    ax: Axes | None = None,  # Where to draw; None makes a figure that fits pixel by pixel
+    pad: int = 1,  # Gap in image pixels
+    width: int = 560,  # Width of the new figure in screen pixels, about
+) -> Axes:  # The axes, without ticks
     "Draw a grid of images with sharp pixels."
     sheet = tile(x, ncol, pad=pad, width=width)
     if ax is None:
         dpi = mpl.rcParams['figure.dpi']
-        fig = plt.figure(figsize=(sheet.shape[1]/dpi, sheet.shape[0]/dpi), layout='none')
-        ax = fig.add_axes((0, 0, 1, 1)) # one screen pixel per sheet pixel
+        fig = plt.figure(
+            figsize=(sheet.shape[1] / dpi, sheet.shape[0] / dpi), layout='none'
+        )
+        ax = fig.add_axes((0, 0, 1, 1))  # one screen pixel per sheet pixel
     ax.imshow(sheet, interpolation='nearest')
     ax.set_axis_off()
-    if title: ax.set_title(title)
+    if title:
+        ax.set_title(title)
     return ax
 
+
 def save_images(
-    x:Tensor,        # (B, C, H, W) in [-1, 1]
-    path:str|Path,   # File to write, its ending names the format; folders are made
-    ncol:int=8,      # Images per row
+    x: Tensor,  # (B, C, H, W) in [-1, 1]
+    path: str | Path,  # File to write, its ending names the format; folders are made
+    ncol: int = 8,  # Images per row
     *,
-    pad:int=1,       # Gap in image pixels
-    width:int=800,   # Wished width in screen pixels
-)->Path:             # `path`
+    pad: int = 1,  # Gap in image pixels
+    width: int = 800,  # Wished width in screen pixels
+) -> Path:  # `path`
     "Write a grid of images to a file, sharp and without margins."
     from PIL import Image
+
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(tile(x, ncol, pad=pad, width=width)).save(path)
     return path
 
 # %% ../../nbs/core/plot.ipynb #c013
-def _ends(lim): return (-lim, lim) if isinstance(lim, (int, float)) else tuple(lim)
+def _ends(lim):
+    return (-lim, lim) if isinstance(lim, (int, float)) else tuple(lim)
+
 
 def plane(
-    lim:float|tuple, # Side of the square: a number is [-lim, lim], a pair [low, high]
-    n:int=200,       # Cells per side
-)->Tensor:           # (n*n, 2) centres of the cells, x runs fastest
+    lim: float | tuple,  # Side of the square: a number is [-lim, lim], a pair [low, high]
+    n: int = 200,  # Cells per side
+) -> Tensor:  # (n*n, 2) centres of the cells, x runs fastest
     "Centres of the cells of a square grid over the plane."
-    low,high = _ends(lim)
-    centres = low + (high-low)*(torch.arange(n)+.5)/n
+    low, high = _ends(lim)
+    centres = low + (high - low) * (torch.arange(n) + 0.5) / n
     return torch.stack(torch.meshgrid(centres, centres, indexing='xy'), -1).view(-1, 2)
 
 # %% ../../nbs/core/plot.ipynb #c015
 def show_map(
-    values:Tensor,     # (n, n) or (n*n,) at the cells of `plane(lim, n)`: rows y, columns x
-    lim:float|tuple,   # As in `plane`
+    values: Tensor,  # (n, n) or (n*n,) at the cells of `plane(lim, n)`: rows y, columns x
+    lim: float | tuple,  # As in `plane`
     *,
-    ax:Axes|None=None, # Where to draw; None makes a figure
-    title:str='',      # Line above the map
-    log:bool=False,    # Colour by the logarithm of positive values, six decades at most
-    bar:bool=False,    # Draw a colour bar
-)->Axes:
+    ax: Axes | None = None,  # Where to draw; None makes a figure
+    title: str = '',  # Line above the map
+    log: bool = False,  # Colour by the logarithm of positive values, six decades at most
+    bar: bool = False,  # Draw a colour bar
+) -> Axes:
     """Draw a function on a square of the plane as colours, dark is low.
 
     Raises `ValueError` if the values do not fill a square.
     """
     values = torch.as_tensor(values).detach().float().cpu()
     n = math.isqrt(values.numel())
-    if n*n!=values.numel():
+    if n * n != values.numel():
         raise ValueError(f"values must fill a square grid, got {tuple(values.shape)}")
     ax = ax or plt.figure(figsize=(3.2, 3.2)).add_subplot()
     extent = (*_ends(lim), *_ends(lim))
     top = values.max()
-    norm = mpl.colors.LogNorm(top*1e-6, top, clip=True) if log else None
-    image = ax.imshow(values.view(n, n), extent=extent, origin='lower', norm=norm, aspect='equal')
-    if bar: ax.figure.colorbar(image, ax=ax, shrink=.8)
+    norm = mpl.colors.LogNorm(top * 1e-6, top, clip=True) if log else None
+    image = ax.imshow(
+        values.view(n, n), extent=extent, origin='lower', norm=norm, aspect='equal'
+    )
+    if bar:
+        ax.figure.colorbar(image, ax=ax, shrink=0.8)
     ax.set_title(title)
     return ax
 
 # %% ../../nbs/core/plot.ipynb #c017
 def show_points(
-    x:Tensor,          # (B, 2)
+    x: Tensor,  # (B, 2)
     *,
-    ax:Axes|None=None, # Where to draw; None makes a figure
-    lim:float|tuple|None=None, # Limits of both axes; None fits the points
-    title:str='',      # Line above the cloud
-    color=COLORS[0],   # One colour, or (B,) values
-)->Axes:
+    ax: Axes | None = None,  # Where to draw; None makes a figure
+    lim: float | tuple | None = None,  # Limits of both axes; None fits the points
+    title: str = '',  # Line above the cloud
+    color=COLORS[0],  # One colour, or (B,) values
+) -> Axes:
     """Draw a cloud of points; the more there are, the smaller and paler each.
 
     Raises `ValueError` unless the points lie in the plane.
     """
     x = x.detach().float().cpu()
-    if x.ndim!=2 or x.shape[1]!=2: raise ValueError(f"expected points (B, 2), got {tuple(x.shape)}")
+    if x.ndim != 2 or x.shape[1] != 2:
+        raise ValueError(f"expected points (B, 2), got {tuple(x.shape)}")
     ax = ax or plt.figure(figsize=(3.2, 3.2)).add_subplot()
     n = max(1, len(x))
-    size = min(12, max(.6, 6000/n))
-    alpha = min(1, max(.25, 1500/n))
-    ax.scatter(x[:, 0], x[:, 1], s=size, alpha=alpha, c=color, linewidths=0, rasterized=True)
+    size = min(12, max(0.6, 6000 / n))
+    alpha = min(1, max(0.25, 1500 / n))
+    ax.scatter(
+        x[:, 0], x[:, 1], s=size, alpha=alpha, c=color, linewidths=0, rasterized=True
+    )
     ax.set_aspect('equal')
-    if lim is not None: ax.set(xlim=_ends(lim), ylim=_ends(lim))
+    if lim is not None:
+        ax.set(xlim=_ends(lim), ylim=_ends(lim))
     ax.set_title(title)
     return ax
 
 # %% ../../nbs/core/plot.ipynb #c020
 def _array(values):
-    if isinstance(values, Tensor): values = values.detach().cpu()
+    if isinstance(values, Tensor):
+        values = values.detach().cpu()
     return np.asarray(values)
 
-def _positions(curve, x): # where a curve runs: its own (x, y), or its values over `x`
-    if isinstance(curve, tuple) and len(curve)==2: return _array(curve[0]), _array(curve[1])
-    if x is None: x = range(len(curve))
+
+def _positions(curve, x):  # where a curve runs: its own (x, y), or its values over `x`
+    if isinstance(curve, tuple) and len(curve) == 2:
+        return _array(curve[0]), _array(curve[1])
+    if x is None:
+        x = range(len(curve))
     return _array(x), _array(curve)
 
+
 def show_curves(
-    curves:dict,           # Name -> sequence of numbers, or (x, y) of a curve with its own x
+    curves: dict,  # Name -> sequence of numbers, or (x, y) of a curve with its own x
     *,
-    x:Sequence|None=None,  # Common horizontal positions; None counts 0, 1, 2, ...
-    ax:Axes|None=None,     # Where to draw; None makes a figure
-    xlabel:str='',         # Horizontal label
-    ylabel:str='',         # Vertical label
-    logy:bool=False,       # Logarithmic vertical axis
-    title:str='',          # Line above the curves
-)->Axes:
+    x: Sequence | None = None,  # Common horizontal positions; None counts 0, 1, 2, ...
+    ax: Axes | None = None,  # Where to draw; None makes a figure
+    xlabel: str = '',  # Horizontal label
+    ylabel: str = '',  # Vertical label
+    logy: bool = False,  # Logarithmic vertical axis
+    title: str = '',  # Line above the curves
+) -> Axes:
     "Draw named curves into one figure, told apart by colour and dash."
     ax = ax or plt.figure().add_subplot()
-    for i,(name,curve) in enumerate(curves.items()):
-        style = dict(color=COLORS[i%7], linestyle=_DASHES[i%4])
+    for i, (name, curve) in enumerate(curves.items()):
+        style = dict(color=COLORS[i % 7], linestyle=_DASHES[i % 4])
         ax.plot(*_positions(curve, x), label=name, **style)
-    if logy: ax.set_yscale('log')
+    if logy:
+        ax.set_yscale('log')
     ax.set(xlabel=xlabel, ylabel=ylabel, title=title)
-    if len(curves)>1 or '' not in curves: ax.legend()
+    if len(curves) > 1 or '' not in curves:
+        ax.legend()
     return ax

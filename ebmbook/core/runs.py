@@ -23,100 +23,153 @@ import numpy as np
 import torch
 
 # %% ../../nbs/core/runs.ipynb #c005
-def root()->Path: # Top folder of the clone
+def root() -> Path:  # Top folder of the clone
     """The clone that holds `nbs/`, `results/` and this package, or the one around the working directory.
 
     Raises `FileNotFoundError` outside a clone.
     """
     here = Path(__file__).resolve() if '__file__' in globals() else Path.cwd()
     for p in (*here.parents, Path.cwd(), *Path.cwd().parents):
-        if (p/'settings.ini').is_file() and (p/'nbs').is_dir(): return p
-    raise FileNotFoundError("this needs a clone of the ebmbook repository (notebooks, book weights, ledger), and neither the "
-                            f"package at {here.parent} nor the working directory {Path.cwd()} lies in one")
+        if (p / 'settings.ini').is_file() and (p / 'nbs').is_dir():
+            return p
+    raise FileNotFoundError(
+        "this needs a clone of the ebmbook repository (notebooks, book weights, ledger), and neither the "
+        f"package at {here.parent} nor the working directory {Path.cwd()} lies in one"
+    )
 
-def source_hash()->str: # 12 hexadecimal digits
+
+def source_hash() -> str:  # 12 hexadecimal digits
     "Hash of the package's source, so that a number can be traced to the code that made it."
     h = hashlib.sha256()
-    for p in sorted((root()/'ebmbook').rglob('*.py')): h.update(p.relative_to(root()).as_posix().encode() + p.read_bytes())
+    for p in sorted((root() / 'ebmbook').rglob('*.py')):
+        h.update(p.relative_to(root()).as_posix().encode() + p.read_bytes())
     return h.hexdigest()[:12]
 
+
 def book_weights(
-    system:str, # Name of the module, e.g. 'cdrl'
-    row:str,    # Name of the preset
-)->Path|None:   # Folder with model.safetensors and config.json, or None
+    system: str,  # Name of the module, e.g. 'cdrl'
+    row: str,  # Name of the preset
+) -> Path | None:  # Folder with model.safetensors and config.json, or None
     "Weights that are shipped with the book for this row, if any."
-    try: p = root()/'results'/'weights'/f'{system}-{row}'
-    except FileNotFoundError: return None
-    return p if (p/'model.safetensors').is_file() else None
+    try:
+        p = root() / 'results' / 'weights' / f'{system}-{row}'
+    except FileNotFoundError:
+        return None
+    return p if (p / 'model.safetensors').is_file() else None
+
 
 def ship(
-    nets:torch.nn.Module, # Trained networks with `save_pretrained`
-    folder:Path,          # results/weights/<system>-<row>
-)->Path:                  # The folder
+    nets: torch.nn.Module,  # Trained networks with `save_pretrained`
+    folder: Path,  # results/weights/<system>-<row>
+) -> Path:  # The folder
     "Store weights for the book in half precision; loading turns them back into float32."
     copy.deepcopy(nets).half().save_pretrained(folder)
-    (Path(folder)/'README.md').unlink(missing_ok=True) # a model card without content
+    (Path(folder) / 'README.md').unlink(missing_ok=True)  # a model card without content
     return Path(folder)
 
 # %% ../../nbs/core/runs.ipynb #c008
 @dataclass(frozen=True)
 class Run:
     "One run: its folder and everything that identifies its numbers."
-    folder:Path       # Checkpoints, log, record, weights
-    system:str        # Name of the module
-    row:str           # Name of the preset
-    seed:int          # Seed of every draw
-    device:str        # 'cpu', 'cuda', 'cuda:1', 'mps'
-    over:dict = field(default_factory=dict) # Fields that differ from the row
-    def describe(self): # What a ledger line says about the run
-        name = torch.cuda.get_device_name(self.device) if self.device.startswith('cuda') else self.device
-        return dict(system=self.system, row=self.row, over=self.over, seed=self.seed, device=name, threads=torch.get_num_threads())
 
-def pick_device()->str: # 'cuda', 'mps' or 'cpu'
+    folder: Path  # Checkpoints, log, record, weights
+    system: str  # Name of the module
+    row: str  # Name of the preset
+    seed: int  # Seed of every draw
+    device: str  # 'cpu', 'cuda', 'cuda:1', 'mps'
+    over: dict = field(default_factory=dict)  # Fields that differ from the row
+
+    def describe(self):  # What a ledger line says about the run
+        name = (
+            torch.cuda.get_device_name(self.device)
+            if self.device.startswith('cuda')
+            else self.device
+        )
+        return dict(
+            system=self.system,
+            row=self.row,
+            over=self.over,
+            seed=self.seed,
+            device=name,
+            threads=torch.get_num_threads(),
+        )
+
+
+def pick_device() -> str:  # 'cuda', 'mps' or 'cpu'
     "The fastest device of this machine; the environment variable EBMBOOK_DEVICE overrides it."
-    if os.environ.get('EBMBOOK_DEVICE'): return os.environ['EBMBOOK_DEVICE']
-    return 'cuda' if torch.cuda.is_available() else 'mps' if torch.backends.mps.is_available() else 'cpu'
+    if os.environ.get('EBMBOOK_DEVICE'):
+        return os.environ['EBMBOOK_DEVICE']
+    return (
+        'cuda'
+        if torch.cuda.is_available()
+        else 'mps'
+        if torch.backends.mps.is_available()
+        else 'cpu'
+    )
 
-def _plain(value): # as JSON would give it back
+
+def _plain(value):  # as JSON would give it back
     return json.loads(json.dumps(value))
 
-def _default_folder(system, row, over, seed): # a test run never touches the clone
-    if os.environ.get('IN_TEST'): return Path(tempfile.mkdtemp(prefix='ebmbook-'))
-    tag = '-'+hashlib.sha256(json.dumps(over, sort_keys=True).encode()).hexdigest()[:6] if over else ''
-    try: top = root()
-    except FileNotFoundError: top = Path.cwd()
-    return top/'runs'/system/f'{row}{tag}-{seed}'
+
+def _default_folder(system, row, over, seed):  # a test run never touches the clone
+    if os.environ.get('IN_TEST'):
+        return Path(tempfile.mkdtemp(prefix='ebmbook-'))
+    tag = (
+        '-' + hashlib.sha256(json.dumps(over, sort_keys=True).encode()).hexdigest()[:6]
+        if over
+        else ''
+    )
+    try:
+        top = root()
+    except FileNotFoundError:
+        top = Path.cwd()
+    return top / 'runs' / system / f'{row}{tag}-{seed}'
 
 # %% ../../nbs/core/runs.ipynb #c010
 def open_run(
-    system:str,         # Name of the module
-    row:str,            # Name of the preset
-    cfg,                # Resolved settings, a dataclass
-    base=None,          # The row before replacements; the difference goes into the ledger
+    system: str,  # Name of the module
+    row: str,  # Name of the preset
+    cfg,  # Resolved settings, a dataclass
+    base=None,  # The row before replacements; the difference goes into the ledger
     *,
-    seed:int=0,         # Seed of every draw
-    out:str|Path='',    # Folder; empty means runs/<system>/<row>-<seed> in the clone, a temporary one in a test
-    device:str='',      # Empty picks the fastest
-)->Run:
+    seed: int = 0,  # Seed of every draw
+    out: str
+    | Path = '',  # Folder; empty means runs/<system>/<row>-<seed> in the clone, a temporary one in a test
+    device: str = '',  # Empty picks the fastest
+) -> Run:
     """Open or create the folder of a run and store its settings.
 
     Raises `ValueError` if the folder holds a run with other settings.
     """
     said = _plain(asdict(cfg))
-    over = {} if base is None else {k:v for k,v in said.items() if v!=_plain(asdict(base)).get(k)}
+    over = (
+        {}
+        if base is None
+        else {k: v for k, v in said.items() if v != _plain(asdict(base)).get(k)}
+    )
     folder = Path(out) if out else _default_folder(system, row, over, seed)
     folder.mkdir(parents=True, exist_ok=True)
-    head,path = dict(system=system, row=row, seed=seed, config=said),folder/'config.json'
+    head, path = (
+        dict(system=system, row=row, seed=seed, config=said),
+        folder / 'config.json',
+    )
     if path.exists():
         old = json.loads(path.read_text())
-        wrong = [k for k in ('system','row','seed') if old[k]!=head[k]] + [k for k in said if old['config'].get(k)!=said[k]]
-        if wrong: raise ValueError(f"{folder} holds a run that differs in {', '.join(wrong)}; choose another folder with out")
-    write_text(path, json.dumps(head, indent=1)+'\n')
+        wrong = [k for k in ('system', 'row', 'seed') if old[k] != head[k]] + [
+            k for k in said if old['config'].get(k) != said[k]
+        ]
+        if wrong:
+            raise ValueError(
+                f"{folder} holds a run that differs in {', '.join(wrong)}; choose another folder with out"
+            )
+    write_text(path, json.dumps(head, indent=1) + '\n')
     return Run(folder, system, row, seed, device or pick_device(), over)
 
+
 def write_text(
-    path:Path, # Where to
-    text:str,  # What
+    path: Path,  # Where to
+    text: str,  # What
 ):
     "Write a small file so that a reader never meets half of it."
     tmp = Path(f'{path}.tmp{os.getpid()}')
@@ -124,19 +177,21 @@ def write_text(
     os.replace(tmp, path)
 
 # %% ../../nbs/core/runs.ipynb #c013
-def _checkpoints(folder): return sorted(Path(folder).glob('checkpoint-*.pt'))
+def _checkpoints(folder):
+    return sorted(Path(folder).glob('checkpoint-*.pt'))
+
 
 def save_checkpoint(
-    folder:Path, # Folder of the run
-    step:int,    # Counts optimiser steps over all stages; orders the files
-    state:dict,  # Tensors, numbers, strings and containers of these
-    keep:int=2,  # How many stay
-)->Path:         # The file
+    folder: Path,  # Folder of the run
+    step: int,  # Counts optimiser steps over all stages; orders the files
+    state: dict,  # Tensors, numbers, strings and containers of these
+    keep: int = 2,  # How many stay
+) -> Path:  # The file
     """Write a checkpoint completely or not at all, then forget the oldest.
 
     Raises `OSError` when the disk refuses; earlier checkpoints stay untouched.
     """
-    path = Path(folder)/f'checkpoint-{step:09d}.pt'
+    path = Path(folder) / f'checkpoint-{step:09d}.pt'
     tmp = path.with_suffix(f'.tmp{os.getpid()}')
     try:
         with open(tmp, 'wb') as f:
@@ -144,46 +199,71 @@ def save_checkpoint(
             f.flush()
             os.fsync(f.fileno())
         os.replace(tmp, path)
-    except (OSError, RuntimeError) as e: # torch reports a full disk as RuntimeError
+    except (OSError, RuntimeError) as e:  # torch reports a full disk as RuntimeError
         tmp.unlink(missing_ok=True)
-        raise OSError(f"could not write {path} ({e}); the earlier checkpoints are intact, free some space and run again") from e
-    for old in (*_checkpoints(folder)[:-keep], *Path(folder).glob('*.tmp*')): old.unlink() # and what a killed process left half-written
+        raise OSError(
+            f"could not write {path} ({e}); the earlier checkpoints are intact, free some space and run again"
+        ) from e
+    for old in (*_checkpoints(folder)[:-keep], *Path(folder).glob('*.tmp*')):
+        old.unlink()  # and what a killed process left half-written
     return path
 
+
 def load_checkpoint(
-    folder:Path,              # Folder of the run
-    map_location:str='cpu',   # Where tensors go
-)->dict|None:                 # The newest state that can be read, or None
+    folder: Path,  # Folder of the run
+    map_location: str = 'cpu',  # Where tensors go
+) -> dict | None:  # The newest state that can be read, or None
     "Read the newest checkpoint; a damaged one is named in a warning and skipped."
     for path in reversed(_checkpoints(folder)):
-        try: return torch.load(path, map_location=map_location, weights_only=True)
-        except Exception as e: # a truncated file raises one of several types, by where it ends
-            warnings.warn(f"{path} cannot be read ({type(e).__name__}); using the checkpoint before it", stacklevel=2)
+        try:
+            return torch.load(path, map_location=map_location, weights_only=True)
+        except (
+            Exception
+        ) as e:  # a truncated file raises one of several types, by where it ends
+            warnings.warn(
+                f"{path} cannot be read ({type(e).__name__}); using the checkpoint before it",
+                stacklevel=2,
+            )
     return None
 
 # %% ../../nbs/core/runs.ipynb #c016
-def random_states()->dict: # Plain values and tensors
+def random_states() -> dict:  # Plain values and tensors
     "States of Python's, NumPy's and torch's global generators."
-    kind,keys,pos,has,cached = np.random.get_state()
+    kind, keys, pos, has, cached = np.random.get_state()
     mps = torch.mps.get_rng_state() if torch.backends.mps.is_available() else None
-    return dict(python=random.getstate(), numpy=(kind, keys.tolist(), pos, has, cached), torch=torch.get_rng_state(), mps=mps,
-                cuda=torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [])
+    return dict(
+        python=random.getstate(),
+        numpy=(kind, keys.tolist(), pos, has, cached),
+        torch=torch.get_rng_state(),
+        mps=mps,
+        cuda=torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+    )
+
 
 def set_random_states(
-    states:dict, # From `random_states`, on the same machine
+    states: dict,  # From `random_states`, on the same machine
 ):
     "Put the global generators back."
-    version,inner,gauss = states['python']
+    version, inner, gauss = states['python']
     random.setstate((version, tuple(inner), gauss))
-    np.random.set_state((states['numpy'][0], np.array(states['numpy'][1], dtype=np.uint32), *states['numpy'][2:]))
+    np.random.set_state(
+        (
+            states['numpy'][0],
+            np.array(states['numpy'][1], dtype=np.uint32),
+            *states['numpy'][2:],
+        )
+    )
     torch.set_rng_state(states['torch'].cpu())
-    if states['cuda'] and torch.cuda.is_available(): torch.cuda.set_rng_state_all([s.cpu() for s in states['cuda']])
-    if states['mps'] is not None and torch.backends.mps.is_available(): torch.mps.set_rng_state(states['mps'].cpu())
+    if states['cuda'] and torch.cuda.is_available():
+        torch.cuda.set_rng_state_all([s.cpu() for s in states['cuda']])
+    if states['mps'] is not None and torch.backends.mps.is_available():
+        torch.mps.set_rng_state(states['mps'].cpu())
+
 
 def seed_all(
-    seed:int,          # Seed of the run
-    device:str='cpu',  # Device of the returned generator
-)->torch.Generator:    # For every explicit draw
+    seed: int,  # Seed of the run
+    device: str = 'cpu',  # Device of the returned generator
+) -> torch.Generator:  # For every explicit draw
     "Seed the global generators and return one of our own; no seed ever comes from a clock."
     random.seed(seed)
     np.random.seed(seed)
@@ -192,53 +272,84 @@ def seed_all(
 
 # %% ../../nbs/core/runs.ipynb #c019
 def record(
-    run:Run,             # Whose number
-    metric:str,          # Name, e.g. 'fid'
-    value:float,         # The number
+    run: Run,  # Whose number
+    metric: str,  # Name, e.g. 'fid'
+    value: float,  # The number
     *,
-    n:int,               # How many samples it was measured on
-    extractor:str='',    # Which network measured it, with its hash; empty if none
-    at:dict|None=None,   # Settings of the evaluation that differ from training, e.g. {'n_steps': 3}
-    seconds:float=0.,    # Training time behind it
-)->dict:                 # The line
+    n: int,  # How many samples it was measured on
+    extractor: str = '',  # Which network measured it, with its hash; empty if none
+    at: dict
+    | None = None,  # Settings of the evaluation that differ from training, e.g. {'n_steps': 3}
+    seconds: float = 0.0,  # Training time behind it
+) -> dict:  # The line
     """Append one number to the run's own record.
 
     Raises `ValueError` if the number is not finite.
     """
-    if not np.isfinite(value): raise ValueError(f"{metric} is {value}; a number that is not finite is not a result")
-    line = run.describe() | dict(metric=metric, value=float(value), n=int(n), extractor=extractor, at=_plain(at or {}), seconds=round(seconds, 1),
-                                 source=source_hash(), date=time.strftime('%Y-%m-%d'))
-    with open(run.folder/'record.jsonl', 'a', encoding='utf-8') as f: f.write(json.dumps(line, sort_keys=True)+'\n')
+    if not np.isfinite(value):
+        raise ValueError(
+            f"{metric} is {value}; a number that is not finite is not a result"
+        )
+    line = run.describe() | dict(
+        metric=metric,
+        value=float(value),
+        n=int(n),
+        extractor=extractor,
+        at=_plain(at or {}),
+        seconds=round(seconds, 1),
+        source=source_hash(),
+        date=time.strftime('%Y-%m-%d'),
+    )
+    with open(run.folder / 'record.jsonl', 'a', encoding='utf-8') as f:
+        f.write(json.dumps(line, sort_keys=True) + '\n')
     return line
 
-def ledger_path()->Path: # The committed file
+
+def ledger_path() -> Path:  # The committed file
     "Where the ledger lies in the clone."
-    return root()/'results'/'ledger.jsonl'
+    return root() / 'results' / 'ledger.jsonl'
+
 
 def publish(
-    lines:list[dict],      # From `record`
-    path:Path|None=None,   # The ledger; None is the committed one
+    lines: list[dict],  # From `record`
+    path: Path | None = None,  # The ledger; None is the committed one
 ):
     "Append lines of a finished run to the ledger; a test run must not call this."
-    with open(path or ledger_path(), 'a', encoding='utf-8') as f: f.writelines(json.dumps(o, sort_keys=True)+'\n' for o in lines)
+    with open(path or ledger_path(), 'a', encoding='utf-8') as f:
+        f.writelines(json.dumps(o, sort_keys=True) + '\n' for o in lines)
 
 # %% ../../nbs/core/runs.ipynb #c021
-KEY = ('system', 'row', 'over', 'seed', 'metric', 'at', 'n', 'extractor') # what a ledger line measured; the rest says how
+KEY = (
+    'system',
+    'row',
+    'over',
+    'seed',
+    'metric',
+    'at',
+    'n',
+    'extractor',
+)  # what a ledger line measured; the rest says how
+
 
 def ledger(
-    path:Path|None=None, # A ledger or a record; None is the committed ledger
-    **match,             # Keep lines that agree with all of these
-)->list[dict]:           # Newest line of each key, in order of appearance
+    path: Path | None = None,  # A ledger or a record; None is the committed ledger
+    **match,  # Keep lines that agree with all of these
+) -> list[dict]:  # Newest line of each key, in order of appearance
     """Read the ledger.
 
     Raises `ValueError` naming the line that is not JSON.
     """
-    path,newest = Path(path or ledger_path()),{}
-    for i,text in enumerate(path.read_text(encoding='utf-8').splitlines() if path.exists() else [], 1):
-        if not text.strip(): continue
-        try: line = json.loads(text)
-        except json.JSONDecodeError as e: raise ValueError(f"{path}:{i} is not a ledger line: {e}") from e
+    path, newest = Path(path or ledger_path()), {}
+    for i, text in enumerate(
+        path.read_text(encoding='utf-8').splitlines() if path.exists() else [], 1
+    ):
+        if not text.strip():
+            continue
+        try:
+            line = json.loads(text)
+        except json.JSONDecodeError as e:
+            raise ValueError(f"{path}:{i} is not a ledger line: {e}") from e
         key = json.dumps([line.get(k) for k in KEY], sort_keys=True)
-        newest.pop(key, None) # the newer line also takes the later place
+        newest.pop(key, None)  # the newer line also takes the later place
         newest[key] = line
-    return [o for o in newest.values() if all(o.get(k)==v for k,v in match.items())]
+    return [o for o in newest.values() if all(o.get(k) == v for k, v in match.items())]

@@ -29,7 +29,15 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from .nets import settle_norms
-from .runs import Run, load_checkpoint, random_states, save_checkpoint, seed_all, set_random_states, write_text
+from ebmbook.core.runs import (
+    Run,
+    load_checkpoint,
+    random_states,
+    save_checkpoint,
+    seed_all,
+    set_random_states,
+    write_text,
+)
 from ..data import load
 from ..mcmc import Slice
 
@@ -37,44 +45,68 @@ from ..mcmc import Slice
 @dataclass(frozen=True, kw_only=True)
 class Loop:
     "Settings of the loop that every `Config` inherits."
-    batch:int               # Examples in one optimiser step, all processes together
-    ema:float = .9999       # Decay of the moving average of the weights; 0 switches it off
-    precision:str = 'no'    # 'no' is float32, 'bf16' is automatic mixed precision
-    micro:int = 1           # Parts in which one process works through its share of the batch; saves memory, changes nothing else
-    workers:int = 0         # Processes that read data
-    save_every:int = 1_000  # Optimiser steps between checkpoints
-    log_every:int = 50      # Optimiser steps between log lines and watchdog checks
-    max_gap:float = 1e4     # Watchdog: largest absolute value of a logged `gap`, in units of the logged energy
-    def __post_init__(self): # JSON and YAML give lists where a row has tuples
-        for k,v in vars(self).items():
-            if isinstance(v, list): object.__setattr__(self, k, tuple(v))
+
+    batch: int  # Examples in one optimiser step, all processes together
+    ema: float = 0.9999  # Decay of the moving average of the weights; 0 switches it off
+    precision: str = 'no'  # 'no' is float32, 'bf16' is automatic mixed precision
+    micro: int = 1  # Parts in which one process works through its share of the batch; saves memory, changes nothing else
+    workers: int = 0  # Processes that read data
+    save_every: int = 1_000  # Optimiser steps between checkpoints
+    log_every: int = 50  # Optimiser steps between log lines and watchdog checks
+    max_gap: float = 1e4  # Watchdog: largest absolute value of a logged `gap`, in units of the logged energy
+
+    def __post_init__(self):  # JSON and YAML give lists where a row has tuples
+        for k, v in vars(self).items():
+            if isinstance(v, list):
+                object.__setattr__(self, k, tuple(v))
+
 
 class Group(NamedTuple):
     "One optimiser with its rules."
-    optimiser:torch.optim.Optimizer        # Knows its parameters and base learning rates
-    schedule:Callable = lambda step: 1.    # Factor on the learning rate at this step, counted from 0; or one for each of the optimiser's parameter groups, as a tuple
-    clip:float|Callable|None = None        # Largest norm of the group's gradient, or clip(optimiser), a rule that changes the gradients in place
+
+    optimiser: torch.optim.Optimizer  # Knows its parameters and base learning rates
+    schedule: Callable = (
+        lambda step: 1.0
+    )  # Factor on the learning rate at this step, counted from 0; or one for each of the optimiser's parameter groups, as a tuple
+    clip: float | Callable | None = (
+        None  # Largest norm of the group's gradient, or clip(optimiser), a rule that changes the gradients in place
+    )
+
 
 class Stage(NamedTuple):
     "One part of a training: its losses, its optimisers and its length."
-    name:str             # Shown in the progress bar and the log
-    losses:Callable      # losses(nets, batch, cfg, ctx), a generator of (group, loss, logs)
-    optimisers:Callable  # optimisers(nets, cfg) -> dict of group name to Group
-    n_iters:Callable     # n_iters(cfg) -> number of optimiser steps
-    batch:Callable = lambda cfg: cfg.batch # batch(cfg) -> examples in one optimiser step
-    finish:Callable|None = None # finish(nets, cfg, generator) at the end of the stage, with averaged weights in place
-    ema:Callable = lambda cfg: cfg.ema # ema(cfg) -> decay of the moving average of the weights in this stage
-    draws:int|None = None # Number that its draws are seeded with; None is its place, so a stage that is put in later leaves those of the others as they were
-    least:Callable = lambda cfg: 1 # least(cfg) -> smallest batch that the losses take, above 1 where they compare images of a batch
+
+    name: str  # Shown in the progress bar and the log
+    losses: Callable  # losses(nets, batch, cfg, ctx), a generator of (group, loss, logs)
+    optimisers: Callable  # optimisers(nets, cfg) -> dict of group name to Group
+    n_iters: Callable  # n_iters(cfg) -> number of optimiser steps
+    batch: Callable = lambda cfg: cfg.batch  # batch(cfg) -> examples in one optimiser step
+    finish: Callable | None = (
+        None  # finish(nets, cfg, generator) at the end of the stage, with averaged weights in place
+    )
+    ema: Callable = lambda cfg: (
+        cfg.ema
+    )  # ema(cfg) -> decay of the moving average of the weights in this stage
+    draws: int | None = (
+        None  # Number that its draws are seeded with; None is its place, so a stage that is put in later leaves those of the others as they were
+    )
+    least: Callable = (
+        lambda cfg: 1
+    )  # least(cfg) -> smallest batch that the losses take, above 1 where they compare images of a batch
+
 
 @dataclass
 class Context:
     "What losses may read and what must survive between steps."
-    step:int                        # Optimiser steps done in this stage
-    frac:float                      # step / n_iters
-    generator:torch.Generator|Slice # Source of every explicit draw
-    state:dict = field(default_factory=dict) # Tensors that belong to the training: multiplier, buffer, persistent latents
-    ema:nn.Module|None = None       # Averaged networks of this stage
+
+    step: int  # Optimiser steps done in this stage
+    frac: float  # step / n_iters
+    generator: torch.Generator | Slice  # Source of every explicit draw
+    state: dict = field(
+        default_factory=dict
+    )  # Tensors that belong to the training: multiplier, buffer, persistent latents
+    ema: nn.Module | None = None  # Averaged networks of this stage
+
 
 class Diverged(RuntimeError):
     "Training stopped because a number left its bounds; the last good checkpoint is intact."
@@ -82,45 +114,71 @@ class Diverged(RuntimeError):
 # %% ../../nbs/core/train.ipynb #c008
 class Steps:
     "Batch sampler: the indices of each optimiser step, a reshuffled pass after a reshuffled pass."
+
     def __init__(
         self,
-        n:int,        # Number of examples
-        batch:int,    # Examples per step, all processes together
-        seed:int,     # Seed of the shuffles
-        start:int,    # First step to deliver
-        stop:int,     # One past the last
-        part:int=0,   # Which process
-        parts:int=1,  # How many processes
+        n: int,  # Number of examples
+        batch: int,  # Examples per step, all processes together
+        seed: int,  # Seed of the shuffles
+        start: int,  # First step to deliver
+        stop: int,  # One past the last
+        part: int = 0,  # Which process
+        parts: int = 1,  # How many processes
     ):
-        if batch%parts: raise ValueError(f"a batch of {batch} does not divide into {parts} equal parts")
-        self.n,self.batch,self.seed,self.start,self.stop,self.part,self.parts = n,batch,seed,start,stop,part,parts
-        self._epoch,self._order = -1,None
-    def __len__(self): return max(self.stop-self.start, 0)
-    def _at(self, i): # index of the i-th example ever seen
-        if i//self.n!=self._epoch:
-            self._epoch = i//self.n
-            self._order = torch.randperm(self.n, generator=torch.Generator().manual_seed(hash((self.seed, self._epoch))%2**63)).tolist()
-        return self._order[i%self.n]
-    def __iter__(self)->Iterator[list[int]]:
-        share = self.batch//self.parts
+        if batch % parts:
+            raise ValueError(f"a batch of {batch} does not divide into {parts} equal parts")
+        self.n, self.batch, self.seed, self.start, self.stop, self.part, self.parts = (
+            n,
+            batch,
+            seed,
+            start,
+            stop,
+            part,
+            parts,
+        )
+        self._epoch, self._order = -1, None
+
+    def __len__(self):
+        return max(self.stop - self.start, 0)
+
+    def _at(self, i):  # index of the i-th example ever seen
+        if i // self.n != self._epoch:
+            self._epoch = i // self.n
+            self._order = torch.randperm(
+                self.n,
+                generator=torch.Generator().manual_seed(
+                    hash((self.seed, self._epoch)) % 2**63
+                ),
+            ).tolist()
+        return self._order[i % self.n]
+
+    def __iter__(self) -> Iterator[list[int]]:
+        share = self.batch // self.parts
         for step in range(self.start, self.stop):
-            first = step*self.batch + self.part*share
-            yield [self._at(i) for i in range(first, first+share)]
+            first = step * self.batch + self.part * share
+            yield [self._at(i) for i in range(first, first + share)]
 
 # %% ../../nbs/core/train.ipynb #c011
 def averaged(
-    nets:nn.Module, # The networks as they are now
-    decay:float,    # Final decay d, in [0, 1)
-)->AveragedModel:   # Call .update_parameters(nets) after each step
+    nets: nn.Module,  # The networks as they are now
+    decay: float,  # Final decay d, in [0, 1)
+) -> AveragedModel:  # Call .update_parameters(nets) after each step
     "Exponential moving average with the warm-up min(d, (1+n)/(10+n)); buffers follow the networks."
+
     @torch.no_grad()
     def mix(avg, new, n):
-        torch._foreach_lerp_(list(avg), [o.to(a.dtype) for o,a in zip(new, avg)], 1-min(decay, (1+int(n))/(10+int(n))))
+        torch._foreach_lerp_(
+            list(avg),
+            [o.to(a.dtype) for o, a in zip(new, avg)],
+            1 - min(decay, (1 + int(n)) / (10 + int(n))),
+        )
+
     return AveragedModel(nets, multi_avg_fn=mix)
 
+
 def use_average(
-    nets:nn.Module,          # Receives the weights
-    average:AveragedModel,   # From `averaged`
+    nets: nn.Module,  # Receives the weights
+    average: AveragedModel,  # From `averaged`
 ):
     "Copy averaged weights into the networks and settle their spectral norms."
     nets.load_state_dict(average.module.state_dict())
@@ -132,273 +190,499 @@ def _average_over_processes(params):
     flat = torch.cat([g.reshape(-1) for g in grads])
     dist.all_reduce(flat)
     flat /= dist.get_world_size()
-    for g,new in zip(grads, flat.split([g.numel() for g in grads])): g.copy_(new.view_as(g))
+    for g, new in zip(grads, flat.split([g.numel() for g in grads])):
+        g.copy_(new.view_as(g))
 
-def _params(group): return [p for g in group.optimiser.param_groups for p in g['params']]
+
+def _params(group):
+    return [p for g in group.optimiser.param_groups for p in g['params']]
+
 
 @contextmanager
-def _same_norms(nets): # later parts of a batch read the spectral norms that the first part left; one power iteration a step, not one a part
-    norms = [(m, m.n_power_iterations) for m in nets.modules() if hasattr(m, 'n_power_iterations')]
-    for m,_ in norms: m.n_power_iterations = 0
-    try: yield
+def _same_norms(
+    nets,
+):  # later parts of a batch read the spectral norms that the first part left; one power iteration a step, not one a part
+    norms = [
+        (m, m.n_power_iterations)
+        for m in nets.modules()
+        if hasattr(m, 'n_power_iterations')
+    ]
+    for m, _ in norms:
+        m.n_power_iterations = 0
+    try:
+        yield
     finally:
-        for m,n in norms: m.n_power_iterations = n
+        for m, n in norms:
+            m.n_power_iterations = n
 
-def _advance(gens, nets, accelerator): # the next (name, mean loss, mean logs) of all parts, gradients accumulated; None at the end
+
+def _advance(
+    gens, nets, accelerator
+):  # the next (name, mean loss, mean logs) of all parts, gradients accumulated; None at the end
     outs = []
-    for i,gen in enumerate(gens): # backward at once, so that only one part's graph is alive
-        with accelerator.autocast(), _same_norms(nets) if i else nullcontext(): out = next(gen, None)
-        if out is None: return None
-        accelerator.backward(out[1]/len(gens))
+    for i, gen in enumerate(
+        gens
+    ):  # backward at once, so that only one part's graph is alive
+        with accelerator.autocast(), _same_norms(nets) if i else nullcontext():
+            out = next(gen, None)
+        if out is None:
+            return None
+        accelerator.backward(out[1] / len(gens))
         outs.append(out)
-    mean = lambda values: sum(v.detach().float() if isinstance(v, Tensor) else v for v in values)/len(values)
-    return outs[0][0], mean([o[1] for o in outs]), {k:mean([o[2][k] for o in outs]) for k in outs[0][2]}
+    mean = lambda values: (
+        sum(v.detach().float() if isinstance(v, Tensor) else v for v in values)
+        / len(values)
+    )
+    return (
+        outs[0][0],
+        mean([o[1] for o in outs]),
+        {k: mean([o[2][k] for o in outs]) for k in outs[0][2]},
+    )
 
-def _set_rates(group, step): # learning rates of this step
-    factors,sets = group.schedule(step),group.optimiser.param_groups
-    for g,f in zip(sets, factors if isinstance(factors, tuple) else (factors,)*len(sets), strict=True): g['lr'] = g['initial_lr']*f
+
+def _set_rates(group, step):  # learning rates of this step
+    factors, sets = group.schedule(step), group.optimiser.param_groups
+    for g, f in zip(
+        sets, factors if isinstance(factors, tuple) else (factors,) * len(sets), strict=True
+    ):
+        g['lr'] = g['initial_lr'] * f
 
 # %% ../../nbs/core/train.ipynb #c015
 def optimiser_step(
-    stage:Stage,              # Gives the losses
-    nets:nn.Module,           # All networks of the system
-    parts:list,               # Batches, one for each part
-    cfg,                      # Resolved settings
-    contexts:list,            # One Context for each part
-    groups:dict,              # Group name -> Group
-    accelerator:Accelerator,  # Device, precision, processes
-)->dict:                      # Logged values, tensors on the device; 'ok' is False if a loss or a norm is not finite
+    stage: Stage,  # Gives the losses
+    nets: nn.Module,  # All networks of the system
+    parts: list,  # Batches, one for each part
+    cfg,  # Resolved settings
+    contexts: list,  # One Context for each part
+    groups: dict,  # Group name -> Group
+    accelerator: Accelerator,  # Device, precision, processes
+) -> (
+    dict
+):  # Logged values, tensors on the device; 'ok' is False if a loss or a norm is not finite
     "Run the losses of one batch to the end, with one step of a group after each."
-    gens = [stage.losses(nets, b, cfg, c) for b,c in zip(parts, contexts)]
-    logs,ok = {},torch.ones((), dtype=torch.bool, device=accelerator.device)
+    gens = [stage.losses(nets, b, cfg, c) for b, c in zip(parts, contexts)]
+    logs, ok = {}, torch.ones((), dtype=torch.bool, device=accelerator.device)
     while (out := _advance(gens, nets, accelerator)) is not None:
-        name,loss,said = out
-        if name not in groups: raise KeyError(f"losses of stage {stage.name!r} yield group {name!r}, but the optimisers are {sorted(groups)}")
+        name, loss, said = out
+        if name not in groups:
+            raise KeyError(
+                f"losses of stage {stage.name!r} yield group {name!r}, but the optimisers are {sorted(groups)}"
+            )
         group = groups[name]
-        if accelerator.num_processes>1: _average_over_processes(_params(group))
+        if accelerator.num_processes > 1:
+            _average_over_processes(_params(group))
         rule = callable(group.clip)
-        norm = nn.utils.clip_grad_norm_(_params(group), math.inf if rule else group.clip or math.inf)
-        if rule: group.clip(group.optimiser)
+        norm = nn.utils.clip_grad_norm_(
+            _params(group), math.inf if rule else group.clip or math.inf
+        )
+        if rule:
+            group.clip(group.optimiser)
         _set_rates(group, contexts[0].step)
         group.optimiser.step()
-        for other in groups.values(): other.optimiser.zero_grad(set_to_none=True)
+        for other in groups.values():
+            other.optimiser.zero_grad(set_to_none=True)
         ok = ok & torch.isfinite(loss) & torch.isfinite(norm)
         logs |= {f'loss/{name}': loss, f'grad/{name}': norm, **said}
     return logs | dict(ok=ok)
 
 # %% ../../nbs/core/train.ipynb #2eca92c1
 def new_table(
-    z:Tensor, # (N, d) latents
-)->dict:      # For `adam_rows`
+    z: Tensor,  # (N, d) latents
+) -> dict:  # For `adam_rows`
     "Latents with the averages of Adam, all zero."
     return dict(z=z, m=torch.zeros_like(z), v=torch.zeros_like(z), t=z.new_zeros(len(z)))
 
+
 def adam_rows(
-    table:dict,  # z, m, v (N, d) and t (N,), changed in place
-    rows:Tensor, # (B,) int64, each once
-    grad:Tensor, # (B, d) of an energy
-    lr:float,    # Step size
-    betas:tuple=(.9, .999), # As in Adam
+    table: dict,  # z, m, v (N, d) and t (N,), changed in place
+    rows: Tensor,  # (B,) int64, each once
+    grad: Tensor,  # (B, d) of an energy
+    lr: float,  # Step size
+    betas: tuple = (0.9, 0.999),  # As in Adam
 ):
     "One step of Adam for some rows of a table, with averages of their own."
-    t = table['t'][rows] = table['t'][rows]+1
-    for k,b,o in (('m', betas[0], grad), ('v', betas[1], grad.square())): table[k][rows] = b*table[k][rows]+(1-b)*o
-    m,v = (table[k][rows]/(1-b**t[:,None]) for k,b in zip('mv', betas))
-    table['z'][rows] = table['z'][rows]-lr*m/(v.sqrt()+1e-8)
+    t = table['t'][rows] = table['t'][rows] + 1
+    for k, b, o in (('m', betas[0], grad), ('v', betas[1], grad.square())):
+        table[k][rows] = b * table[k][rows] + (1 - b) * o
+    m, v = (table[k][rows] / (1 - b ** t[:, None]) for k, b in zip('mv', betas))
+    table['z'][rows] = table['z'][rows] - lr * m / (v.sqrt() + 1e-8)
+
 
 def gather_rows(
-    rows:Tensor,   # (B,) int64
-    values:Tensor, # (B, d) what this process has for them
-)->tuple:          # Rows (R,), each once and in order, and values (R, d)
+    rows: Tensor,  # (B,) int64
+    values: Tensor,  # (B, d) what this process has for them
+) -> tuple:  # Rows (R,), each once and in order, and values (R, d)
     "Values of rows, summed over all processes."
     if dist.is_available() and dist.is_initialized():
-        parts = [None]*dist.get_world_size()
+        parts = [None] * dist.get_world_size()
         dist.all_gather_object(parts, (rows.cpu(), values.cpu()))
-        rows,values = (torch.cat(o).to(values.device) for o in zip(*parts))
-    own,back = rows.unique(return_inverse=True)
-    return own,values.new_zeros(len(own), *values.shape[1:]).index_add_(0, back, values)
+        rows, values = (torch.cat(o).to(values.device) for o in zip(*parts))
+    own, back = rows.unique(return_inverse=True)
+    return own, values.new_zeros(len(own), *values.shape[1:]).index_add_(0, back, values)
 
 # %% ../../nbs/core/train.ipynb #c018
-def _lines(path): # of a log; a last line that an accident tore is left out
+def _lines(path):  # of a log; a last line that an accident tore is left out
     lines = path.read_text().split('\n') if path.exists() else ['']
     return [json.loads(o) for o in lines[:-1]]
 
+
 class Log:
     "JSON lines on disk, and TensorBoard if asked."
+
     def __init__(
         self,
-        run:Run,             # Whose log
-        at:int,              # Steps done; later lines of an interrupted run are dropped
-        tensorboard:bool,    # Write event files too; imports tensorboard
-        main:bool,           # Whether this process writes at all
+        run: Run,  # Whose log
+        at: int,  # Steps done; later lines of an interrupted run are dropped
+        tensorboard: bool,  # Write event files too; imports tensorboard
+        main: bool,  # Whether this process writes at all
     ):
-        self.path,self.main,self.board = run.folder/'log.jsonl',main,None
-        if not main: return
-        write_text(self.path, ''.join(json.dumps(o)+'\n' for o in _lines(self.path) if o['total']<=at))
+        self.path, self.main, self.board = run.folder / 'log.jsonl', main, None
+        if not main:
+            return
+        write_text(
+            self.path,
+            ''.join(json.dumps(o) + '\n' for o in _lines(self.path) if o['total'] <= at),
+        )
         if tensorboard:
             from torch.utils.tensorboard import SummaryWriter
+
             self.board = SummaryWriter(run.folder, purge_step=at)
-    def __call__(self, total, line): # one line; `total` counts steps over all stages
-        if not self.main: return
-        with open(self.path, 'a') as f: f.write(json.dumps(dict(total=total, **line))+'\n')
-        for k,v in line.items() if self.board else ():
-            if isinstance(v, float): self.board.add_scalar(k, v, total)
+
+    def __call__(self, total, line):  # one line; `total` counts steps over all stages
+        if not self.main:
+            return
+        with open(self.path, 'a') as f:
+            f.write(json.dumps(dict(total=total, **line)) + '\n')
+        for k, v in line.items() if self.board else ():
+            if isinstance(v, float):
+                self.board.add_scalar(k, v, total)
+
 
 def read_log(
-    run:Run,  # A run
-    key:str,  # E.g. 'loss/energy'
-)->tuple[list[int],list[float]]: # Steps and values
+    run: Run,  # A run
+    key: str,  # E.g. 'loss/energy'
+) -> tuple[list[int], list[float]]:  # Steps and values
     "One curve of a run's log."
-    lines = [o for o in _lines(run.folder/'log.jsonl') if key in o]
+    lines = [o for o in _lines(run.folder / 'log.jsonl') if key in o]
     return [o['total'] for o in lines], [o[key] for o in lines]
 
-def _watch(ok, logs, cfg, stage, step, run): # ok: whether every loss and norm since the last look was finite
-    gap = logs.get('gap', 0.)
-    if ok and abs(gap)<=cfg.max_gap: return
-    why = f"the energy gap is {gap:.3g}, beyond max_gap={cfg.max_gap:g}" if ok else "a loss or a gradient is not finite"
-    raise Diverged(f"stage {stage.name!r} stopped near step {step}: {why}. The last good checkpoint in {run.folder} is intact. "
-                   "Usual cures: a lower learning rate, more sampling steps, spectral normalisation, gradient clipping, a longer warm-up.")
+
+def _watch(
+    ok, logs, cfg, stage, step, run
+):  # ok: whether every loss and norm since the last look was finite
+    gap = logs.get('gap', 0.0)
+    if ok and abs(gap) <= cfg.max_gap:
+        return
+    why = (
+        f"the energy gap is {gap:.3g}, beyond max_gap={cfg.max_gap:g}"
+        if ok
+        else "a loss or a gradient is not finite"
+    )
+    raise Diverged(
+        f"stage {stage.name!r} stopped near step {step}: {why}. The last good checkpoint in {run.folder} is intact. "
+        "Usual cures: a lower learning rate, more sampling steps, spectral normalisation, gradient clipping, a longer warm-up."
+    )
 
 # %% ../../nbs/core/train.ipynb #c021
 @contextmanager
-def _deferred_signals(): # an interrupt is obeyed between two steps, with everything saved
+def _deferred_signals():  # an interrupt is obeyed between two steps, with everything saved
     asked = []
     if threading.current_thread() is not threading.main_thread():
         yield asked
         return
-    old = {s:signal.signal(s, lambda n,_: asked.append(n)) for s in (signal.SIGINT, signal.SIGTERM)}
-    try: yield asked
+    old = {
+        s: signal.signal(s, lambda n, _: asked.append(n))
+        for s in (signal.SIGINT, signal.SIGTERM)
+    }
+    try:
+        yield asked
     finally:
-        for s,handler in old.items(): signal.signal(s, handler)
+        for s, handler in old.items():
+            signal.signal(s, handler)
 
-def _parts(batch, n): # equal parts of a dictionary of tensors
-    if n==1: return [batch]
-    return [{k:v.chunk(n)[i] for k,v in batch.items()} for i in range(n)]
+
+def _parts(batch, n):  # equal parts of a dictionary of tensors
+    if n == 1:
+        return [batch]
+    return [{k: v.chunk(n)[i] for k, v in batch.items()} for i in range(n)]
 
 # %% ../../nbs/core/train.ipynb #c022
 class _Job:
     "State of one stage: everything that a checkpoint holds."
+
     def __init__(self, stage, index, nets, cfg, run, accelerator, done):
-        self.stage,self.index,self.nets,self.cfg,self.run,self.accelerator,self.done = stage,index,nets,cfg,run,accelerator,done
-        self.n_iters,self.groups,self.step,self.seconds = stage.n_iters(cfg),stage.optimisers(nets, cfg),0,0.
+        (
+            self.stage,
+            self.index,
+            self.nets,
+            self.cfg,
+            self.run,
+            self.accelerator,
+            self.done,
+        ) = stage, index, nets, cfg, run, accelerator, done
+        self.n_iters, self.groups, self.step, self.seconds = (
+            stage.n_iters(cfg),
+            stage.optimisers(nets, cfg),
+            0,
+            0.0,
+        )
         for group in self.groups.values():
-            for g in group.optimiser.param_groups: g.setdefault('initial_lr', g['lr'])
+            for g in group.optimiser.param_groups:
+                g.setdefault('initial_lr', g['lr'])
         decay = stage.ema(cfg)
         self.ema = averaged(nets, decay) if decay else None
-        self.generator,self.state = torch.Generator(accelerator.device).manual_seed(run.seed+1_000_003*(1+(index if stage.draws is None else stage.draws))),{}
-    def contexts(self): # one for each part of this process's share; all generators in one state
-        world,rank,m = self.accelerator.num_processes,self.accelerator.process_index,self.cfg.micro
-        copies = [self.generator] + [torch.Generator(self.generator.device).set_state(self.generator.get_state()) for _ in range(m-1)]
+        self.generator, self.state = (
+            torch.Generator(accelerator.device).manual_seed(
+                run.seed + 1_000_003 * (1 + (index if stage.draws is None else stage.draws))
+            ),
+            {},
+        )
+
+    def contexts(
+        self,
+    ):  # one for each part of this process's share; all generators in one state
+        world, rank, m = (
+            self.accelerator.num_processes,
+            self.accelerator.process_index,
+            self.cfg.micro,
+        )
+        copies = [self.generator] + [
+            torch.Generator(self.generator.device).set_state(self.generator.get_state())
+            for _ in range(m - 1)
+        ]
         average = None if self.ema is None else self.ema.module
-        return [Context(self.step, self.step/max(self.n_iters, 1), Slice(g, rank*m+i, world*m) if world*m>1 else g, self.state, average)
-                for i,g in enumerate(copies)]
-    def checkpoint(self): # a dictionary of tensors and plain values
-        return dict(stage=self.index, step=self.step, seconds=self.seconds, nets=self.nets.state_dict(), state=self.state,
-                    ema=None if self.ema is None else self.ema.state_dict(), generator=self.generator.get_state(), random=random_states(),
-                    optimisers={k:g.optimiser.state_dict() for k,g in self.groups.items()})
+        return [
+            Context(
+                self.step,
+                self.step / max(self.n_iters, 1),
+                Slice(g, rank * m + i, world * m) if world * m > 1 else g,
+                self.state,
+                average,
+            )
+            for i, g in enumerate(copies)
+        ]
+
+    def checkpoint(self):  # a dictionary of tensors and plain values
+        return dict(
+            stage=self.index,
+            step=self.step,
+            seconds=self.seconds,
+            nets=self.nets.state_dict(),
+            state=self.state,
+            ema=None if self.ema is None else self.ema.state_dict(),
+            generator=self.generator.get_state(),
+            random=random_states(),
+            optimisers={k: g.optimiser.state_dict() for k, g in self.groups.items()},
+        )
+
     def restore(self, saved):
-        self.step,self.seconds,self.state = saved['step'],saved['seconds'],saved['state']
+        self.step, self.seconds, self.state = (
+            saved['step'],
+            saved['seconds'],
+            saved['state'],
+        )
         self.nets.load_state_dict(saved['nets'])
-        if self.ema is not None: self.ema.load_state_dict(saved['ema'])
-        for k,g in self.groups.items(): g.optimiser.load_state_dict(saved['optimisers'][k])
+        if self.ema is not None:
+            self.ema.load_state_dict(saved['ema'])
+        for k, g in self.groups.items():
+            g.optimiser.load_state_dict(saved['optimisers'][k])
         self.generator.set_state(saved['generator'].cpu())
         set_random_states(saved['random'])
+
     def save(self):
-        if self.accelerator.is_main_process: save_checkpoint(self.run.folder, self.done+self.step, self.checkpoint())
-    def settle(self, nets): # what the stage leaves
-        if self.ema is not None: use_average(nets, self.ema)
-        if self.stage.finish is not None: self.stage.finish(nets, self.cfg, torch.Generator(self.accelerator.device).manual_seed(self.run.seed))
+        if self.accelerator.is_main_process:
+            save_checkpoint(self.run.folder, self.done + self.step, self.checkpoint())
+
+    def settle(self, nets):  # what the stage leaves
+        if self.ema is not None:
+            use_average(nets, self.ema)
+        if self.stage.finish is not None:
+            self.stage.finish(
+                nets,
+                self.cfg,
+                torch.Generator(self.accelerator.device).manual_seed(self.run.seed),
+            )
         return nets
-    def keep(self): # what it would leave if it ended here, to be measured; the training draws on as if nobody had looked. Returns the seconds that it took
-        if not self.accelerator.is_main_process: return 0.
-        before,states = time.monotonic(),random_states()
-        self.settle(copy.deepcopy(self.nets)).eval().save_pretrained(self.run.folder/f'weights-{self.done+self.step:09d}')
+
+    def keep(
+        self,
+    ):  # what it would leave if it ended here, to be measured; the training draws on as if nobody had looked. Returns the seconds that it took
+        if not self.accelerator.is_main_process:
+            return 0.0
+        before, states = time.monotonic(), random_states()
+        self.settle(copy.deepcopy(self.nets)).eval().save_pretrained(
+            self.run.folder / f'weights-{self.done + self.step:09d}'
+        )
         set_random_states(states)
-        return time.monotonic()-before
+        return time.monotonic() - before
 
 # %% ../../nbs/core/train.ipynb #c023
-def _same(batch): return batch
+def _same(batch):
+    return batch
 
-def _read(logs, accelerator): # plain numbers, averaged over processes
-    values = torch.stack([torch.as_tensor(v, dtype=torch.float32, device=accelerator.device).detach() for v in logs.values()])
-    if accelerator.num_processes>1:
+
+def _read(logs, accelerator):  # plain numbers, averaged over processes
+    values = torch.stack(
+        [
+            torch.as_tensor(v, dtype=torch.float32, device=accelerator.device).detach()
+            for v in logs.values()
+        ]
+    )
+    if accelerator.num_processes > 1:
         dist.all_reduce(values)
         values /= accelerator.num_processes
     return dict(zip(logs, values.tolist()))
 
-def _any(asked, talk): # whether any process was asked to stop; a signal reaches the processes at different steps
-    if talk is None: return bool(asked)
+
+def _any(
+    asked, talk
+):  # whether any process was asked to stop; a signal reaches the processes at different steps
+    if talk is None:
+        return bool(asked)
     n = torch.tensor(len(asked))
     dist.all_reduce(n, group=talk)
-    return n.item()>0
+    return n.item() > 0
 
-def _everywhere(ok, accelerator): # true only if it is true on every process
+
+def _everywhere(ok, accelerator):  # true only if it is true on every process
     bad = (~ok).float()
-    if accelerator.num_processes>1: dist.all_reduce(bad)
-    return bad.item()==0
+    if accelerator.num_processes > 1:
+        dist.all_reduce(bad)
+    return bad.item() == 0
 
 # %% ../../nbs/core/train.ipynb #c024
 def _fit(
-    job,                      # State of the stage, new or restored
-    examples,                 # Training examples
-    log:Log,                  # Receives a line every `log_every` steps
+    job,  # State of the stage, new or restored
+    examples,  # Training examples
+    log: Log,  # Receives a line every `log_every` steps
     *,
-    progress:bool=True,       # Show a bar
-    keep_every:int=0,         # As in `train`
-    on_step:Callable|None=None, # Called as on_step(step, nets) after each step, e.g. by a test
+    progress: bool = True,  # Show a bar
+    keep_every: int = 0,  # As in `train`
+    on_step: Callable
+    | None = None,  # Called as on_step(step, nets) after each step, e.g. by a test
 ):
     """Run one stage from where it stands to its end.
 
     Raises `Diverged` when the watchdog barks, `KeyboardInterrupt` after a signal, with a checkpoint written.
     """
-    cfg,acc = job.cfg,job.accelerator
-    sampler = Steps(len(examples), job.stage.batch(cfg), job.run.seed, job.step, job.n_iters, acc.process_index, acc.num_processes)
-    loader = DataLoader(examples, batch_sampler=sampler, num_workers=cfg.workers, collate_fn=_same, pin_memory=acc.device.type=='cuda',
-                        generator=torch.Generator()) # its own: a loader must not disturb the draws of the networks
-    bar = tqdm(loader, total=job.n_iters, initial=job.step, desc=job.stage.name, disable=not (progress and acc.is_main_process), mininterval=2)
-    ok,start,sums = torch.ones((), dtype=torch.bool, device=acc.device),time.monotonic()-job.seconds,{}
-    talk = dist.new_group(backend='gloo') if acc.num_processes>1 else None # between the processors, so that no GPU waits
+    cfg, acc = job.cfg, job.accelerator
+    sampler = Steps(
+        len(examples),
+        job.stage.batch(cfg),
+        job.run.seed,
+        job.step,
+        job.n_iters,
+        acc.process_index,
+        acc.num_processes,
+    )
+    loader = DataLoader(
+        examples,
+        batch_sampler=sampler,
+        num_workers=cfg.workers,
+        collate_fn=_same,
+        pin_memory=acc.device.type == 'cuda',
+        generator=torch.Generator(),
+    )  # its own: a loader must not disturb the draws of the networks
+    bar = tqdm(
+        loader,
+        total=job.n_iters,
+        initial=job.step,
+        desc=job.stage.name,
+        disable=not (progress and acc.is_main_process),
+        mininterval=2,
+    )
+    ok, start, sums = (
+        torch.ones((), dtype=torch.bool, device=acc.device),
+        time.monotonic() - job.seconds,
+        {},
+    )
+    talk = (
+        dist.new_group(backend='gloo') if acc.num_processes > 1 else None
+    )  # between the processors, so that no GPU waits
     with _deferred_signals() as asked:
         for batch in bar:
-            parts = _parts({k:v.to(acc.device, non_blocking=True) for k,v in batch.items()}, cfg.micro)
-            logs = optimiser_step(job.stage, job.nets, parts, cfg, job.contexts(), job.groups, acc)
-            if job.ema is not None: job.ema.update_parameters(job.nets)
+            parts = _parts(
+                {k: v.to(acc.device, non_blocking=True) for k, v in batch.items()},
+                cfg.micro,
+            )
+            logs = optimiser_step(
+                job.stage, job.nets, parts, cfg, job.contexts(), job.groups, acc
+            )
+            if job.ema is not None:
+                job.ema.update_parameters(job.nets)
             job.step += 1
-            job.seconds,ok = time.monotonic()-start,ok & logs.pop('ok')
-            sums = {k:sums.get(k, 0)+v for k,v in (logs | dict(steps=1.)).items()} # a line is the mean since the last one
-            if on_step is not None: on_step(job.step, job.nets)
+            job.seconds, ok = time.monotonic() - start, ok & logs.pop('ok')
+            sums = {
+                k: sums.get(k, 0) + v for k, v in (logs | dict(steps=1.0)).items()
+            }  # a line is the mean since the last one
+            if on_step is not None:
+                on_step(job.step, job.nets)
             stop = _any(asked, talk)
-            last = job.step==job.n_iters or stop
-            if last or job.step%cfg.log_every==0 or job.step%cfg.save_every==0:
-                said,sums = _read({k:v/sums['steps'] for k,v in sums.items() if k!='steps'}, acc),{}
+            last = job.step == job.n_iters or stop
+            if last or job.step % cfg.log_every == 0 or job.step % cfg.save_every == 0:
+                said, sums = (
+                    _read(
+                        {k: v / sums['steps'] for k, v in sums.items() if k != 'steps'}, acc
+                    ),
+                    {},
+                )
                 _watch(_everywhere(ok, acc), said, cfg, job.stage, job.step, job.run)
-                log(job.done+job.step, dict(stage=job.stage.name, step=job.step, seconds=round(job.seconds, 2), **said))
-                bar.set_postfix({k.split('/')[-1]:f'{v:.3g}' for k,v in said.items() if k.startswith('loss') or k=='gap'}, refresh=False)
-            if keep_every and (job.done+job.step)%keep_every==0: start += job.keep() # no time of the training
-            if last or job.step%cfg.save_every==0: job.save()
-            if stop: raise KeyboardInterrupt(f"stopped by a signal at step {job.step}; run the same command again to continue")
+                log(
+                    job.done + job.step,
+                    dict(
+                        stage=job.stage.name,
+                        step=job.step,
+                        seconds=round(job.seconds, 2),
+                        **said,
+                    ),
+                )
+                bar.set_postfix(
+                    {
+                        k.split('/')[-1]: f'{v:.3g}'
+                        for k, v in said.items()
+                        if k.startswith('loss') or k == 'gap'
+                    },
+                    refresh=False,
+                )
+            if keep_every and (job.done + job.step) % keep_every == 0:
+                start += job.keep()  # no time of the training
+            if last or job.step % cfg.save_every == 0:
+                job.save()
+            if stop:
+                raise KeyboardInterrupt(
+                    f"stopped by a signal at step {job.step}; run the same command again to continue"
+                )
 
 # %% ../../nbs/core/train.ipynb #c025
-def _accelerator(cfg, device): # one process or those that torchrun started; settings may differ between runs in one notebook
-    if cfg.precision not in ('no', 'bf16'): raise ValueError(f"precision must be 'no' or 'bf16', got {cfg.precision!r}")
+def _accelerator(
+    cfg, device
+):  # one process or those that torchrun started; settings may differ between runs in one notebook
+    if cfg.precision not in ('no', 'bf16'):
+        raise ValueError(f"precision must be 'no' or 'bf16', got {cfg.precision!r}")
     AcceleratorState._reset_state(reset_partial_state=True)
-    if int(os.environ.get('WORLD_SIZE', 1))==1 and device not in ('cpu', 'cuda', 'mps'): torch.cuda.set_device(device)
-    return Accelerator(mixed_precision=cfg.precision, cpu=device=='cpu')
+    if int(os.environ.get('WORLD_SIZE', 1)) == 1 and device not in ('cpu', 'cuda', 'mps'):
+        torch.cuda.set_device(device)
+    return Accelerator(mixed_precision=cfg.precision, cpu=device == 'cpu')
 
-def _total(system, cfg, saved): # optimiser steps behind a checkpoint, over all stages
-    return 0 if saved is None else sum(s.n_iters(cfg) for s in system.STAGES[:saved['stage']])+saved['step']
+
+def _total(system, cfg, saved):  # optimiser steps behind a checkpoint, over all stages
+    return (
+        0
+        if saved is None
+        else sum(s.n_iters(cfg) for s in system.STAGES[: saved['stage']]) + saved['step']
+    )
 
 # %% ../../nbs/core/train.ipynb #c026
 def train(
-    system,                    # A chapter's module: build, STAGES
-    cfg,                       # Resolved settings
-    run:Run,                   # From `open_run`
+    system,  # A chapter's module: build, STAGES
+    cfg,  # Resolved settings
+    run: Run,  # From `open_run`
     *,
-    progress:bool=True,        # Show a bar
-    tensorboard:bool=False,    # Write event files too
-    keep_every:int=0,          # Optimiser steps, over all stages, between weights that stay in `weights-STEP` for measuring; 0 keeps the last alone
-    on_step:Callable|None=None,# Called as on_step(step, nets) after each step
-)->nn.Module:                  # Trained networks in evaluation mode, with averaged weights
+    progress: bool = True,  # Show a bar
+    tensorboard: bool = False,  # Write event files too
+    keep_every: int = 0,  # Optimiser steps, over all stages, between weights that stay in `weights-STEP` for measuring; 0 keeps the last alone
+    on_step: Callable | None = None,  # Called as on_step(step, nets) after each step
+) -> nn.Module:  # Trained networks in evaluation mode, with averaged weights
     """Train a system through all its stages, continuing from the newest readable checkpoint.
 
     At the end of a stage its averaged weights replace the raw ones. The result is stored in
@@ -407,27 +691,50 @@ def train(
     """
     acc = _accelerator(cfg, run.device)
     for stage in system.STAGES:
-        o,n = stage.batch(cfg),acc.num_processes*cfg.micro
-        if o%n: raise ValueError(f"batch={o} does not divide into {acc.num_processes} processes x micro={cfg.micro}")
-        if stage.n_iters(cfg) and o//n<stage.least(cfg): raise ValueError(f"batch={o} leaves {o//n} for each of {n} parts, but stage {stage.name!r} compares {stage.least(cfg)} or more")
+        o, n = stage.batch(cfg), acc.num_processes * cfg.micro
+        if o % n:
+            raise ValueError(
+                f"batch={o} does not divide into {acc.num_processes} processes x micro={cfg.micro}"
+            )
+        if stage.n_iters(cfg) and o // n < stage.least(cfg):
+            raise ValueError(
+                f"batch={o} leaves {o // n} for each of {n} parts, but stage {stage.name!r} compares {stage.least(cfg)} or more"
+            )
     seed_all(run.seed)
-    nets,done = system.build(cfg).to(acc.device),0
-    saved,examples,seconds = load_checkpoint(run.folder, str(acc.device)),load(cfg.data),0.
+    nets, done = system.build(cfg).to(acc.device), 0
+    saved, examples, seconds = (
+        load_checkpoint(run.folder, str(acc.device)),
+        load(cfg.data),
+        0.0,
+    )
     log = Log(run, _total(system, cfg, saved), tensorboard, acc.is_main_process)
-    for index,stage in enumerate(system.STAGES):
+    for index, stage in enumerate(system.STAGES):
         job = _Job(stage, index, nets, cfg, run, acc, done)
         job.seconds = seconds
-        if saved is not None and saved['stage']>index: done += job.n_iters; continue
-        if saved is not None and saved['stage']==index: job.restore(saved)
-        if job.step<job.n_iters: _fit(job, examples, log, progress=progress, keep_every=keep_every, on_step=on_step)
+        if saved is not None and saved['stage'] > index:
+            done += job.n_iters
+            continue
+        if saved is not None and saved['stage'] == index:
+            job.restore(saved)
+        if job.step < job.n_iters:
+            _fit(
+                job,
+                examples,
+                log,
+                progress=progress,
+                keep_every=keep_every,
+                on_step=on_step,
+            )
         job.settle(nets)
-        done,seconds,saved = done+job.n_iters,job.seconds,None
-    if acc.is_main_process: nets.save_pretrained(run.folder/'weights')
+        done, seconds, saved = done + job.n_iters, job.seconds, None
+    if acc.is_main_process:
+        nets.save_pretrained(run.folder / 'weights')
     acc.wait_for_everyone()
     return nets.eval()
 
+
 def seconds_trained(
-    run:Run, # A run with a log
-)->float:    # Wall-clock seconds of the last logged step, interruptions left out
+    run: Run,  # A run with a log
+) -> float:  # Wall-clock seconds of the last logged step, interruptions left out
     "How long a run has trained."
-    return max(read_log(run, 'seconds')[1], default=0.)
+    return max(read_log(run, 'seconds')[1], default=0.0)
