@@ -7,19 +7,19 @@
 #   make book      build the book into _build/html, warnings are errors
 #   make claims    run what is missing for the papers' claims and print the verdicts
 #   make bench     time the sampler against its floor and its rivals
-#   make gpu       train the long rows of GPU_ROWS, on a machine with a GPU; GPU_ARGS are passed on to `ebmbook train`
+#   make gpu       train the long presets of GPU_PRESETS, on a machine with a GPU; GPU_ARGS are passed on to `ebmbook train`
 # PYTHON=... chooses the interpreter; VENV=... uses an environment of your own, into which nothing is installed.
 
 PYTHON ?= python3
 VENV   ?= .venv
-# system:row pairs that `make gpu` trains, one after another; data sets that are not embedded must be in place
-GPU_ROWS ?= cdrl:digits cdrl:digits-cond cdrl:checkerboard cdrl:shapes-composition
+# system:preset pairs that `make gpu` trains, one after another; data sets that are not embedded must be in place
+GPU_PRESETS ?= cdrl:digits cdrl:digits-cond cdrl:checkerboard cdrl:shapes-composition
 
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
 BIN := $(VENV)/bin
-BOOK := $(BIN)/python -c 'from ebmbook.core.book import main; exit(main())'
+BOOK := $(BIN)/python -c 'from ebmbook.shell.book import main; exit(main())'
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 export PYTHONHASHSEED := 0
 
@@ -89,8 +89,8 @@ bench: $(AUTHOR)
 	$(BIN)/ebmbook bench
 
 gpu: $(RUNTIME)
-	@for row in $(GPU_ROWS); do \
-	  echo "== $$row"; $(BIN)/ebmbook train "$${row%%:*}" -p preset "$${row##*:}" $(GPU_ARGS); done
+	@for pair in $(GPU_PRESETS); do \
+	  echo "== $$pair"; $(BIN)/ebmbook train "$${pair%%:*}" -p preset "$${pair##*:}" $(GPU_ARGS); done
 
 claims: $(RUNTIME)
 	$(BIN)/ebmbook claims --run

@@ -9,9 +9,9 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
-from ebmbook.core.claims import read_claims
-from ebmbook.core.config import choose
-from ebmbook.core.runs import load_checkpoint
+from ebmbook.shell.claims import read_claims
+from ebmbook.learn.settings import choose
+from ebmbook.learn.runs import load_checkpoint
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -95,7 +95,7 @@ def trains_in_full(
         json.loads(o) for o in (tmp_path / 'run/record.jsonl').read_text().splitlines()
     ]
     assert record and all(
-        o['system'] == system and o['row'] == row and math.isfinite(o['value'])
+        o['system'] == system and o['preset'] == row and math.isfinite(o['value'])
         for o in record
     )
     assert took < limit(seconds)
@@ -109,13 +109,13 @@ def claims_can_be_measured(module, tiny, n=600, quick=None):
         for name, arm in claim.arms.items():
             cfg = choose(
                 module.PRESETS,
-                module.DEFAULT_ROW,
-                module.PRESETS[arm.row].data,
-                arm.row,
+                module.DEFAULT_PRESET,
+                module.PRESETS[arm.preset].data,
+                arm.preset,
                 arm.over,
             )[1]
             module.check_config(cfg)
-            key = json.dumps([arm.row, arm.over, arm.at], sort_keys=True)
+            key = json.dumps([arm.preset, arm.over, arm.at], sort_keys=True)
             if key not in seen:
                 cfg = replace(cfg, **tiny)
                 seen[key] = set(

@@ -11,7 +11,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode, return_and_correct_aliasing
 from torch.utils._pytree import tree_flatten, tree_map_only
 
-from ebmbook.core import runs, train
+from ebmbook.learn import loop as train, runs
 
 FAR = torch.device(
     'meta'
@@ -181,7 +181,7 @@ class _Accelerator(Accelerator):
     device = property(lambda self: FAR)
 
 
-def _accelerator(cfg, device):
+def make_accelerator(cfg, device):
     train.AcceleratorState._reset_state(reset_partial_state=True)
     return _Accelerator(cpu=True)
 

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
-from ebmbook.core import bench as B
+from ebmbook.shell import bench as B
 from ebmbook.mcmc import bf16, frozen, langevin, ula
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -173,7 +173,7 @@ def test_a_missing_package_becomes_a_row(monkeypatch):
 
 def ebmbook(*args):
     return subprocess.run(
-        [sys.executable, '-m', 'ebmbook.core.cli', *args],
+        [sys.executable, '-m', 'ebmbook.shell.cli', *args],
         cwd=ROOT,
         text=True,
         capture_output=True,

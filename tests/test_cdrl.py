@@ -14,9 +14,10 @@ from torch import nn
 from chapters import ROOT, limit, papermill
 from ebmbook import cdrl, mcmc
 from ebmbook.cdrl import PRESETS, schedule
-from ebmbook.core.nets import count, settle_norms
-from ebmbook.core.runs import load_checkpoint, open_run
-from ebmbook.core.train import Context, train
+from ebmbook.learn.blocks import count, settle_norms
+from ebmbook.learn.runs import load_checkpoint, open_run
+from ebmbook.learn.contract import Context
+from ebmbook.learn.loop import train
 from ebmbook.data import edge, in_square
 from ebmbook.mcmc import normal, uniform
 
@@ -259,7 +260,7 @@ def test_the_chapter_trains_on_a_folder_in_the_official_format(tmp_path):
     record = read_lines(run / 'record.jsonl')
     assert record
     for line in record:
-        assert (line['system'], line['row']) == ('cdrl', 'imagenet32')
+        assert (line['system'], line['preset']) == ('cdrl', 'imagenet32')
         assert line['over']['n_iters'] == 2 and np.isfinite(line['value'])
     cells = json.loads((tmp_path / 'out.ipynb').read_text())['cells']
     outputs = [output for cell in cells for output in cell.get('outputs', [])]

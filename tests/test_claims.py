@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from ebmbook.core.claims import as_markdown, as_text, missing, read_claims, verdicts
-from ebmbook.core.runs import ledger, publish
+from ebmbook.shell.claims import as_markdown, as_text, missing, read_claims, verdicts
+from ebmbook.learn.ledger import ledger, publish
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -20,8 +20,8 @@ FILE = """
   paper: {CDRL: 4.31, without: 6.47}
   metric: fid
   arms:
-    full:  {row: small}
-    alone: {row: small, over: {coop: false}}
+    full:  {preset: small}
+    alone: {preset: small, over: {coop: false}}
   compare:
     - {larger: alone, smaller: full}
 - id: inpainting
@@ -29,7 +29,7 @@ FILE = """
   source: zhu2024dissertation
   statement: Known pixels stay.
   arms:
-    half: {row: small, at: {task: inpaint}}
+    half: {preset: small, at: {task: inpaint}}
   compare:
     - {equal: half, to: 0.0, metric: known_error}
     - {larger: half, smaller: 0.02, metric: variety}
@@ -40,7 +40,7 @@ def line(metric, value, seed, over=None, at=None, **more):
     return (
         dict(
             system='cdrl',
-            row='small',
+            preset='small',
             over=over or {},
             at=at or {},
             seed=seed,
@@ -110,7 +110,7 @@ def test_rule(judge, full, alone, verdict):
     [
         dict(over={'coop': False, 'lr': 1e-3}),
         dict(at={'n_steps': 3}),
-        dict(row='large'),
+        dict(preset='large'),
         dict(system='vaebm'),
         dict(metric='kid'),
     ],
@@ -189,8 +189,8 @@ def test_rendering(judge):
     [
         ('  metric: fid\n', '', 'which metric'),
         ('id: inpainting', 'id: cooperation', 'given twice'),
-        ('{row: small}', '{rows: small}', "unknown key 'rows'"),
-        ('{row: small}', '{over: {coop: true}}', "'row' is missing"),
+        ('{preset: small}', '{rows: small}', "unknown key 'rows'"),
+        ('{preset: small}', '{over: {coop: true}}', "'preset' is missing"),
         ('smaller: full', 'smaller: ful', "no arm 'ful'"),
         ('smaller: full', 'than: full', "unknown key 'than'"),
         ('alone:', 'full:', 'given twice'),
@@ -213,7 +213,7 @@ def test_refusals(tmp_path, old, new, message):
 
 def test_the_books_claims():
     "Every claim cites a known work, names presets that exist, and can be told apart in the ledger."
-    from ebmbook.core.cli import resolve
+    from ebmbook.shell.judging import resolve
 
     claims = read_claims(ROOT / 'results' / 'claims.yaml')
     known = set(
@@ -238,7 +238,7 @@ def test_the_books_claims():
     for job in jobs:
         resolve(job)
     assert len(
-        {json.dumps([j.system, j.row, j.over], sort_keys=True) for j in jobs}
+        {json.dumps([j.system, j.preset, j.over], sort_keys=True) for j in jobs}
     ) == len(jobs)
 
 

@@ -9,9 +9,10 @@ import pytest
 from typer.testing import CliRunner
 
 from ebmbook import cdrl
-from ebmbook.core import cli
-from ebmbook.core.runs import ledger, root
-from ebmbook.core.train import Diverged
+from ebmbook.shell import cli
+from ebmbook.learn.ledger import ledger
+from ebmbook.learn.runs import root
+from ebmbook.learn.contract import Diverged
 
 TINY = '{n_iters: 2, batch: 8, ch: 8, init_ch: 8, n_steps: 1}'
 CLAIMS = """
@@ -21,9 +22,9 @@ CLAIMS = """
   statement: Cooperation brings more samples into the squares.
   metric: inside
   arms:
-    full:  {row: checkerboard, over: {n_iters: 3, batch: 8, ch: 8, init_ch: 8, n_steps: 1}}
-    alone: {row: checkerboard, over: {n_iters: 3, batch: 8, ch: 8, init_ch: 8, n_steps: 1, coop: false}}
-    two:   {row: checkerboard, over: {n_iters: 3, batch: 8, ch: 8, init_ch: 8, n_steps: 1}, at: {n_steps: 2}}
+    full:  {preset: checkerboard, over: {n_iters: 3, batch: 8, ch: 8, init_ch: 8, n_steps: 1}}
+    alone: {preset: checkerboard, over: {n_iters: 3, batch: 8, ch: 8, init_ch: 8, n_steps: 1, coop: false}}
+    two:   {preset: checkerboard, over: {n_iters: 3, batch: 8, ch: 8, init_ch: 8, n_steps: 1}, at: {n_steps: 2}}
   compare:
     - {larger: full, smaller: alone}
     - {larger: two, smaller: -1}
@@ -36,7 +37,7 @@ def invoke(*args):
 
 def process(*args, **env):
     return subprocess.run(
-        [sys.executable, '-m', 'ebmbook.core.cli', *map(str, args)],
+        [sys.executable, '-m', 'ebmbook.shell.cli', *map(str, args)],
         capture_output=True,
         text=True,
         env=os.environ | env,
@@ -47,7 +48,7 @@ def process(*args, **env):
 def test_help_is_quick():
     "Help comes without PyTorch; processor time counts, because the machine may be busy."
     code = (
-        "import sys; sys.argv = ['ebmbook', '--help']\nfrom ebmbook.core.cli import main\ntry: main()\nexcept SystemExit: pass\n"
+        "import sys; sys.argv = ['ebmbook', '--help']\nfrom ebmbook.shell.cli import main\ntry: main()\nexcept SystemExit: pass\n"
         "bad = {'torch', 'numpy', 'papermill', 'fastcore', 'matplotlib'} & sys.modules.keys(); assert not bad, bad"
     )
     spent = lambda: sum(os.times()[2:4])
@@ -71,7 +72,7 @@ def test_bare_machine(tmp_path):
     code = f"""
 import sys
 sys.modules.update(dict.fromkeys({lacking!r}))  # as if they were not there
-from ebmbook.core.cli import app
+from ebmbook.shell.cli import app
 for args in (['train', 'cdrl', '-p', 'preset', 'checkerboard', '-p', 'over', {TINY!r}, '--out', {str(tmp_path / 'run')!r}, '--device', 'cpu'],
              ['sample', 'cdrl', '--weights', {str(tmp_path / 'run')!r}, '-n', '2', '--out', {str(tmp_path / 'x.npy')!r}, '--device', 'cpu'],
              ['run', 'cdrl']):
@@ -169,7 +170,7 @@ def test_missing_data_as_a_process(tmp_path):
 
 
 def test_two_processes(tmp_path):
-    "torchrun -m ebmbook.core.cli trains, and says so once."
+    "torchrun -m ebmbook.shell.cli trains, and says so once."
     cmd = [
         sys.executable,
         '-m',
@@ -177,7 +178,7 @@ def test_two_processes(tmp_path):
         '--nproc_per_node',
         '2',
         '-m',
-        'ebmbook.core.cli',
+        'ebmbook.shell.cli',
         'train',
         'cdrl',
         '-p',
@@ -224,7 +225,7 @@ def test_failing_training(tmp_path, monkeypatch, error, code, told):
     def fail(*args, **kwargs):
         raise error
 
-    monkeypatch.setattr('ebmbook.core.train.train', fail)
+    monkeypatch.setattr('ebmbook.learn.loop.train', fail)
     args = [
         'train',
         'cdrl',

@@ -22,9 +22,10 @@ from chapters import (
 )
 from ebmbook import coopflow
 from ebmbook.coopflow import PRESETS
-from ebmbook.core.nets import count
-from ebmbook.core.runs import open_run
-from ebmbook.core.train import Context, train
+from ebmbook.learn.blocks import count
+from ebmbook.learn.runs import open_run
+from ebmbook.learn.contract import Context
+from ebmbook.learn.loop import train
 from ebmbook.data import DATASETS
 
 SMALL_NETS = dict(ch=4, flow_width=8, n_mix=2)

@@ -17,13 +17,16 @@ import yaml
 
 from chapters import ROOT, claims_can_be_measured, ends_without_data, trains_in_full
 from ebmbook import ecvae
-from ebmbook.core.config import choose
-from ebmbook.core.nets import count, settle_norms
-from ebmbook.core.runs import load_checkpoint, open_run
-from ebmbook.core.train import Diverged, averaged, read_log, train
+from ebmbook.learn.settings import choose
+from ebmbook.learn.blocks import count, settle_norms
+from ebmbook.learn.runs import load_checkpoint, open_run
+from ebmbook.learn.contract import Diverged
+from ebmbook.learn.log import read_log
+from ebmbook.learn.loop import train
+from ebmbook.learn.step import averaged
 from ebmbook.data import load
 from ebmbook.ecvae import PRESETS, ROWS
-from ebmbook.ecvae_nets import EnergyNet
+from ebmbook.ecvae.nets import EnergyNet
 from ebmbook.mcmc import frozen
 
 SMALL_FLOW = dict(flow_depth=1, flow_width=8)
@@ -140,7 +143,7 @@ def test_every_experiment_names_a_preset():
     for path in files:
         given = yaml.safe_load(path.read_text())
         chosen = [given[key] for key in ('dataset', 'preset', 'over')]
-        ecvae.check_config(choose(PRESETS, ecvae.DEFAULT_ROW, *chosen)[1])
+        ecvae.check_config(choose(PRESETS, ecvae.DEFAULT_PRESET, *chosen)[1])
 
 
 def test_every_claim_names_presets_and_metrics_that_exist():

@@ -16,9 +16,9 @@ import torch
 from torch import nn
 
 from ebmbook import foundations as f
-from ebmbook.core.claims import read_claims
-from ebmbook.core.runs import open_run
-from ebmbook.core.train import train
+from ebmbook.shell.claims import read_claims
+from ebmbook.learn.runs import open_run
+from ebmbook.learn.loop import train
 from ebmbook.mcmc import (
     Rates,
     alternate,
@@ -480,4 +480,4 @@ def test_presets_build(preset):
 def test_claims_name_presets_that_exist():
     for claim in read_claims():
         if claim.system == 'foundations':
-            assert all(arm.row in f.PRESETS for arm in claim.arms.values())
+            assert all(arm.preset in f.PRESETS for arm in claim.arms.values())

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from ebmbook import cdrl
-from ebmbook.core.train import Context
+from ebmbook.learn.contract import Context
 
 diffusers = pytest.importorskip('diffusers', reason="needs the extra `latent`")
 

@@ -19,22 +19,19 @@ import yaml
 
 from chapters import ROOT, claims_can_be_measured, ends_without_data, trains_in_full
 from ebmbook import liebm
-from ebmbook.core.config import choose
-from ebmbook.core.cost import seconds_per_iteration
-from ebmbook.core.nets import count
-from ebmbook.core.restoration import operator
-from ebmbook.core.runs import load_checkpoint, open_run, ship
-from ebmbook.core.train import (
-    Context,
-    Diverged,
-    _accelerator,
-    optimiser_step,
-    read_log,
-    train,
-)
+from ebmbook.learn.settings import choose
+from ebmbook.shell.cost import seconds_per_iteration
+from ebmbook.learn.blocks import count
+from ebmbook.measure.restoration import operator
+from ebmbook.learn.runs import load_checkpoint, open_run, ship
+from ebmbook.learn.loop import make_accelerator
+from ebmbook.learn.contract import Context, Diverged
+from ebmbook.learn.log import read_log
+from ebmbook.learn.loop import train
+from ebmbook.learn.step import optimiser_step
 from ebmbook.data import ood_sets, load
 from ebmbook.liebm import PRESETS, SIZES
-from ebmbook.selfsup import Views, augment
+from ebmbook.liebm.selfsup import Views, augment
 
 TINY = replace(
     PRESETS['digits'],
@@ -177,7 +174,7 @@ def test_rates_of_the_paper():
 @pytest.mark.parametrize('name', PRESETS)
 def test_a_preset_can_be_chosen_checked_and_sent(name):
     preset = PRESETS[name]
-    cfg = choose(PRESETS, liebm.DEFAULT_ROW, preset.data, name, 'gamma: 0.5')[1]
+    cfg = choose(PRESETS, liebm.DEFAULT_PRESET, preset.data, name, 'gamma: 0.5')[1]
     assert liebm.check_config(cfg) == replace(preset, gamma=0.5)
     assert pickle.loads(pickle.dumps(cfg)) == cfg
     enc = liebm.encoder_config(cfg)
@@ -191,7 +188,7 @@ def test_every_experiment_names_a_preset():
     for path in files:
         given = yaml.safe_load(path.read_text())
         asked = given['dataset'], given['preset'], given['over']
-        liebm.check_config(choose(PRESETS, liebm.DEFAULT_ROW, *asked)[1])
+        liebm.check_config(choose(PRESETS, liebm.DEFAULT_PRESET, *asked)[1])
 
 
 def test_every_claim_names_presets_and_metrics_that_exist():
@@ -717,7 +714,7 @@ def test_the_files_of_a_training(half_averaged, tmp_path):
 
 def steps(cfg, nets, n=1, groups=None, seed=0):
     "Logs of steps through the loop's own step."
-    context, accelerator = ctx(seed), _accelerator(cfg, 'cpu')
+    context, accelerator = ctx(seed), make_accelerator(cfg, 'cpu')
     groups = groups or liebm.optimisers(nets, cfg)
     for group in groups.values():
         for adam in group.optimiser.param_groups:

@@ -8,9 +8,10 @@ import pytest
 import torch
 from scipy import integrate, stats
 
-from ebmbook.core.config import choose
-from ebmbook.core.runs import open_run
-from ebmbook.core.train import Group, Stage, train
+from ebmbook.learn.settings import choose
+from ebmbook.learn.runs import open_run
+from ebmbook.learn.contract import Group, Stage
+from ebmbook.learn.loop import train
 from ebmbook import cdrl
 from ebmbook.mcmc import (
     Rates,
@@ -362,7 +363,7 @@ def test_persistent_chains_survive_a_stop(tmp_path):
     stage = Stage('persistent', persistent_losses, optimisers, lambda cfg: cfg.n_iters)
     system = SimpleNamespace(build=cdrl.build, STAGES=(stage,))
     over = dict(ch=8, init_ch=8, batch=16, n_iters=20, save_every=5, log_every=1, warmup=0)
-    preset, cfg = choose(cdrl.PRESETS, cdrl.DEFAULT_ROW, 'checkerboard', over=over)
+    preset, cfg = choose(cdrl.PRESETS, cdrl.DEFAULT_PRESET, 'checkerboard', over=over)
 
     def go(out, stop=None):
         run = open_run('cdrl', preset, cfg, cdrl.PRESETS[preset], out=out, device='cpu')

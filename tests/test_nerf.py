@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from ebmbook.core.scenes import (
+from ebmbook.data.scenes import (
     Camera,
     camera_to_world,
     car_distances,
@@ -21,7 +21,7 @@ from ebmbook.core.scenes import (
     render_cars,
 )
 from ebmbook.data import CAMERAS, DATASETS, load
-from ebmbook.nerf import (
+from ebmbook.nerf_lebm.nerf import (
     NeRF,
     RaySampling,
     Siren,

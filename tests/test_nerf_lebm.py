@@ -17,11 +17,14 @@ import yaml
 from chapters import ROOT, claims_can_be_measured, ends_without_data, trains_in_full
 
 from ebmbook import nerf_lebm as lebm
-from ebmbook.core.config import choose
-from ebmbook.core.cost import seconds_per_iteration
-from ebmbook.core.runs import load_checkpoint, open_run
-from ebmbook.core.scenes import camera_to_world, rays
-from ebmbook.core.train import Context, Diverged, gather_rows, new_table, read_log, train
+from ebmbook.learn.settings import choose
+from ebmbook.shell.cost import seconds_per_iteration
+from ebmbook.learn.runs import load_checkpoint, open_run
+from ebmbook.data.scenes import camera_to_world, rays
+from ebmbook.learn.contract import Context, Diverged
+from ebmbook.learn.latents import gather_rows, new_table
+from ebmbook.learn.log import read_log
+from ebmbook.learn.loop import train
 from ebmbook.data import load
 from ebmbook.mcmc import Slice
 from ebmbook.nerf_lebm import PRESETS
@@ -86,7 +89,7 @@ def first_loss(nets, batch, cfg, ctx):  # the loss of the first group, and its l
 @pytest.mark.parametrize('name', PRESETS)
 def test_a_preset_can_be_chosen_checked_and_sent(name):
     over = 'sigma: 0.1'
-    cfg = choose(PRESETS, lebm.DEFAULT_ROW, PRESETS[name].data, name, over)[1]
+    cfg = choose(PRESETS, lebm.DEFAULT_PRESET, PRESETS[name].data, name, over)[1]
     assert lebm.check_config(cfg) == replace(PRESETS[name], sigma=0.1)
     assert pickle.loads(pickle.dumps(cfg)) == cfg
 
@@ -98,7 +101,7 @@ def test_every_experiment_names_a_preset():
     for path in files:
         given = yaml.safe_load(path.read_text())
         selected = (given['dataset'], given['preset'], given['over'])
-        lebm.check_config(choose(PRESETS, lebm.DEFAULT_ROW, *selected)[1])
+        lebm.check_config(choose(PRESETS, lebm.DEFAULT_PRESET, *selected)[1])
 
 
 def test_every_claim_names_presets_and_metrics_that_exist():
@@ -436,7 +439,7 @@ def test_two_processes_keep_one_table(tmp_path):
             sys.executable,
             '-m',
             *launcher,
-            'ebmbook.core.cli',
+            'ebmbook.shell.cli',
             'train',
             'nerf_lebm',
         ]

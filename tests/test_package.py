@@ -31,7 +31,7 @@ def python(code, cwd, **env):
 def test_imports_are_light(tmp_path):
     code = f'''
 import importlib, sys
-for name in "mcmc data core.runs core.train cdrl core.metrics core.claims core.cli".split():
+for name in "mcmc data learn.runs learn.loop cdrl measure.metrics shell.claims shell.cli".split():
     importlib.import_module("ebmbook."+name)
     found = [m for m in {HEAVY!r} if m in sys.modules]
     if found: sys.exit(f"ebmbook.{{name}} imports {{found}}")
@@ -101,7 +101,7 @@ def test_the_wheel_says_what_it_needs_and_brings_the_command(wheel):
             f.read(o).decode() for o in f.namelist() if o.endswith('.dist-info/' + name)
         )
         meta, points = read('METADATA'), read('entry_points.txt')
-    assert 'ebmbook = ebmbook.core.cli:main' in points
+    assert 'ebmbook = ebmbook.shell.cli:main' in points
     assert 'Requires-Python: >=3.11' in meta and 'License: Apache-2.0' in meta
     always = [
         re.match(r'Requires-Dist: ([\w-]+)', o)[1]
@@ -129,13 +129,13 @@ assert draw(nets).shape==(3, 1, 8, 8) and torch.isfinite(draw(nets)).all()
 nets.save_pretrained("weights")
 again = Nets.from_pretrained("weights")
 assert again.cfg==cfg and torch.equal(draw(again), draw(nets))
-from ebmbook.core.metrics import EXTRACTORS, load_extractor
+from ebmbook.measure.metrics import EXTRACTORS, load_extractor
 for name in EXTRACTORS: load_extractor(name)
 print(ebmbook.__file__)
 '''
     assert Path(python(code, tmp_path, **env).splitlines()[-1]).is_relative_to(unpacked)
     code = '''
-from ebmbook.core.runs import book_weights, root
+from ebmbook.learn.runs import book_weights, root
 assert book_weights('cdrl', 'digits') is None
 try: root()
 except FileNotFoundError as e: print(e)
@@ -147,7 +147,7 @@ except FileNotFoundError as e: print(e)
 def test_the_command_works_outside_a_clone(unpacked, tmp_path):
     def run(*args):
         return subprocess.run(
-            [sys.executable, '-m', 'ebmbook.core.cli', *args],
+            [sys.executable, '-m', 'ebmbook.shell.cli', *args],
             cwd=tmp_path,
             env=os.environ | dict(PYTHONPATH=str(unpacked)),
             text=True,

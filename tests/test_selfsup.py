@@ -15,14 +15,16 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from ebmbook import selfsup
-from ebmbook.core.config import choose
-from ebmbook.core.nets import count
-from ebmbook.core.runs import load_checkpoint, open_run, ship
-from ebmbook.core.train import Context, read_log, train
+from ebmbook.liebm import selfsup
+from ebmbook.learn.settings import choose
+from ebmbook.learn.blocks import count
+from ebmbook.learn.runs import load_checkpoint, open_run, ship
+from ebmbook.learn.contract import Context
+from ebmbook.learn.log import read_log
+from ebmbook.learn.loop import train
 from ebmbook.data import load
 from ebmbook.mcmc import Rates, frozen, langevin
-from ebmbook.selfsup import PRESETS
+from ebmbook.liebm.selfsup import PRESETS
 
 METHODS = ('simclr', 'byol', 'wmse')
 TINY = replace(
@@ -151,7 +153,7 @@ def test_presets_of_full_size(name):
 @pytest.mark.parametrize('name', PRESETS)
 def test_a_preset_can_be_chosen_checked_and_sent(name):
     preset = PRESETS[name]
-    cfg = choose(PRESETS, selfsup.DEFAULT_ROW, preset.data, name, 'lr: 1e-3')[1]
+    cfg = choose(PRESETS, selfsup.DEFAULT_PRESET, preset.data, name, 'lr: 1e-3')[1]
     assert selfsup.check_config(cfg) == replace(preset, lr=1e-3)
     assert pickle.loads(pickle.dumps(cfg)) == cfg
 

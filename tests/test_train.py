@@ -20,10 +20,11 @@ import torch
 from safetensors.torch import load_file
 
 from ebmbook import cdrl
-from ebmbook.core import runs
-from ebmbook.core.config import choose
-from ebmbook.core.runs import load_checkpoint, open_run
-from ebmbook.core.train import Stage, train
+from ebmbook.learn import runs
+from ebmbook.learn.settings import choose
+from ebmbook.learn.runs import load_checkpoint, open_run
+from ebmbook.learn.contract import Stage
+from ebmbook.learn.loop import train
 
 SMALL = dict(
     ch=8,
@@ -75,7 +76,10 @@ def die_while_writing(number):  # power cut with a checkpoint half written
 def work(job):
     "Train as `job` says: out, over, and optionally dataset, sleep (seconds after each step), nan_at, die_at_write."
     row, cfg = choose(
-        cdrl.PRESETS, cdrl.DEFAULT_ROW, job.get('dataset', 'checkerboard'), over=job['over']
+        cdrl.PRESETS,
+        cdrl.DEFAULT_PRESET,
+        job.get('dataset', 'checkerboard'),
+        over=job['over'],
     )
     if 'die_at_write' in job:
         die_while_writing(job['die_at_write'])
@@ -257,7 +261,7 @@ def test_sigterm_saves_and_the_next_start_continues(whole, tmp_path):
     reason="needs /dev/full, a file on a disk that is always full",
 )
 def test_a_full_disk_leaves_the_earlier_checkpoint(whole, tmp_path):
-    row, cfg = choose(cdrl.PRESETS, cdrl.DEFAULT_ROW, 'checkerboard', over=SMALL)
+    row, cfg = choose(cdrl.PRESETS, cdrl.DEFAULT_PRESET, 'checkerboard', over=SMALL)
     run = open_run('cdrl', row, cfg, cdrl.PRESETS[row], out=tmp_path, device='cpu')
 
     def fill(

@@ -10,12 +10,13 @@ import torch
 
 from chapters import claims_can_be_measured, ends_without_data, trains_in_full
 from ebmbook import vaebm
-from ebmbook.core.nets import count
-from ebmbook.core.runs import load_checkpoint, open_run
-from ebmbook.core.train import Diverged, train
+from ebmbook.learn.blocks import count
+from ebmbook.learn.runs import load_checkpoint, open_run
+from ebmbook.learn.contract import Diverged
+from ebmbook.learn.loop import train
 from ebmbook.data import DATASETS, load
-from ebmbook.nvae import ROWS as NVAE_ROWS
-from ebmbook.nvae import nvae
+from ebmbook.vaebm.nvae import ROWS as NVAE_ROWS
+from ebmbook.vaebm.nvae import nvae
 from ebmbook.vaebm import PRESETS
 
 SMALL_NETS = dict(

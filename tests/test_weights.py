@@ -4,29 +4,30 @@ import importlib
 
 import pytest
 
-from ebmbook.core.runs import ledger, root
+from ebmbook.learn.ledger import ledger
+from ebmbook.learn.runs import root
 
 FOLDERS = sorted((root() / 'results' / 'weights').glob('*-*'))
 
 
 @pytest.mark.parametrize('folder', FOLDERS, ids=lambda p: p.name)
 def test_shipped_weights_measure_what_the_ledger_says(folder):
-    system, row = folder.name.split('-', 1)
+    system, preset = folder.name.split('-', 1)
     module = importlib.import_module(f'ebmbook.{system}')
     assert sum(p.stat().st_size for p in folder.iterdir()) <= 2 * 2**20
     nets = module.Nets.from_pretrained(folder).eval()
-    assert nets.cfg == module.PRESETS[row], (
-        "the row has changed since these weights were made"
+    assert nets.cfg == module.PRESETS[preset], (
+        "the preset has changed since these weights were made"
     )
     lines = [
         o
-        for o in ledger(system=system, row=row, seed=0)
+        for o in ledger(system=system, preset=preset, seed=0)
         if o['at'].get('weights') == 'book'
     ]
     assert lines, f"no ledger line for {folder.name}"
     for at in {
         repr(sorted(o['at'].items())): o['at'] for o in lines
-    }.values():  # a row may have been measured in several ways
+    }.values():  # a preset may have been measured in several ways
         got = module.evaluate(
             nets, nets.cfg, **{k: v for k, v in at.items() if k != 'weights'}
         )

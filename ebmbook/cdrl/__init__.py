@@ -1,0 +1,5 @@
+"CDRL (chapter 5)."
+
+from ebmbook import offer
+
+__getattr__, __dir__ = offer(__name__, ('nets', 'method'))

@@ -1,0 +1,5 @@
+"CoopFlow (chapter 4)."
+
+from ebmbook import offer
+
+__getattr__, __dir__ = offer(__name__, ('method',))

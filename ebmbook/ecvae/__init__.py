@@ -1,0 +1,5 @@
+"EC-VAE and EC-Flow (chapter 7)."
+
+from ebmbook import offer
+
+__getattr__, __dir__ = offer(__name__, ('nets', 'method'))

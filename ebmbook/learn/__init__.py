@@ -1,0 +1,1 @@
+"What every training needs: settings, runs, the loop, losses of rivals."

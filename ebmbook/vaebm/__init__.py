@@ -1,0 +1,5 @@
+"VAEBM (chapter 6)."
+
+from ebmbook import offer
+
+__getattr__, __dir__ = offer(__name__, ('nets', 'nvae', 'method'))
