@@ -21,10 +21,10 @@ from huggingface_hub import PyTorchModelHubMixin
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from ..learn.objectives import contrast
 from ebmbook.learn.rivals import (
     Generator,
     PointGenerator,
-    contrast,
     coopnets_losses,
     from_noise,
     short_run_losses,

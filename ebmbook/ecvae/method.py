@@ -20,7 +20,8 @@ import torch.distributed as dist
 from huggingface_hub import PyTorchModelHubMixin
 from torch import Tensor, nn
 
-from ..learn.rivals import contrast, from_noise
+from ..learn.objectives import contrast
+from ..learn.rivals import from_noise
 from ..learn.settings import check_words
 from ..flows.glow import Glow, PointGlow
 from ..learn.blocks import collect_norms, log_normal, settle_norms

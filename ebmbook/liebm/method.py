@@ -22,7 +22,7 @@ from huggingface_hub import PyTorchModelHubMixin
 from torch import Tensor, nn
 
 from . import selfsup
-from ..learn.rivals import contrast
+from ..learn.objectives import contrast
 from ..learn.settings import check_words
 from ..learn.blocks import collect_norms, settle_norms
 from ..measure.restoration import Operator

@@ -6,8 +6,8 @@
 __all__ = ['EXTRACTORS', 'MIN_COUNT', 'INCEPTION_FILE', 'DATA_RANGE', 'to_uint8', 'Classifier', 'extractor_for',
            'extractor_folder', 'extractor_info', 'train_extractor', 'load_extractor', 'features', 'classify',
            'fid_from_features', 'evaluate_features', 'inception_weights', 'extractor_id', 'evaluate_images', 'protocol',
-           'describe', 'anchors', 'class_accuracy', 'attribute_accuracy', 'class_spread', 'count_modes', 'modes_kl',
-           'auroc', 'auroc_ood', 'psnr', 'ssim', 'iwae']
+           'image_report', 'describe', 'anchors', 'class_accuracy', 'attribute_accuracy', 'class_spread', 'count_modes',
+           'modes_kl', 'auroc', 'auroc_ood', 'psnr', 'ssim', 'iwae']
 
 # %% ../../nbs/measure/metrics.ipynb #c002
 import copy
@@ -19,6 +19,7 @@ import socket
 from collections.abc import Callable, Sequence
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -753,6 +754,39 @@ def protocol(
     if name == 'inception':
         inception_weights()
     return name, n, reference
+
+# %% ../../nbs/measure/metrics.ipynb #2bd67a1c
+# metric as it is reported -> its name in what `evaluate_images` returns
+_REPORTED = {
+    'fid': {'fid': 'fid'},
+    'kid': {'kid': 'kid'},
+    'is': {'inception_score': 'is'},
+    'prc': {'precision': 'precision', 'recall': 'recall'},
+}
+
+
+def image_report(
+    draw: Callable[[int], Tensor],  # n -> (n, C, H, W) samples in [-1, 1], on any device
+    cfg: Any,  # Settings of a preset, as in `protocol`
+    n: int | None = None,  # Samples; None is the number of the protocol
+    extractor: str = '',  # A name in place of the one for these data
+    *,
+    kinds: tuple[str, ...] = ('fid', 'prc'),  # As in `evaluate_images`
+    thin: Callable | None = None,  # reference -> reference, where it is too long
+) -> tuple[dict[str, tuple], Tensor, str]:  # Numbers, samples on the CPU, extractor
+    """Draw samples of a preset and compare them with images.
+
+    A number is (value, n, extractor with its hash). What would fail afterwards fails before
+    anything is drawn.
+    """
+    name, n, reference = protocol(cfg, n, extractor)
+    x = draw(n).cpu()
+    if thin is not None:
+        reference = thin(reference)
+    report = evaluate_images(x, reference, name, kinds)
+    names = {metric: key for kind in kinds for metric, key in _REPORTED[kind].items()}
+    values = {metric: report[key] for metric, key in names.items()}
+    return {k: (value, n, report['extractor']) for k, value in values.items()}, x, name
 
 # %% ../../nbs/measure/metrics.ipynb #c041
 _SHOWN = {  # how a metric is printed

@@ -21,9 +21,9 @@ import torch
 from huggingface_hub import PyTorchModelHubMixin
 from torch import Tensor, nn
 
-from ..learn.rivals import contrast
+from ..learn.objectives import contrast
 from ..learn.settings import check_words
-from ..shell.cost import waiter
+from ..learn.runs import waiter
 from ..learn.blocks import mlp
 from ..data.scenes import Camera, camera_to_world, rays
 from ..learn.contract import Group, Loop, Stage

@@ -30,7 +30,7 @@ from torch.nn.utils import parametrize
 
 from ..cdrl.method import PRESETS, schedule
 from ..cdrl.nets import EnergyNet as CDRLEnergy
-from .cost import waiter
+from ..learn.runs import waiter
 from ..learn.runs import root, write_text
 from ..mcmc import bf16, frozen, in_chunks, keep_freed, langevin, ula
 from ..vaebm.nets import data_init, energy_net

@@ -20,7 +20,8 @@ from huggingface_hub import PyTorchModelHubMixin
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from ..learn.rivals import contrast, from_noise
+from ..learn.objectives import contrast
+from ..learn.rivals import from_noise
 from ..learn.settings import check_words
 from ..measure.metrics import iwae
 from ..learn.blocks import mlp
