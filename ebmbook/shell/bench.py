@@ -116,7 +116,7 @@ def vaebm_case(
         arms=arms,
     )
 
-# %% ../../nbs/shell/bench.ipynb #415607c3
+# %% ../../nbs/shell/bench.ipynb #d80782b1
 def cdrl_case(
     batch: int,  # Chains
     steps: int = 2,  # Updates in one timed chain
@@ -235,7 +235,7 @@ def _textbook(case):
 
     return _always(run)
 
-# %% ../../nbs/shell/bench.ipynb #dc25b8db
+# %% ../../nbs/shell/bench.ipynb #89e6f574
 def _each_step(case):  # frozen by hand, nothing cached
     net, x = laid_out(case.net, case.x, False)
     energy = case.chain(net.requires_grad_(False))
@@ -341,7 +341,7 @@ def ratio(
     pairs = zip(row['rounds'], base['rounds'], strict=True)
     return statistics.median(own / other for own, other in pairs)
 
-# %% ../../nbs/shell/bench.ipynb #a674beb4
+# %% ../../nbs/shell/bench.ipynb #5603fdb0
 def _prepare(case, names):  # warm candidates by name, and why the others cannot run here
     ready = {}
     why = {}
@@ -402,7 +402,7 @@ def _resident(peak):  # bytes of this process, now or at most
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return 1024 * int(re.search(r'Vm%s:\s+(\d+)' % ('HWM' if peak else 'RSS'), text)[1])
 
-
+# %% ../../nbs/shell/bench.ipynb #e08f189e
 def rise(
     n: int,  # Samples
     chunk: int,  # Samples at once
@@ -433,7 +433,7 @@ def rise(
         after = torch.cuda.max_memory_allocated(device) if cuda else _resident(peak=True)
         return (after - before) / 1e6
 
-# %% ../../nbs/shell/bench.ipynb #49290f0d
+# %% ../../nbs/shell/bench.ipynb #981217a1
 def _rise_elsewhere(n, chunk, width):  # as `rise`, in a fresh process
     code = (
         f"import torch; torch.set_num_threads({torch.get_num_threads()}); "
@@ -490,7 +490,7 @@ QUICK = {
 }
 # fmt: on
 
-# %% ../../nbs/shell/bench.ipynb #6f47335b
+# %% ../../nbs/shell/bench.ipynb #163185b1
 def _version(package):
     from importlib.metadata import PackageNotFoundError, version
 
@@ -599,7 +599,7 @@ def run(
         tell('memory: done')
     return result
 
-# %% ../../nbs/shell/bench.ipynb #61d93573
+# %% ../../nbs/shell/bench.ipynb #a8da397f
 def bench_path() -> Path:  # The committed file
     "Where the last full bench lies in the clone."
     return root() / 'results' / 'bench.json'
@@ -648,7 +648,7 @@ def _over_floor(case, arms):  # what `langevin` adds to the network, in both lay
             found.append(_verdict(must, where, cost, 1.05, at_most=True))
     return found
 
-# %% ../../nbs/shell/bench.ipynb #dae7c13c
+# %% ../../nbs/shell/bench.ipynb #f68f9139
 _VARIANTS = (
     'float32',
     'float32, channels last',
@@ -677,7 +677,7 @@ def _kept_memory(
         found.append(_verdict('gain of keeping freed memory', f'{case}, float32', gain))
     return found
 
-# %% ../../nbs/shell/bench.ipynb #97f021e7
+# %% ../../nbs/shell/bench.ipynb #74677760
 def _over_torchebm(case, arms):
     if 'torchebm' not in arms:
         return []
@@ -761,7 +761,7 @@ def speed_rows(
     rivals = {row['case']: row for row in timed}
     return [_speed_cells(row, rivals) for row in rows]
 
-# %% ../../nbs/shell/bench.ipynb #43f754f3
+# %% ../../nbs/shell/bench.ipynb #86fac130
 VERDICT_HEAD = ['what', 'where', 'value', 'limit', 'met']
 _MET = {None: '', True: 'yes', False: 'no'}
 
