@@ -22,7 +22,8 @@ def limit(seconds):  # a busy machine is given more
 
 def papermill(chapter, tmp_path, data, *args, timeout=900):
     "Run a notebook of `nbs` elsewhere; exit code, all that was said, seconds."
-    nowhere = 'http://127.0.0.1:9'  # the network is off, so that no test depends on what a server sends
+    # the network is off, so that no test depends on what a server sends
+    nowhere = 'http://127.0.0.1:9'
     env, began = (
         os.environ
         | dict(
@@ -58,7 +59,7 @@ def papermill(chapter, tmp_path, data, *args, timeout=900):
 
 
 def ends_without_data(chapter, tmp_path, dataset='cifar10', *args, names=()):
-    "A chapter on a set that is not there stops at once and says what is missing, where it looked, and how to get it."
+    "A chapter on a set that is not there stops at once: what is missing, where, how to get it."
     code, said, seconds = papermill(
         chapter, tmp_path, tmp_path / 'nowhere', '-p', 'dataset', dataset, *args
     )
@@ -69,9 +70,12 @@ def ends_without_data(chapter, tmp_path, dataset='cifar10', *args, names=()):
 
 
 def trains_in_full(
-    chapter, system, row, tmp_path, over, *args, says=(), steps=2, seconds=240
+    chapter, system, preset, tmp_path, over, *args, says=(), steps=2, seconds=240
 ):
-    "A chapter on a row made small: it says what the run will cost, and leaves a checkpoint, weights and finite numbers."
+    """A chapter on a preset made small.
+
+    It says what the run will cost, and leaves a checkpoint, weights and finite numbers.
+    """
     code, said, took = papermill(
         chapter,
         tmp_path,
@@ -95,14 +99,18 @@ def trains_in_full(
         json.loads(o) for o in (tmp_path / 'run/record.jsonl').read_text().splitlines()
     ]
     assert record and all(
-        o['system'] == system and o['preset'] == row and math.isfinite(o['value'])
+        o['system'] == system and o['preset'] == preset and math.isfinite(o['value'])
         for o in record
     )
     assert took < limit(seconds)
 
 
 def claims_can_be_measured(module, tiny, n=600, quick=None):
-    "Every arm of a system's claims names settings that exist, and `evaluate` measures on it, made small by `tiny`, all that the claim compares; `quick` holds settings by task."
+    """Every arm of a system's claims names settings that exist and can be measured.
+
+    `evaluate` measures on it, made small by `tiny`, all that the claim compares; `quick`
+    holds settings by task.
+    """
     system, seen = module.__name__.removeprefix('ebmbook.'), {}
     claims = [o for o in read_claims() if o.system == system]
     for claim in claims:

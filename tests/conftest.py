@@ -1,4 +1,6 @@
-"""Every test sees the same machine: one thread, the CPU, no data but what it writes itself, and no folder of the clone to train in.
+"""Every test sees the same machine: one thread, the CPU, no data but what it writes itself.
+
+None trains in a folder of the clone.
 
 Read before PyTorch is imported; the subprocesses that tests start inherit all of it.
 """
@@ -6,7 +8,8 @@ Read before PyTorch is imported; the subprocesses that tests start inherit all o
 import os
 import tempfile
 
-# Results to the last bit need a fixed number of threads, and two test processes on two cores must not ask for more.
+# Results to the last bit need a fixed number of threads, and two test processes on two cores
+# must not ask for more.
 for _name in ('OMP_NUM_THREADS', 'MKL_NUM_THREADS', 'OPENBLAS_NUM_THREADS'):
     os.environ.setdefault(_name, '1')
 os.environ.update(

@@ -1,6 +1,7 @@
-"""A second device, pretended, for machines that have none.
+"""A second device, simulated, for machines that have none.
 
-Its tensors are computed on the processor, but say that they lie elsewhere, and refuse to meet the processor's own as on a GPU.
+Its tensors are computed on the processor, but say that they lie elsewhere, and refuse to meet
+the processor's own as on a GPU.
 """
 
 from contextlib import contextmanager
@@ -33,7 +34,7 @@ def _is_far(device):
 
 
 class Far(torch.Tensor):
-    "A tensor on the pretended device; `near` holds its numbers."
+    "A tensor on the simulated device; `near` holds its numbers."
 
     __torch_function__ = torch._C._disabled_torch_function_impl
 
@@ -98,7 +99,8 @@ def _refuse(name, args, far, near):  # what a GPU would not do
         ]
     if far and alone and name not in _MOVES:
         raise RuntimeError(
-            f"{name}: {[tuple(o.shape) for o in alone]} on the processor, {[tuple(o.shape) for o in far]} on the other device"
+            f"{name}: {[tuple(o.shape) for o in alone]} on the processor, "
+            f"{[tuple(o.shape) for o in far]} on the other device"
         )
 
 
@@ -131,7 +133,7 @@ def _carry(func, args, kwargs):  # an operation, its numbers computed on the pro
         if isinstance(o, torch.Tensor) and o.is_meta
     ]:
         raise AssertionError(
-            f"{name}: tensors {lost} without numbers, which the pretence overlooked"
+            f"{name}: tensors {lost} without numbers, which the simulation overlooked"
         )
     out = func(*a, **k)
     if name == 'aten::_to_copy' and out is a[0]:
@@ -147,9 +149,9 @@ class _Carried(TorchDispatchMode):
         return _carry(func, args, kwargs or {})
 
 
-class _Called(
-    TorchFunctionMode
-):  # generators, which know their device here alone; and plain numbers, which PyTorch would forget for the device that lends its name
+class _Called(TorchFunctionMode):
+    # generators, which know their device here alone; and plain numbers, which PyTorch would
+    # forget for the device that lends its name
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         if (
@@ -172,7 +174,8 @@ class _Called(
         out, g = func(*args, **kwargs), kwargs.get('generator')
         if g is not None and _is_far(g.device) != isinstance(out, Far):
             raise RuntimeError(
-                f"{func.__name__}: a generator for {g.device} draws {'on the processor' if _is_far(g.device) else 'where the processor is not'}"
+                f"{func.__name__}: a generator for {g.device} draws "
+                f"{'on the processor' if _is_far(g.device) else 'where the processor is not'}"
             )
         return out
 
@@ -197,7 +200,7 @@ def far_away(monkeypatch):
     with monkeypatch.context() as m, _Called(), _Carried():
         m.setattr(torch, 'Generator', _Generator)
         m.setattr(torch, 'autocast', _Autocast)
-        m.setattr(train, '_accelerator', _accelerator)
+        m.setattr(train, 'make_accelerator', make_accelerator)
         m.setattr(
             train,
             'save_checkpoint',

@@ -78,7 +78,7 @@ def room_shares(texts):
 
 
 def symbols(root):
-    "Names of one letter that the tables of symbols give, by chapter; those of notation.md count everywhere."
+    "Names of one letter in the tables of symbols, by chapter; notation.md counts everywhere."
     pages = {p: repo.markdown(nb) for p, nb in repo.notebooks(root)}
     pages[Path('notation.md')] = (root / 'nbs' / 'notation.md').read_text(encoding='utf-8')
     found = defaultdict(set)
@@ -132,7 +132,7 @@ def notebook_of(root):
 
 
 def repeated(texts):
-    "Passages of six lines or more that stand in two places; runs are counted once for each pair of places."
+    "Passages that stand in two places; a run counts once for each pair of places."
     where = defaultdict(list)
     for module, text in texts:
         lines = [(n, o.strip()) for n, o in enumerate(text.splitlines()) if counts(o)]
@@ -173,6 +173,7 @@ def measures(root):
     p95, longest = line_lengths(texts)
     bodies, shares = long_bodies(texts), room_shares(texts)
     lines = repo.exported_lines(root)
+    many = sum(n > 600 for n in lines.values())
     short, strange = one_letter(root)
     fields, owner = field_groups(texts)
     return {
@@ -180,7 +181,7 @@ def measures(root):
         'line length, 95 % and longest (88, 100)': f'{p95}, {longest}',
         'functions with a body above 40 lines (0)': f'{len(bodies)} {" ".join(bodies[:3])}',
         'functions above complexity 12 (0)': ' '.join(complexities(root)) or '0',
-        'notebooks above 600 exported lines (0)': f'{sum(n > 600 for n in lines.values())}, largest {max(lines.values())}',
+        'notebooks above 600 exported lines (0)': f'{many}, largest {max(lines.values())}',
         'largest room (20 %)': f'{shares[0][0]} {100 * shares[0][1]:.1f} %',
         'arrows up, circles (0, 0)': f'{len(repo.floors(root))}, {len(repo.circles(root))}',
         'largest group of settings (12)': f'{fields} {owner}',

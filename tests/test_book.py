@@ -1,4 +1,6 @@
-"""The built book as a reader meets it. Skipped, with the reason, where no book is built or no Chromium is there.
+"""The built book as a reader meets it.
+
+Skipped, with the reason, where no book is built or no Chromium is there.
 
 `make book` writes the pages, then `pytest tests/test_book.py` reads them; `.ci/run` does both.
 """
@@ -124,7 +126,8 @@ def sources(page):
 def test_reader():
     "The reader sees what it is meant to find."
     got = read(
-        '<script src="https://x/y.js">a</script><link rel="stylesheet" href="a.css"><p>#| export</p><div class="math notranslate">x</div>'
+        '<script src="https://x/y.js">a</script><link rel="stylesheet" href="a.css">'
+        '<p>#| export</p><div class="math notranslate">x</div>'
     )
     assert (
         outside(got.loads) == ['https://x/y.js']
@@ -170,7 +173,7 @@ def test_styles_load_nothing_from_outside():
 
 
 def test_chapter_numbers(tmp_path):
-    "A book whose chapters are 01 and 05 numbers them 1 and 5, and their formulas, figures and references too."
+    "A book of chapters 01 and 05 numbers them 1 and 5, and formulas, figures, references too."
     jupyter_book = Path(sys.executable).parent / 'jupyter-book'
     if not jupyter_book.exists():
         pytest.skip("jupyter-book is not installed: pip install -e '.[book]'")
@@ -182,8 +185,10 @@ def test_chapter_numbers(tmp_path):
     (tmp_path / 'nbs/references.bib').touch()
     (tmp_path / 'nbs/index.md').write_text('# Start\n\nSee {eq}`eq-05_b`.\n')
     (tmp_path / '_toc.yml').write_text(
-        'format: jb-book\nroot: nbs/index\nparts:\n  - caption: Part\n    numbered: true\n    chapters:\n'
-        '      - file: nbs/01_a\n      - file: nbs/05_b\n        sections:\n          - file: nbs/05a_c\n'
+        'format: jb-book\nroot: nbs/index\nparts:\n  - caption: Part\n    numbered: true\n'
+        '    chapters:\n'
+        '      - file: nbs/01_a\n      - file: nbs/05_b\n'
+        '        sections:\n          - file: nbs/05_b/c\n'
     )
     config = (ROOT / '_config.yml').read_text(encoding='utf-8')
     (tmp_path / '_config.yml').write_text(
@@ -360,7 +365,8 @@ class Browser:
 
 
 TOO_WIDE = """[...document.querySelectorAll('div.math')].filter(d => {
-    const box = d.querySelector('mjx-container'), sign = box?.querySelector('mjx-math'), number = d.querySelector('.eqno')
+    const box = d.querySelector('mjx-container'), number = d.querySelector('.eqno')
+    const sign = box?.querySelector('mjx-math')
     if (!sign) return false
     const free = number ? number.getBoundingClientRect().left : d.getBoundingClientRect().right
     return Math.max(box.scrollWidth-box.clientWidth, sign.getBoundingClientRect().right-free)>1
@@ -386,10 +392,15 @@ def shot(browser, name):
 
 @needs_chromium
 def test_browser_sees_faults(browser, tmp_path):
-    "A page with a missing script, an outside request and an error of its own must be complained about."
+    "A missing script, an outside request and an error of its own must be complained about."
     (tmp_path / 'a.html').write_text(
-        '<script src="gone.js"></script><img src="http://example.org/x.png"><script>console.error("no")</script><p style="width:900px">x<div class="math" id="e" style="width:99px"><mjx-container><mjx-math style="display:inline-block;width:90px">x</mjx-math></mjx-container><b class="eqno" style="position:absolute;left:60px">1</b></div>'
-        '<div class="math" id="f" style="width:99px"><mjx-container><mjx-math>x</mjx-math></mjx-container></div>'
+        '<script src="gone.js"></script><img src="http://example.org/x.png">'
+        '<script>console.error("no")</script><p style="width:900px">x'
+        '<div class="math" id="e" style="width:99px"><mjx-container>'
+        '<mjx-math style="display:inline-block;width:90px">x</mjx-math></mjx-container>'
+        '<b class="eqno" style="position:absolute;left:60px">1</b></div>'
+        '<div class="math" id="f" style="width:99px">'
+        '<mjx-container><mjx-math>x</mjx-math></mjx-container></div>'
     )
     browser.visit((tmp_path / 'a.html').as_uri(), 390)
     said = ' '.join(browser.complaints())
@@ -403,7 +414,7 @@ def test_browser_sees_faults(browser, tmp_path):
 @needs_chromium
 @each_page
 def test_in_browser(browser, page):
-    "Formulas are set, nothing fails, nothing leaves the folder, and a phone need not scroll sideways."
+    "Formulas are set, nothing fails, nothing leaves the folder, a phone need not scroll."
     name = page.relative_to(HTML).with_suffix('').as_posix().replace('/', '-')
     formulas = read(page.read_text(encoding='utf-8')).formulas
     for width in (1280, 390):

@@ -1,4 +1,4 @@
-"The command line from outside: as a process, on a bare machine, interrupted, and with trainings that fail."
+"The command line from outside: as a process, on a bare machine, interrupted, failing."
 
 import json
 import os
@@ -23,8 +23,13 @@ CLAIMS = """
   metric: inside
   arms:
     full:  {preset: checkerboard, over: {n_iters: 3, batch: 8, ch: 8, init_ch: 8, n_steps: 1}}
-    alone: {preset: checkerboard, over: {n_iters: 3, batch: 8, ch: 8, init_ch: 8, n_steps: 1, coop: false}}
-    two:   {preset: checkerboard, over: {n_iters: 3, batch: 8, ch: 8, init_ch: 8, n_steps: 1}, at: {n_steps: 2}}
+    alone:
+      preset: checkerboard
+      over: {n_iters: 3, batch: 8, ch: 8, init_ch: 8, n_steps: 1, coop: false}
+    two:
+      preset: checkerboard
+      over: {n_iters: 3, batch: 8, ch: 8, init_ch: 8, n_steps: 1}
+      at: {n_steps: 2}
   compare:
     - {larger: full, smaller: alone}
     - {larger: two, smaller: -1}
@@ -48,8 +53,10 @@ def process(*args, **env):
 def test_help_is_quick():
     "Help comes without PyTorch; processor time counts, because the machine may be busy."
     code = (
-        "import sys; sys.argv = ['ebmbook', '--help']\nfrom ebmbook.shell.cli import main\ntry: main()\nexcept SystemExit: pass\n"
-        "bad = {'torch', 'numpy', 'papermill', 'fastcore', 'matplotlib'} & sys.modules.keys(); assert not bad, bad"
+        "import sys\nsys.argv = ['ebmbook', '--help']\n"
+        "from ebmbook.shell.cli import main\ntry: main()\nexcept SystemExit: pass\n"
+        "heavy = {'torch', 'numpy', 'papermill', 'fastcore', 'matplotlib'}\n"
+        "assert not heavy & sys.modules.keys(), heavy & sys.modules.keys()"
     )
     spent = lambda: sum(os.times()[2:4])
     start = spent()
@@ -73,9 +80,10 @@ def test_bare_machine(tmp_path):
 import sys
 sys.modules.update(dict.fromkeys({lacking!r}))  # as if they were not there
 from ebmbook.shell.cli import app
-for args in (['train', 'cdrl', '-p', 'preset', 'checkerboard', '-p', 'over', {TINY!r}, '--out', {str(tmp_path / 'run')!r}, '--device', 'cpu'],
-             ['sample', 'cdrl', '--weights', {str(tmp_path / 'run')!r}, '-n', '2', '--out', {str(tmp_path / 'x.npy')!r}, '--device', 'cpu'],
-             ['run', 'cdrl']):
+run, x, cpu = {str(tmp_path / 'run')!r}, {str(tmp_path / 'x.npy')!r}, ['--device', 'cpu']
+train = ['train', 'cdrl', '-p', 'preset', 'checkerboard', '-p', 'over', {TINY!r}, '--out', run]
+sample = ['sample', 'cdrl', '--weights', run, '-n', '2', '--out', x]
+for args in (train + cpu, sample + cpu, ['run', 'cdrl']):
     try: app(args)
     except SystemExit as e: print('exit', e.code)
 """

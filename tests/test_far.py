@@ -1,4 +1,4 @@
-"Every system on a device that is not the processor, without having one: nothing may be left behind on the way."
+"Every system on a device that is not the processor, simulated: nothing is left behind."
 
 import importlib
 from dataclasses import replace

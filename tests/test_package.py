@@ -1,4 +1,4 @@
-"""What `pip install .` gives: light imports, a wheel with the package alone, and plain words where a clone is needed."""
+"""What `pip install .` gives: light imports, a wheel with the package alone, plain words."""
 
 import os
 import re
@@ -11,7 +11,10 @@ from pathlib import Path
 import pytest
 from test_repo import ROOT, modules, tracked
 
-HEAVY = 'torch_fidelity papermill tensorboard torch.utils.tensorboard fastcore nbdev nbformat nbclient ipykernel diffusers lpips matplotlib sklearn skimage'.split()
+HEAVY = (
+    'torch_fidelity papermill tensorboard torch.utils.tensorboard fastcore nbdev nbformat '
+    'nbclient ipykernel diffusers lpips matplotlib sklearn skimage'
+).split()
 
 
 def python(code, cwd, **env):

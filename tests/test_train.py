@@ -1,6 +1,9 @@
-"""Training through the public door, with real accidents: kills, torn files, full disks, NaNs, several processes.
+"""Training through the public door, with real accidents.
 
-Run as a script, this file is the program that gets killed: it trains a small CDRL as one JSON argument says.
+Kills, torn files, full disks, NaNs, several processes.
+
+Run as a script, this file is the program that gets killed: it trains a small CDRL as one JSON
+argument says.
 """
 
 import json
@@ -74,7 +77,9 @@ def die_while_writing(number):  # power cut with a checkpoint half written
 
 
 def work(job):
-    "Train as `job` says: out, over, and optionally dataset, sleep (seconds after each step), nan_at, die_at_write."
+    """Train as `job` says: out, over, and optionally dataset, nan_at, die_at_write, and
+    sleep (seconds after each step).
+    """
     row, cfg = choose(
         cdrl.PRESETS,
         cdrl.DEFAULT_PRESET,

@@ -34,8 +34,11 @@ def test_shipped_weights_measure_what_the_ledger_says(folder):
         for line in (o for o in lines if o['at'] == at):
             value, n, extractor = got[line['metric']]
             assert (n, extractor) == (line['n'], line['extractor'])
-            # another machine rounds differently, and a chain amplifies it: equal within the noise of n samples
-            assert value == pytest.approx(line['value'], rel=0.1, abs=4 / n**0.5), (
+            # Another machine rounds differently, and a chain amplifies it: a tenth of the
+            # value, and for shares of n samples four standard errors.
+            share = 0 <= line['value'] <= 1
+            slack = 4 * (0.25 / n) ** 0.5 if share else 1e-3
+            assert value == pytest.approx(line['value'], rel=0.1, abs=slack), (
                 at,
                 line['metric'],
             )

@@ -1,0 +1,5 @@
+"Data sets of the book, by name, and folders of images."
+
+from ebmbook import offer
+
+__getattr__, __dir__ = offer(__name__, ('catalogue', 'scenes'))
