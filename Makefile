@@ -1,8 +1,9 @@
 # Everything a reader or author runs. Needs Python 3.11 or newer and make, nothing else.
 #   make demo      install into .venv, run the CDRL chapter, say where to look
 #   make test      install what tests need, run all tests
-#   make sync      after editing a notebook: write the package, clean the notebooks
-#   make check     package = notebooks, lint, repository rules, stored outputs up to date; needs no network
+#   make sync      after editing a notebook: format, write the package, clean the notebooks
+#   make check     package = notebooks, format, lint, types, repository rules, stored outputs up to date; no network
+#   make measure   print measures of the code; BASE=COMMIT prints those of another commit beside them
 #   make outputs   execute chapters whose stored outputs are stale, store the new ones (NB="05_cdrl": these; NB=--all: every one)
 #   make book      build the book into _build/html, warnings are errors
 #   make claims    run what is missing for the papers' claims and print the verdicts
@@ -13,7 +14,8 @@
 PYTHON ?= python3
 VENV   ?= .venv
 # system:preset pairs that `make gpu` trains, one after another; data sets that are not embedded must be in place
-GPU_PRESETS ?= cdrl:digits cdrl:digits-cond cdrl:checkerboard cdrl:shapes-composition
+# (GPU_ROWS is the name of earlier versions)
+GPU_PRESETS ?= $(if $(GPU_ROWS),$(GPU_ROWS),cdrl:digits cdrl:digits-cond cdrl:checkerboard cdrl:shapes-composition)
 
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
@@ -32,7 +34,7 @@ RUNTIME := $(VENV)/.installed-runtime
 AUTHOR  := $(VENV)/.installed-author
 endif
 
-.PHONY: help demo test sync check outputs book bench gpu claims
+.PHONY: help demo test sync check measure outputs book bench gpu claims
 help:
 	@sed -n 's/^#   //p' Makefile
 
@@ -66,17 +68,23 @@ test: $(AUTHOR)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests -q -rs
 
 sync: $(AUTHOR)
+	$(BIN)/ruff format --quiet .
 	$(BIN)/nbdev_export
 	$(BIN)/nbdev_clean
 
-# all four parts run, so that one look shows everything
+# all parts run, so that one look shows everything
 check: $(AUTHOR)
 	@bad=0; \
 	echo "1. the package is what the notebooks export";  $(BOOK) export || bad=1; \
-	echo "2. lint";                                      $(BIN)/ruff check --quiet --output-format concise . || bad=1; \
-	echo "3. repository rules";                          $(BIN)/python -m pytest tests/test_repo.py -q --tb=short || bad=1; \
-	echo "4. stored outputs belong to the code";         $(BOOK) stale || bad=1; \
+	echo "2. format";                                    $(BIN)/ruff format --quiet --check . || { echo "make sync formats"; bad=1; }; \
+	echo "3. lint";                                      $(BIN)/ruff check --quiet --output-format concise . || bad=1; \
+	echo "4. types of what others use";                  $(BIN)/python tests/types_public.py || bad=1; \
+	echo "5. repository rules";                          $(BIN)/python -m pytest tests/test_repo.py -q --tb=short || bad=1; \
+	echo "6. stored outputs belong to the code";         $(BOOK) stale || bad=1; \
 	if [ $$bad = 0 ]; then echo "check: all well"; else echo "check: see above"; exit 1; fi
+
+measure: $(AUTHOR)
+	@$(BIN)/python tests/measure.py $(BASE)
 
 outputs: $(AUTHOR)
 	$(BOOK) outputs $(NB)

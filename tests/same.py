@@ -199,21 +199,30 @@ def recipe(system, quick, claims, report):
 # --- public names and their documentation
 
 
-def documented(value):
-    "Docstring and docments of a public object, in a comparable form."
+def params_of(value):
+    "Docments of parameters and of the return value, or of the fields of a class."
     from fastcore.docments import docments
 
     try:
-        params = {
-            k: v.docment for k, v in docments(value, full=True, eval_str=False).items()
-        }
+        found = docments(value, full=True, eval_str=False)
     except (TypeError, ValueError, OSError, IndexError, SyntaxError):
-        params = {}
-    own = vars(value).get('__doc__') if isinstance(value, type) else value.__doc__
-    return dict(
-        doc=' '.join((own or '').split()),
-        params={k: ' '.join((v or '').split()) for k, v in params.items()},
-    )
+        return {}
+    return {name: ' '.join((entry.docment or '').split()) for name, entry in found.items()}
+
+
+def documented(value):
+    "Docstring and docments of a public object, in a comparable form."
+    own = value.__doc__
+    params = params_of(value)
+    if isinstance(value, type):
+        own = vars(value).get('__doc__')
+        # settings may stand in groups, from which the class inherits
+        for base in value.__mro__[1:]:
+            if base.__module__.startswith('ebmbook'):
+                params |= {
+                    k: v for k, v in params_of(base).items() if v and not params.get(k)
+                }
+    return dict(doc=' '.join((own or '').split()), params=params)
 
 
 def documentation():

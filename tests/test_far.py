@@ -56,7 +56,7 @@ TINY = {  # enough to go through every line once
     ),
     'liebm': dict(batch=8, n_iters=4, n_steps=2, n_enc=2, n_infer=2),
 }
-ROWS = [
+RUNS = [
     ('foundations', 'digits', {}),
     ('cdrl', 'digits-cond', {}),
     ('cdrl', 'checkerboard', {}),
@@ -125,20 +125,20 @@ def test_the_pretence_refuses_what_a_gpu_would(monkeypatch):
             x.numpy()
 
 
-@pytest.mark.parametrize('system,row,change', ROWS, ids=str)
+@pytest.mark.parametrize('system,preset,change', RUNS, ids=str)
 def test_a_training_on_another_device_is_that_of_the_processor(
-    system, row, change, tmp_path, monkeypatch
+    system, preset, change, tmp_path, monkeypatch
 ):
     module = importlib.import_module(f'ebmbook.{system}')
     cfg = replace(
-        module.PRESETS[row], **dict(save_every=2, log_every=1) | TINY[system] | change
+        module.PRESETS[preset], **dict(save_every=2, log_every=1) | TINY[system] | change
     )
 
     def trained(folder, **how):
         return train(
             module,
             cfg,
-            open_run(system, row, cfg, out=tmp_path / folder, device='cpu'),
+            open_run(system, preset, cfg, out=tmp_path / folder, device='cpu'),
             progress=False,
             **how,
         )

@@ -80,7 +80,7 @@ def work(job):
     """Train as `job` says: out, over, and optionally dataset, nan_at, die_at_write, and
     sleep (seconds after each step).
     """
-    row, cfg = choose(
+    preset, cfg = choose(
         cdrl.PRESETS,
         cdrl.DEFAULT_PRESET,
         job.get('dataset', 'checkerboard'),
@@ -89,7 +89,7 @@ def work(job):
     if 'die_at_write' in job:
         die_while_writing(job['die_at_write'])
     system = poisoned(job['nan_at']) if 'nan_at' in job else cdrl
-    run = open_run('cdrl', row, cfg, cdrl.PRESETS[row], out=job['out'], device='cpu')
+    run = open_run('cdrl', preset, cfg, cdrl.PRESETS[preset], out=job['out'], device='cpu')
 
     def on_step(
         step, nets
@@ -266,8 +266,8 @@ def test_sigterm_saves_and_the_next_start_continues(whole, tmp_path):
     reason="needs /dev/full, a file on a disk that is always full",
 )
 def test_a_full_disk_leaves_the_earlier_checkpoint(whole, tmp_path):
-    row, cfg = choose(cdrl.PRESETS, cdrl.DEFAULT_PRESET, 'checkerboard', over=SMALL)
-    run = open_run('cdrl', row, cfg, cdrl.PRESETS[row], out=tmp_path, device='cpu')
+    preset, cfg = choose(cdrl.PRESETS, cdrl.DEFAULT_PRESET, 'checkerboard', over=SMALL)
+    run = open_run('cdrl', preset, cfg, cdrl.PRESETS[preset], out=tmp_path, device='cpu')
 
     def fill(
         step, nets
