@@ -10,10 +10,10 @@ __all__ = ['State', 'Draws', 'Rates', 'ula', 'Slice', 'normal', 'uniform', 'froz
 # %% ../nbs/01_mcmc.ipynb #c003
 import ctypes
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -21,8 +21,8 @@ from torch.nn.utils import parametrize
 from tqdm import tqdm
 
 # %% ../nbs/01_mcmc.ipynb #c007
-# one block, or several that share the chain axis B
-State = Tensor | tuple[Tensor, ...]
+# one block, or several that share the chain axis B; a function returns what it was given
+State = TypeVar('State', bound=Tensor | tuple[Tensor, ...])
 
 
 class Rates(NamedTuple):
@@ -58,7 +58,7 @@ class Slice:
         generator: torch.Generator,  # Source of the draws, in the same state on every part
         part: int = 0,  # Which part this is, 0 <= part < parts
         parts: int = 1,  # How many equal parts the batch has
-    ):
+    ) -> None:
         if not 0 <= part < parts:
             raise ValueError(f"part must lie in [0, {parts}), got {part}")
         self.generator = generator
@@ -66,9 +66,8 @@ class Slice:
         self.parts = parts
 
 
-Draws = (
-    torch.Generator | Slice | None
-)  # what functions that draw take; None is the global one
+# what functions that draw take; None is the global generator
+Draws = torch.Generator | Slice | None
 
 # %% ../nbs/01_mcmc.ipynb #8065bff9
 def _draw(kind, shape, like, generator):
@@ -87,7 +86,7 @@ def _draw(kind, shape, like, generator):
 
 def normal(
     like: Tensor,  # Shape (B, ...), dtype and device of the result
-    generator: torch.Generator | Slice | None = None,  # Source of draws; None: global one
+    generator: Draws = None,  # Source of draws; None: global one
 ) -> Tensor:  # Independent N(0, 1)
     "Standard normal noise of the shape of `like`."
     return _draw(torch.randn, like.shape, like, generator)
@@ -96,7 +95,7 @@ def normal(
 def uniform(
     n: int,  # Number of values, one per chain
     like: Tensor,  # Gives device and floating dtype
-    generator: torch.Generator | Slice | None = None,  # Source of draws; None: global one
+    generator: Draws = None,  # Source of draws; None: global one
 ) -> Tensor:  # (n,) in [0, 1)
     "Uniform numbers, one per chain."
     return _draw(torch.rand, (n,), like, generator)
@@ -105,7 +104,7 @@ def uniform(
 @contextmanager
 def frozen(
     *nets: torch.nn.Module,  # Networks that the chain reads
-):
+) -> Iterator[None]:
     """Within this block the networks are constants.
 
     Parameters take no gradient, weights are normalised once, and layers are in evaluation
@@ -129,6 +128,10 @@ def frozen(
 # %% ../nbs/01_mcmc.ipynb #c018
 def _blocks(x):
     return (x,) if isinstance(x, Tensor) else tuple(x)
+
+
+def _like(x, blocks):  # blocks in the structure of x
+    return blocks[0] if isinstance(x, Tensor) else blocks
 
 
 def _one_per_block(rate, n, what):  # a tuple has a rate for each block, all else serves all
@@ -179,16 +182,16 @@ def _update(block, grad, drift, noise, clip, constrain, generator):  # one block
 
 # %% ../nbs/01_mcmc.ipynb #c019
 def langevin(
-    energy: Callable,  # E(*blocks) -> (B,), in nats; the target is exp(-E)
+    energy: Callable[..., Tensor],  # E(*blocks) -> (B,), in nats; the target is exp(-E)
     x: State,  # Start: (B, ...) or tuple of (B, ...); left unmodified
     rates: Rates,  # Drift a and noise b; each a number, a tensor (B,), or one per block
     n_steps: int,  # Number of updates K >= 0; 0 returns the start
     *,
-    constrain: Callable | None = None,  # Applied to a block after its update, e.g. a clamp
+    constrain: Callable[[Tensor], Tensor] | None = None,  # Of a moved block, e.g. a clamp
     clip: float | None = None,  # Largest absolute change of a coordinate in one update
-    on_grad: Callable | None = None,  # Replaces each block's gradient, e.g. a normalisation
-    generator: torch.Generator | Slice | None = None,  # Source of draws; None: global one
-    on_step: Callable | None = None,  # Called as on_step(i, x, energies) before update i
+    on_grad: Callable[[Tensor], Tensor] | None = None,  # Replaces each block's gradient
+    generator: Draws = None,  # Source of draws; None: global one
+    on_step: Callable[..., Any] | None = None,  # on_step(i, x, energies) before update i
     differentiable: bool = False,  # Keep the graph through the whole chain
 ) -> State:  # End of the chains; detached unless `differentiable`
     """Run `n_steps` unadjusted Langevin updates of independent chains.
@@ -202,7 +205,6 @@ def langevin(
     """
     if n_steps < 0:
         raise ValueError(f"n_steps must be at least 0, got {n_steps}")
-    single = isinstance(x, Tensor)
     blocks = _blocks(x)
     drift = _per_block(rates.drift, blocks, 'drift')
     noise = _per_block(rates.noise, blocks, 'noise')
@@ -213,12 +215,12 @@ def langevin(
     for i in range(n_steps):
         energies, grads = _gradients(energy, blocks, differentiable)
         if on_step is not None:
-            on_step(i, blocks[0] if single else blocks, energies.detach())
+            on_step(i, _like(x, blocks), energies.detach())
         if on_grad is not None:
             grads = tuple(map(on_grad, grads))
         moves = zip(blocks, grads, drift, noise)
         blocks = tuple(_update(*move, clip, constrain, generator) for move in moves)
-    return blocks[0] if single else blocks
+    return _like(x, blocks)
 
 # %% ../nbs/01_mcmc.ipynb #881747b4
 def reflect(
@@ -269,9 +271,11 @@ def variance_after(
 
     Infinite if the chain is unstable and never ends. Source: book chapter 1.
     """
-    shrink = (1 - rates.drift * precision) ** 2
+    drift: Any = rates.drift  # a number here
+    noise: Any = rates.noise
+    shrink = (1 - drift * precision) ** 2
     kicks = n_steps if shrink == 1 else (1 - shrink**n_steps) / (1 - shrink)
-    return shrink**n_steps * v0 + rates.noise**2 * kicks
+    return shrink**n_steps * v0 + noise**2 * kicks
 
 # %% ../nbs/01_mcmc.ipynb #c038
 @dataclass
@@ -287,7 +291,12 @@ class Trace:
     moved: list = field(default_factory=list)  # (B,) root-mean-square distance from start
     states: list = field(default_factory=list)  # Copies of the state
 
-    def __call__(self, i, x, energies):
+    def __call__(
+        self,
+        i: int,  # Number of the update
+        x: Tensor | tuple[Tensor, ...],  # The state before it
+        energies: Tensor,  # (B,) of the state
+    ) -> None:
         if i % self.every:
             return
         blocks = _blocks(x)
@@ -300,17 +309,15 @@ class Trace:
         self.energies.append(energies.detach())
         self.moved.append((squared / sum(block[0].numel() for block in blocks)).sqrt())
         if self.keep_states:
-            copies = tuple(block.detach() for block in blocks)
-            self.states.append(copies[0] if isinstance(x, Tensor) else copies)
+            self.states.append(_like(x, tuple(block.detach() for block in blocks)))
 
 # %% ../nbs/01_mcmc.ipynb #68c2cfe5
 def _diagnose(kind, draws):  # ArviZ's `kind` of each coordinate
     import os
     import warnings
 
-    os.environ.setdefault(
-        'MPLBACKEND', 'agg'
-    )  # ArviZ loads pyplot, and there may be no screen
+    # ArviZ loads pyplot, and there may be no screen
+    os.environ.setdefault('MPLBACKEND', 'agg')
     with warnings.catch_warnings():
         warnings.simplefilter('ignore', FutureWarning)
         try:
@@ -349,38 +356,32 @@ def rhat(
 
 # %% ../nbs/01_mcmc.ipynb #c041
 def leapfrog(
-    energy: Callable,  # E(*blocks) -> (B,), in nats
+    energy: Callable[..., Tensor],  # E(*blocks) -> (B,), in nats
     x: State,  # Positions
     momenta: State,  # p, same structure
-    step,  # h; a number, a tensor (B,), or one per block
+    step: float | Tensor | tuple,  # h; a number, a tensor (B,), or one per block
     n_leap: int,  # L >= 1
-    start=None,  # Energy and gradients at `x` if they are known already
-) -> tuple:  # Positions, momenta, and (energy, gradients) at the end
+    start: tuple | None = None,  # Energy and gradients at `x` if they are known already
+) -> tuple[State, State, tuple]:  # Positions, momenta, and (energy, gradients) at the end
     """Frictionless motion, label `eq-mcmc-leapfrog`; reversible and volume-preserving.
 
     Source: Neal 2011, section 2.3.
     """
-    single = isinstance(x, Tensor)
     blocks = _blocks(x)
-    momenta = _blocks(momenta)
     sizes = _per_block(step, blocks, 'step')
     energies, grads = _gradients(energy, blocks, False) if start is None else start
-    momenta = tuple(
-        momentum - size / 2 * grad for momentum, size, grad in zip(momenta, sizes, grads)
-    )
+    kicks = zip(_blocks(momenta), sizes, grads)
+    moving = tuple(momentum - size / 2 * grad for momentum, size, grad in kicks)
     for i in range(n_leap):
         blocks = tuple(
             (block + size * momentum).to(block.dtype)
-            for block, momentum, size in zip(blocks, momenta, sizes)
+            for block, momentum, size in zip(blocks, moving, sizes)
         )
         energies, grads = _gradients(energy, blocks, False)
         share = 0.5 if i == n_leap - 1 else 1.0  # two half kicks meet between positions
-        momenta = tuple(
-            momentum - size * grad * share
-            for momentum, size, grad in zip(momenta, sizes, grads)
-        )
-    end = energies, grads
-    return (blocks[0], momenta[0], end) if single else (blocks, momenta, end)
+        kicks = zip(moving, sizes, grads)
+        moving = tuple(momentum - size * grad * share for momentum, size, grad in kicks)
+    return _like(x, blocks), _like(x, moving), (energies, grads)
 
 # %% ../nbs/01_mcmc.ipynb #a851499a
 def _kinetic(momenta):
@@ -407,15 +408,17 @@ def _propose(energy, blocks, here, step, n_leap, generator):
 
 # %% ../nbs/01_mcmc.ipynb #c044
 def hmc(
-    energy: Callable,  # E(*blocks) -> (B,), in nats; the target is exp(-E/temp)
+    energy: Callable[
+        ..., Tensor
+    ],  # E(*blocks) -> (B,), in nats; the target is exp(-E/temp)
     x: State,  # Start: (B, ...) or tuple of (B, ...); left unmodified
     step: float | Tensor | tuple,  # Leapfrog step h > 0; a number, (B,), or one per block
     n_steps: int,  # Number of proposals
     *,
     n_leap: int = 10,  # Leapfrog steps of one proposal
     temp: float = 1.0,  # Temperature T > 0
-    generator: torch.Generator | Slice | None = None,  # Source of every draw
-    on_step: Callable | None = None,  # Called as on_step(i, x, energies) before proposal i
+    generator: Draws = None,  # Source of every draw
+    on_step: Callable[..., Any] | None = None,  # on_step(i, x, energies) before proposal i
 ) -> tuple[State, Tensor]:  # End of the chains; (B,) mean acceptance probability of each
     """Hamiltonian Monte Carlo.
 
@@ -428,34 +431,36 @@ def hmc(
         raise ValueError(
             f"n_steps must be at least 0 and n_leap at least 1, got {n_steps} and {n_leap}"
         )
-    single = isinstance(x, Tensor)
     blocks = tuple(block.detach() for block in _blocks(x))
     heated = energy if temp == 1 else lambda *state: energy(*state) / temp
     here = _gradients(heated, blocks, False)
     accepted = torch.zeros(len(blocks[0]), device=blocks[0].device)
     for i in range(n_steps):
         if on_step is not None:
-            on_step(i, blocks[0] if single else blocks, here[0].detach() * temp)
+            on_step(i, _like(x, blocks), here[0].detach() * temp)
         blocks, here, chance = _propose(heated, blocks, here, step, n_leap, generator)
         accepted += chance
-    return blocks[0] if single else blocks, accepted / max(n_steps, 1)
+    return _like(x, blocks), accepted / max(n_steps, 1)
 
 # %% ../nbs/01_mcmc.ipynb #c046
 def mala(
-    energy: Callable,  # E(*blocks) -> (B,), in nats; the target is exp(-E/temp)
+    energy: Callable[
+        ..., Tensor
+    ],  # E(*blocks) -> (B,), in nats; the target is exp(-E/temp)
     x: State,  # Start: (B, ...) or tuple of (B, ...); left unmodified
     eta: float | Tensor | tuple,  # Time step > 0, see `ula`; number, (B,), or one per block
     n_steps: int,  # Number of proposals, one gradient each
     *,
     temp: float = 1.0,  # Temperature T > 0
-    generator: torch.Generator | Slice | None = None,  # Source of every draw
-    on_step: Callable | None = None,  # Called as on_step(i, x, energies) before proposal i
+    generator: Draws = None,  # Source of every draw
+    on_step: Callable[..., Any] | None = None,  # on_step(i, x, energies) before proposal i
 ) -> tuple[State, Tensor]:  # End of the chains; (B,) mean acceptance probability of each
     """Langevin updates with a Metropolis test.
 
     This is HMC with one leapfrog step h = sqrt(2 eta T). Raises `ValueError` as `hmc` does.
     Source: Roberts and Tweedie 1996; Neal 2011, section 5.2.
     """
+    step: float | Tensor | tuple
     if isinstance(eta, tuple):
         step = tuple((2 * own * temp) ** 0.5 for own in eta)
     else:
@@ -466,14 +471,14 @@ def mala(
 
 # %% ../nbs/01_mcmc.ipynb #c052
 def adapt(
-    kernel: Callable,  # `mala` or `hmc`, or a partial of one
-    energy: Callable,  # E(*blocks) -> (B,), in nats
+    kernel: Callable[..., tuple],  # `mala` or `hmc`, or a partial of one
+    energy: Callable[..., Tensor],  # E(*blocks) -> (B,), in nats
     x: State,  # Start
     step: float,  # First guess
     n_steps: int,  # Proposals to spend
     *,
     target: float = 0.65,  # Wished mean acceptance, in (0, 1); 0.57 suits MALA
-    generator: torch.Generator | Slice | None = None,  # Source of every draw
+    generator: Draws = None,  # Source of every draw
 ) -> tuple[State, float]:  # State of the chains afterwards, and the step to use from now on
     """Find a step size by dual averaging over all chains.
 
@@ -495,11 +500,11 @@ def adapt(
 
 # %% ../nbs/01_mcmc.ipynb #c055
 def alternate(
-    energy: Callable,  # E(*blocks) -> (B,), in nats
+    energy: Callable[..., Tensor],  # E(*blocks) -> (B,), in nats
     x: tuple,  # Start: tuple of (B, ...)
     rates: Rates,  # Drift and noise; each may be a tuple with one value per block
     n_steps: int,  # Sweeps over all blocks
-    **options,  # Passed to `langevin`: clip, constrain, generator, ...
+    **options: Any,  # Passed to `langevin`: clip, constrain, generator, ...
 ) -> tuple:  # End of the chains
     """Langevin updates of one block at a time.
 
@@ -528,7 +533,7 @@ def recall(
     buffer: Tensor,  # (M, ...) states of all chains, M >= B
     fresh: Tensor,  # (B, ...) states that replace some of them, e.g. noise or data
     rate: float,  # Probability of a replacement, in [0, 1]; 0 keeps every chain
-    generator: torch.Generator | Slice | None = None,  # Source of the choice
+    generator: Draws = None,  # Source of the choice
 ) -> tuple[Tensor, Tensor]:  # (B, ...) starts, and (B,) their rows in the buffer
     """Take distinct chains out of a replay buffer.
 
@@ -541,27 +546,27 @@ def recall(
             f"buffer rows {tuple(buffer.shape[1:])} and fresh states "
             f"{tuple(fresh.shape[1:])} differ"
         )
-    shared = isinstance(generator, Slice)
+    shared = generator if isinstance(generator, Slice) else None
     batch = len(fresh)
-    n = batch * (generator.parts if shared else 1)
+    n = batch * (shared.parts if shared else 1)
     if len(buffer) < n:
         raise ValueError(
             f"a buffer of {len(buffer)} rows cannot start {n} different chains"
         )
-    source = generator.generator if shared else generator
+    source = shared.generator if shared else generator
     rows = uniform(len(buffer), fresh, source).argsort()[:n]
     if shared:  # every part draws the order of the whole batch and takes its own chains
-        rows = rows[generator.part * batch :][:batch]
+        rows = rows[shared.part * batch :][:batch]
     new = uniform(batch, fresh, generator) < rate
     new = new.reshape(-1, *[1] * (fresh.ndim - 1))
     return torch.where(new, fresh, buffer[rows].to(fresh)), rows
 
 # %% ../nbs/01_mcmc.ipynb #c063
 def tempered(
-    energy: Callable,  # E(*blocks) -> (B,), in nats
+    energy: Callable[..., Tensor],  # E(*blocks) -> (B,), in nats
     beta: float,  # Position on the path, 0 <= beta <= 1
-    base: Callable | None = None,  # E_0(*blocks) -> (B,); None is flat
-) -> Callable:  # E_beta, in nats
+    base: Callable[..., Tensor] | None = None,  # E_0(*blocks) -> (B,); None is flat
+) -> Callable[..., Tensor]:  # E_beta, in nats
     """Energy on the path from `base` to `energy`, label `eq-mcmc-path`.
 
     Source: Neal 2001, section 3.
@@ -584,7 +589,7 @@ def grid(
 
 
 def grid_log_z(
-    energy: Callable,  # E(x) -> (B,) for points (B, 2), in nats
+    energy: Callable[..., Tensor],  # E(x) -> (B,) for points (B, 2), in nats
     lim: float,  # The grid covers [-lim, lim] in both coordinates
     n: int = 400,  # Cells along each
     *,
@@ -603,27 +608,27 @@ def grid_log_z(
 
 # %% ../nbs/01_mcmc.ipynb #c070
 def ais(
-    energy: Callable,  # Target E(*blocks) -> (B,), in nats
-    base: Callable,  # E_0(*blocks) -> (B,), in nats
+    energy: Callable[..., Tensor],  # Target E(*blocks) -> (B,), in nats
+    base: Callable[..., Tensor],  # E_0(*blocks) -> (B,), in nats
     x: State,  # Exact draws of exp(-E_0) if `betas` rise, of exp(-E) if they fall
-    betas: Sequence,  # Path, from 0 to 1 or from 1 to 0
-    kernel: Callable,  # kernel(energy, x) -> x; keeps exp(-energy) as it is
+    betas: Sequence[float] | Tensor,  # Path, from 0 to 1 or from 1 to 0
+    kernel: Callable[..., Any],  # kernel(energy, x) -> x; keeps exp(-energy) as it is
 ) -> tuple[State, Tensor]:  # End of the chains, and (B,) log weights
     """Annealed importance sampling, label `eq-mcmc-ais`.
 
     A kernel is, for example, lambda e, x: hmc(e, x, .1, 2)[0].
     Raises `ValueError` for a path that does not run from 0 to 1 or back. Source: Neal 2001.
     """
-    betas = [float(beta) for beta in betas]
-    monotone = betas in (sorted(betas), sorted(betas, reverse=True))
-    if not monotone or {betas[0], betas[-1]} != {0.0, 1.0}:
+    path = [float(beta) for beta in betas]
+    monotone = path in (sorted(path), sorted(path, reverse=True))
+    if not monotone or {path[0], path[-1]} != {0.0, 1.0}:
         raise ValueError("betas must rise from 0 to 1, or fall from 1 to 0")
-    log_w = 0.0
-    for old, new in zip(betas, betas[1:]):
+    log_w: Any = 0.0
+    for old, new in zip(path, path[1:]):
         with torch.no_grad():
             change = base(*_blocks(x)).double() - energy(*_blocks(x)).double()
             log_w = log_w + (new - old) * change
-        if new != betas[-1]:
+        if new != path[-1]:
             x = kernel(tempered(energy, new, base), x)
     return x, log_w
 
@@ -640,8 +645,8 @@ def log_mean_exp(
 
 # %% ../nbs/01_mcmc.ipynb #c074
 def bf16(
-    energy: Callable,  # E(*blocks) -> (B,), in nats
-) -> Callable:  # The same, computed under automatic mixed precision; returns float32
+    energy: Callable[..., Tensor],  # E(*blocks) -> (B,), in nats
+) -> Callable[..., Tensor]:  # The same under automatic mixed precision, in float32
     """An energy whose forward and backward pass run in bfloat16.
 
     The state of the chain is left alone. Source: book chapter 1.
@@ -672,7 +677,7 @@ def keep_freed() -> bool:  # Whether the C library does it; False outside Linux
 
 # %% ../nbs/01_mcmc.ipynb #5021bc34
 def in_chunks(
-    draw: Callable,  # draw(m) -> (m, ...)
+    draw: Callable[[int], Tensor],  # draw(m) -> (m, ...)
     n: int,  # How many in total
     chunk: int = 512,  # How many at once, >= 1
     *,

@@ -19,6 +19,7 @@ from torch.nn.utils import parametrize
 
 from ebmbook.shell import bench as B
 from ebmbook.mcmc import bf16, frozen, langevin, ula
+from ebmbook.shell.bench_report import verdicts
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -163,8 +164,7 @@ def test_a_missing_package_becomes_a_row(monkeypatch):
     rows = {o['arm']: o for o in B.measure(TINY[2](), 0.0, 3)}
     assert 'rounds' not in rows['torchebm'] and 'Error' in rows['torchebm']['note']
     assert not any(
-        'torchebm' in o['must']
-        for o in B.verdicts(dict(rows=list(rows.values()), memory=[]))
+        'torchebm' in o['must'] for o in verdicts(dict(rows=list(rows.values()), memory=[]))
     )
 
 
@@ -216,7 +216,7 @@ def test_the_stored_result_can_be_read():
         'CDRL, batch 1',
         'CDRL, batch 32',
     }
-    assert not result['machine']['quick'] and result['memory'] and B.verdicts(result)
+    assert not result['machine']['quick'] and result['memory'] and verdicts(result)
 
 
 # --- timings, loosely; by hand on a quiet machine: python -m pytest -m timing tests/test_bench.py

@@ -14,11 +14,11 @@ from torch import nn
 from chapters import ROOT, limit, papermill
 from ebmbook import cdrl, mcmc
 from ebmbook.cdrl import PRESETS, schedule
+from ebmbook.data import edge, in_square
 from ebmbook.learn.blocks import count, settle_norms
-from ebmbook.learn.runs import load_checkpoint, open_run
 from ebmbook.learn.contract import Context
 from ebmbook.learn.loop import train
-from ebmbook.data import edge, in_square
+from ebmbook.learn.runs import load_checkpoint, open_run
 from ebmbook.mcmc import normal, uniform
 
 
@@ -128,8 +128,8 @@ def paired_draws(monkeypatch):
         noise = normal(like[::2], generator)
         return torch.cat([noise, -noise])
 
-    monkeypatch.setattr(cdrl, 'uniform', same_uniform)
-    monkeypatch.setattr(cdrl, 'normal', same_normal)
+    monkeypatch.setattr(cdrl.method, 'uniform', same_uniform)
+    monkeypatch.setattr(cdrl.method, 'normal', same_normal)
     monkeypatch.setattr(mcmc, 'normal', opposite_normal)
 
 

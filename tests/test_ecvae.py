@@ -25,7 +25,7 @@ from ebmbook.learn.log import read_log
 from ebmbook.learn.loop import train
 from ebmbook.learn.step import averaged
 from ebmbook.data import load
-from ebmbook.ecvae import PRESETS, ROWS
+from ebmbook.ecvae import PRESETS, SIZES
 from ebmbook.ecvae.nets import EnergyNet
 from ebmbook.mcmc import frozen
 
@@ -90,8 +90,8 @@ def test_numbers_of_the_paper(name):
 def test_networks_of_the_paper(name, monkeypatch):
     cfg, (*_, prior, vae, energy) = PRESETS[name], TABLE[name]
     # the norm adds no parameters, and takes long to set up
-    bare = ROWS[cfg.net] | dict(sn_decoder=False, sn_energy=False)
-    monkeypatch.setitem(ROWS, cfg.net, bare)
+    bare = SIZES[cfg.net] | dict(sn_decoder=False, sn_energy=False)
+    monkeypatch.setitem(SIZES, cfg.net, bare)
     with torch.device('meta'):
         nets = ecvae.Nets(cfg)
     if vae:
@@ -119,7 +119,7 @@ def test_weights_and_settings_come_back(name, tmp_path, monkeypatch):
     torch.manual_seed(0)
     cfg = replace(PRESETS[name], **SMALL_FLOW)
     # the same list of layers, narrow
-    monkeypatch.setitem(ROWS, cfg.net, ROWS[cfg.net] | dict(width=1 / 64, blocks=1))
+    monkeypatch.setitem(SIZES, cfg.net, SIZES[cfg.net] | dict(width=1 / 64, blocks=1))
     nets = ecvae.Nets(cfg)
     nets.save_pretrained(tmp_path)
     again = ecvae.Nets.from_pretrained(tmp_path)
@@ -162,11 +162,13 @@ def outcomes(cfg, monkeypatch, target=None, seed=0):
     torch.manual_seed(seed)
     nets, x = ecvae.build(cfg), load('digits').tensor(8)
     if target is not None:
-        monkeypatch.setattr(ecvae, '_targets', lambda nets, made, *_: target(made.detach()))
+        monkeypatch.setattr(
+            ecvae.method, '_targets', lambda nets, made, *_: target(made.detach())
+        )
     seen = {}
     evidence = ecvae.evidence
     monkeypatch.setattr(
-        ecvae, 'evidence', lambda *args: seen.setdefault('parts', evidence(*args))
+        ecvae.method, 'evidence', lambda *args: seen.setdefault('parts', evidence(*args))
     )
     ctx = context()
     found = {
@@ -226,7 +228,7 @@ def test_flows_and_priors_learn_by_likelihood(monkeypatch):
 
 
 def test_flips_reach_the_losses(monkeypatch):
-    monkeypatch.setattr(ecvae, 'random_flip', lambda x, u: 0 * x)
+    monkeypatch.setattr(ecvae.method, 'flip_if', lambda wanted, x, generator: 0 * x)
     parts = outcomes(replace(TINY, method='vae', flip=True), monkeypatch)[3]
     error = parts[0].mean().item()
     torch.manual_seed(0)
@@ -242,7 +244,9 @@ def test_flips_reach_the_losses(monkeypatch):
 def test_multiplier_of_the_encoder(monkeypatch):  # its own rate, distance and margin
     cfg = replace(TINY, method='vae', posterior=True, z_lr_dual=3.0, z_lam=2.0)
     monkeypatch.setattr(
-        ecvae, 'refine_latents', lambda nets, x, z, *args, **options: z.detach() + 0.5
+        ecvae.method,
+        'refine_latents',
+        lambda nets, x, z, *args, **options: z.detach() + 0.5,
     )
     _, _, found, parts, ctx = outcomes(cfg, monkeypatch)
     loss, logs = found['model']

@@ -31,7 +31,7 @@ from ebmbook.learn.loop import train
 from ebmbook.learn.step import optimiser_step
 from ebmbook.data import ood_sets, load
 from ebmbook.liebm import PRESETS, SIZES
-from ebmbook.liebm.selfsup import Views, augment
+from ebmbook.liebm.views import Views, augment
 
 TINY = replace(
     PRESETS['digits'],
@@ -523,7 +523,7 @@ def test_classes_have_their_own_codes(monkeypatch):
         far = torch.stack([(means[label] - images.mean(0)).norm() for images in x])
         assert far.argmin() == label
     lacking = SimpleNamespace(y=torch.where(data.y == 3, 4, data.y), batch=data.batch)
-    monkeypatch.setattr(liebm, 'load', lambda *_, **__: lacking)
+    monkeypatch.setattr('ebmbook.liebm.uses.load', lambda *_, **__: lacking)
     with pytest.raises(ValueError, match="class 3 of 'digits' has no training image"):
         liebm.class_codes(nets, cfg, n_views=1, n=5)
 
@@ -766,7 +766,7 @@ def test_a_step_moves_its_own_group(change):
 
 def test_without_concentration_it_is_a_plain_energy(monkeypatch, tmp_path):
     "A whole training; views draw numbers, so there are none."
-    monkeypatch.setattr(liebm, 'view', lambda u, *_: u)
+    monkeypatch.setattr('ebmbook.liebm.method.view', lambda u, *_: u)
     silent = replace(SHORT, gamma=0.0, p_aug=0.0)
     plain = trained(replace(silent, encoder='none'), tmp_path / 'plain').state_dict()
     for name, value in trained(silent, tmp_path / 'silent').state_dict().items():

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from ebmbook.measure import metrics
+from ebmbook import measure as metrics
 from ebmbook.data import load
 from ebmbook.mcmc import grid_log_z
 
@@ -495,7 +495,7 @@ def test_cache_follows_content_not_names(digits, tmp_path):
 def test_heavy_packages_are_imported_when_used():
     code = '''
 import sys, torch
-from ebmbook.measure import metrics
+from ebmbook import measure as metrics
 from ebmbook.data import load
 metrics.features(torch.zeros(300, 1, 8, 8), 'digits')
 heavy = {'torch_fidelity', 'sklearn', 'torchmetrics', 'fastcore', 'matplotlib'}

@@ -2,4 +2,5 @@
 
 from ebmbook import offer
 
-__getattr__, __dir__ = offer(__name__, ('nets', 'method'))
+_PARTS = ('presets', 'ladder', 'nets', 'latents', 'method', 'tasks')
+__getattr__, __dir__ = offer(__name__, _PARTS)

@@ -2,4 +2,17 @@
 
 from ebmbook import offer
 
-__getattr__, __dir__ = offer(__name__, ('catalogue', 'scenes'))
+__getattr__, __dir__ = offer(
+    __name__,
+    (
+        'examples',
+        'scenes',
+        'pictures',
+        'cameras',
+        'folders',
+        'files',
+        'procedural',
+        'catalogue',
+        'outliers',
+    ),
+)

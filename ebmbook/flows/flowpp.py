@@ -9,6 +9,7 @@ __all__ = ['log_odds', 'from_log_odds', 'checker', 'unchecker', 'squeeze', 'unsq
 
 # %% ../../nbs/flows/flowpp.ipynb #c002
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -17,7 +18,7 @@ from torch.nn.utils import parametrizations
 from torch.utils.checkpoint import checkpoint
 
 from ..learn.blocks import ActNorm, Flow, log_normal, sinusoid
-from ..mcmc import normal
+from ..mcmc import Draws, normal
 
 # %% ../../nbs/flows/flowpp.ipynb #c006
 def log_odds(
@@ -25,7 +26,7 @@ def log_odds(
     logits: Tensor,  # (..., K) unnormalised log-weights of the components
     mu: Tensor,  # (..., K) means, unit of x
     log_scale: Tensor,  # (..., K) logarithms of the scales
-) -> tuple:  # log F - log(1-F) and the logarithm of its slope, both (...)
+) -> tuple[Tensor, Tensor]:  # log F - log(1-F) and the logarithm of its slope, both (...)
     """Log-odds of the distribution function of a mixture of logistics.
 
     The distribution function itself is never formed.
@@ -93,7 +94,7 @@ def from_log_odds(
 # %% ../../nbs/flows/flowpp.ipynb #c015
 def checker(
     x: Tensor,  # (B, C, H, W), W even
-) -> tuple:  # Two tensors (B, C, H, W/2): the white and the black fields
+) -> tuple[Tensor, Tensor]:  # Two tensors (B, C, H, W/2): the white and the black fields
     "Split an image like a checkerboard; the fields of a row move together."
     x = x.unflatten(-1, (-1, 2))
     odd = (torch.arange(x.shape[2], device=x.device) % 2).bool()[:, None]
@@ -147,7 +148,9 @@ def wn(
 
 def gains(
     net: nn.Module,  # Any network
-) -> list:  # Its weight-norm gains: the parameters that the released programs decay
+) -> list[
+    nn.Parameter
+]:  # Its weight-norm gains: the parameters that the released programs decay
     "The gains of all weight-normalised layers of `net`."
     ending = 'parametrizations.weight.original0'
     return [value for name, value in net.named_parameters() if name.endswith(ending)]
@@ -173,7 +176,7 @@ class GatedConv(nn.Module):
         width: int,  # Channels in and out
         ctx: int = 0,  # Channels of the context; 0 for none
         drop: float = 0.2,  # Share of channels dropped in training mode
-    ):
+    ) -> None:
         super().__init__()
         self.enter = _conv(2 * width, width, 3)
         self.leave = _conv(2 * width, 2 * width, 1)
@@ -202,7 +205,7 @@ class GatedAttention(nn.Module):
         width: int,  # Channels in and out; a multiple of `heads`, even
         heads: int = 4,  # Parallel attentions
         drop: float = 0.2,  # Share of attention weights dropped in training mode
-    ):
+    ) -> None:
         super().__init__()
         if width % heads or width % 2:
             raise ValueError(f"width {width} must be even and a multiple of {heads} heads")
@@ -238,11 +241,11 @@ class Gain(nn.Module):
     def __init__(
         self,
         n: int,  # Channels
-    ):
+    ) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.ones(n, 1, 1))
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         return x * self.weight
 
 # %% ../../nbs/flows/flowpp.ipynb #ff75e372
@@ -265,7 +268,7 @@ class ImageNet(nn.Module):
         heads: int = 4,  # Heads of the attention
         drop: float = 0.2,  # Dropout in training mode
         ctx: int = 0,  # Channels of a context; 0 for none
-    ):
+    ) -> None:
         super().__init__()
         self.enter = _conv(ch, width, 3)
         self.leave = _conv(width, ch * (2 + 3 * n_mix), 3)
@@ -296,7 +299,7 @@ class PointNet(nn.Sequential):
         ch: int,  # Coordinates of each half
         width: int = 64,  # Hidden units of each of two layers
         n_mix: int = 8,  # Components K
-    ):
+    ) -> None:
         super().__init__(
             nn.Linear(ch, width),
             nn.SiLU(),
@@ -308,7 +311,7 @@ class PointNet(nn.Sequential):
     def forward(
         self,
         resting: Tensor,  # (B, ch, 1, 1) resting half
-        ctx=None,  # Points have no context
+        ctx: Tensor | None = None,  # Points have no context
     ) -> Tensor:  # (B, ch, 1, 1, 2+3K)
         squashed = 4 * (resting.flatten(1) / 4).tanh()
         return super().forward(squashed).view(len(resting), resting.shape[1], 1, 1, -1)
@@ -322,13 +325,17 @@ class Coupling(nn.Module):
         net: nn.Module,  # (resting, ctx) -> (B, C, H, W, 2+3K)
         ch: int,  # Channels C of each half
         save: bool = False,  # Save memory: compute the network again in the backward pass
-    ):
+    ) -> None:
         super().__init__()
         self.net = net
         self.gain = wn(Gain(ch))
         self.save = save
 
-    def parts(self, resting, ctx):  # a, b and the mixture, from the resting half
+    def parts(
+        self,
+        resting: Tensor,  # (B, C, H, W) resting half
+        ctx: Tensor | None,  # (B, ctx, H, W) context
+    ) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor, Tensor]]:  # a, b and the mixture
         save = self.save and torch.is_grad_enabled()
         args = resting, ctx
         out = checkpoint(self.net, *args, use_reentrant=False) if save else self.net(*args)
@@ -344,7 +351,7 @@ class Coupling(nn.Module):
         moving: Tensor,  # (B, C, H, W) moving half
         resting: Tensor,  # (B, C, H, W) resting half
         ctx: Tensor | None = None,  # (B, ctx, H, W) context
-    ) -> tuple:  # Moved half (B, C, H, W), log-determinant (B,)
+    ) -> tuple[Tensor, Tensor]:  # Moved half (B, C, H, W), log-determinant (B,)
         "Source: label `eq-flowpp-coupling`."
         a, b, mixture = self.parts(resting, ctx)
         odds, slope = log_odds(moving, *mixture)
@@ -366,18 +373,18 @@ class Mix(nn.Module):
     def __init__(
         self,
         ch: int,  # Channels
-    ):
+    ) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.eye(ch) + 1e-3 * torch.randn(ch, ch))
 
     def forward(
         self,
         x: Tensor,  # (B, ch, H, W)
-    ) -> tuple:  # Like x, and log-determinant (), the same for all examples
+    ) -> tuple[Tensor, Tensor]:  # Like x, and log-determinant (), the same for all examples
         logdet = torch.linalg.slogdet(self.weight)[1] * x[0, 0].numel()
         return F.conv2d(x, self.weight[:, :, None, None]), logdet
 
-    def inverse(self, y):
+    def inverse(self, y: Tensor) -> Tensor:
         return F.conv2d(y, torch.linalg.inv(self.weight)[:, :, None, None])
 
 # %% ../../nbs/flows/flowpp.ipynb #c040
@@ -389,22 +396,30 @@ class Step(nn.Module):
         net: nn.Module,  # Network of the coupling
         ch: int,  # Channels of each half
         save: bool = False,  # As in `Coupling`
-    ):
+    ) -> None:
         super().__init__()
         self.norm = ActNorm(2 * ch)
         self.mix = Mix(2 * ch)
         self.move = Coupling(net, ch, save)
 
     def forward(
-        self, moving, resting, ctx=None
-    ):  # -> exchanged halves, log-determinant (B,)
+        self,
+        moving: Tensor,  # (B, ch, H, W) one half
+        resting: Tensor,  # (B, ch, H, W) the other
+        ctx: Tensor | None = None,  # As in `Coupling`
+    ) -> tuple[Tensor, Tensor, Tensor]:  # Exchanged halves, log-determinant (B,)
         x, logdet_norm = self.norm(torch.cat((moving, resting), 1))
         x, logdet_mix = self.mix(x)
         moving, resting = x.chunk(2, 1)
         moved, logdet_move = self.move(moving, resting, ctx)
         return resting, moved, logdet_norm + logdet_mix + logdet_move
 
-    def inverse(self, resting, moved, ctx=None):  # -> halves as they entered
+    def inverse(
+        self,
+        resting: Tensor,  # (B, ch, H, W) first half that came out
+        moved: Tensor,  # (B, ch, H, W) second
+        ctx: Tensor | None = None,  # As in `Coupling`
+    ) -> tuple[Tensor, Tensor]:  # Halves as they entered
         moving = self.move.inverse(moved, resting, ctx)
         x = self.mix.inverse(torch.cat((moving, resting), 1))
         return self.norm.inverse(x).chunk(2, 1)
@@ -438,7 +453,7 @@ class PointFlowPP(Flow):
         width: int = 64,  # Hidden units
         steps: int = 8,  # Couplings
         n_mix: int = 8,  # Components K of each
-    ):
+    ) -> None:
         super().__init__()
         if dim % 2 or dim < 2:
             raise ValueError(
@@ -453,7 +468,7 @@ class PointFlowPP(Flow):
     def encode(
         self,
         x: Tensor,  # (B, dim) points
-    ) -> tuple:  # z (B, dim), and log |det dz/dx| (B,) in nats
+    ) -> tuple[Tensor, Tensor]:  # z (B, dim), and log |det dz/dx| (B,) in nats
         halves = self.check(x)[:, :, None, None].chunk(2, 1)
         *halves, logdet = _through(self.steps, *halves)
         return torch.cat(halves, 1)[:, :, 0, 0], logdet
@@ -477,8 +492,8 @@ class Dequantiser(nn.Module):
         ctx: int = 32,  # Channels of the context
         drop: float = 0.2,  # Dropout in training mode
         save: bool = False,  # As in `Coupling`
-        **net,  # Further arguments of `ImageNet`: width, n_mix, heads
-    ):
+        **net: Any,  # Further arguments of `ImageNet`: width, n_mix, heads
+    ) -> None:
         super().__init__()
         first = nn.Conv2d(2 * ch, ctx, 3, padding=1)
         self.look = nn.ModuleList([first, *(GatedConv(ctx, drop=drop) for _ in range(3))])
@@ -491,7 +506,7 @@ class Dequantiser(nn.Module):
         self,
         x: Tensor,  # (B, C, H, W) images in [-1, 1]
         eps: Tensor,  # (B, C, H, W) standard normal noise
-    ) -> tuple:  # v (B, C, H, W) in (0, 1), and log r(v|x) (B,) in nats
+    ) -> tuple[Tensor, Tensor]:  # v (B, C, H, W) in (0, 1), and log r(v|x) (B,) in nats
         context = self.look[0](torch.cat(checker(x / 2), 1))
         for block in self.look[1:]:
             context = context + block(context)
@@ -512,10 +527,10 @@ class ImageBody(nn.Module):
     def __init__(
         self,
         ch: int,  # Channels of the image
-        steps: tuple = (4, 2, 3),  # Couplings of each group
+        steps: tuple[int, ...] = (4, 2, 3),  # Couplings of each group
         save: bool = False,  # As in `Coupling`
-        **net,  # Arguments of `ImageNet`: width, blocks, n_mix, heads, drop
-    ):
+        **net: Any,  # Arguments of `ImageNet`: width, blocks, n_mix, heads, drop
+    ) -> None:
         super().__init__()
 
         def group(n, half):
@@ -528,7 +543,7 @@ class ImageBody(nn.Module):
     def forward(
         self,
         h: Tensor,  # (B, C, H, W)
-    ) -> tuple:  # z (B, C, H, W), log-determinant (B,)
+    ) -> tuple[Tensor, Tensor]:  # z (B, C, H, W), log-determinant (B,)
         *halves, logdet_board = _through(self.board, *checker(h))
         keep, done = squeeze(unchecker(*halves)).chunk(2, 1)
         *halves, logdet_channels = _through(self.channels, *keep.chunk(2, 1))
@@ -552,7 +567,7 @@ def to_line(
     x: Tensor,  # (B, ...) pixels in [-1, 1]
     v: Tensor | float,  # Place within a level, in (0, 1): like x, or one number
     levels: int = 256,  # Grey levels L
-) -> tuple:  # h like x on the whole line, and log |det dh/dx| (B,) in nats
+) -> tuple[Tensor, Tensor]:  # h like x on the whole line, and log |det dh/dx| (B,) in nats
     """Pixels, filled up by noise and stretched by log-odds.
 
     Raises `ValueError` for pixels out of range.
@@ -587,16 +602,24 @@ class FlowPP(Flow):
 
     def __init__(
         self,
-        shape: tuple = (3, 32, 32),  # Of one image; height a multiple of 2, width of 4
+        shape: tuple[int, ...] = (
+            3,
+            32,
+            32,
+        ),  # Of one image; height a multiple of 2, width of 4
         *,
-        steps: tuple = (4, 2, 3),  # As in `ImageBody`
-        deq: tuple = (4, 2, 32),  # `Dequantiser`: steps, blocks, ctx; () is uniform noise
+        steps: tuple[int, ...] = (4, 2, 3),  # As in `ImageBody`
+        deq: tuple[int, ...] = (
+            4,
+            2,
+            32,
+        ),  # `Dequantiser`: steps, blocks, ctx; () is uniform noise
         blocks: int = 10,  # Pairs of convolution and attention in each network
         levels: int = 256,  # Grey levels L of a pixel
         exact: bool = True,  # As in `from_line`
         save: bool = False,  # Whether to save memory in training at the price of time
-        **net,  # Arguments of `ImageNet`: width, n_mix, heads, drop
-    ):
+        **net: Any,  # Arguments of `ImageNet`: width, n_mix, heads, drop
+    ) -> None:
         super().__init__()
         if len(shape) != 3 or shape[1] % 2 or shape[2] % 4:
             raise ValueError(
@@ -606,9 +629,14 @@ class FlowPP(Flow):
         self.levels = levels
         self.exact = exact
         self.body = ImageBody(shape[0], steps, save, blocks=blocks, **net)
-        self.deq = Dequantiser(shape[0], *deq, save=save, **net) if deq else None
+        sizes: Any = dict(save=save, **net)
+        self.deq = Dequantiser(shape[0], *deq, **sizes) if deq else None
 
-    def noise(self, x, generator=None):  # v like x, and log r(v|x) (B,) in nats
+    def noise(
+        self,
+        x: Tensor,  # (B, C, H, W) images in [-1, 1]
+        generator: Draws = None,  # Source of the draws
+    ) -> tuple[Tensor, Tensor]:  # v like x, and log r(v|x) (B,) in nats
         eps = normal(x, generator)
         if self.deq is None:
             return torch.special.ndtr(eps), x.new_zeros(len(x))
@@ -617,9 +645,11 @@ class FlowPP(Flow):
     def encode(
         self,
         x: Tensor,  # (B, C, H, W) images in [-1, 1]
-        v=None,  # Place within the levels, like x or one number; None is drawn
-        generator=None,  # Source of v
-    ) -> tuple:  # z like x, and log |det dz/dx| (B,) in nats
+        v: Tensor
+        | float
+        | None = None,  # Place within the levels, like x or one number; None is drawn
+        generator: Draws = None,  # Source of v
+    ) -> tuple[Tensor, Tensor]:  # z like x, and log |det dz/dx| (B,) in nats
         x = self.check(x)
         place = self.noise(x, generator)[0] if v is None else v
         h, logdet_line = to_line(x, place, self.levels)
@@ -636,7 +666,7 @@ class FlowPP(Flow):
     def log_prob(
         self,
         x: Tensor,  # (B, C, H, W) images in [-1, 1]
-        generator=None,  # Source of the noise
+        generator: Draws = None,  # Source of the noise
     ) -> Tensor:  # (B,) nats, one draw of the bound
         v, log_r = self.noise(self.check(x), generator)
         z, logdet = self.encode(x, v)

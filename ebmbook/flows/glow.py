@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ..learn.blocks import ActNorm, Flow, log_normal
-from ..mcmc import normal
+from ..mcmc import Draws, normal
 
 # %% ../../nbs/flows/glow.ipynb #c006
 class InvConv(nn.Module):
@@ -23,10 +23,13 @@ class InvConv(nn.Module):
     At first it is a random rotation.
     """
 
+    p: Tensor
+    sign: Tensor
+
     def __init__(
         self,
         ch: int,  # Channels
-    ):
+    ) -> None:
         super().__init__()
         rotation = torch.linalg.qr(torch.randn(ch, ch, device='cpu'))[0]
         permutation, lower, upper = torch.linalg.lu(rotation)
@@ -36,19 +39,19 @@ class InvConv(nn.Module):
         self.u = nn.Parameter(upper.triu(1))
         self.log_d = nn.Parameter(upper.diag().abs().log())
 
-    def factors(self):  # unit lower triangular, upper triangular
+    def factors(self) -> tuple[Tensor, Tensor]:  # unit lower triangular, upper triangular
         lower = self.l.tril(-1) + torch.eye(len(self.l)).to(self.l)
         return lower, self.u.triu(1) + torch.diag(self.sign * self.log_d.exp())
 
     def forward(
         self,
         x: Tensor,  # (B, ch, H, W)
-    ) -> tuple:  # Like x, and log-determinant (), the same for all examples
+    ) -> tuple[Tensor, Tensor]:  # Like x, and log-determinant (), the same for all examples
         lower, upper = self.factors()
         weight = self.p @ lower @ upper
         return F.conv2d(x, weight[:, :, None, None]), self.log_d.sum() * x[0, 0].numel()
 
-    def inverse(self, y):
+    def inverse(self, y: Tensor) -> Tensor:
         lower, upper = self.factors()
         solve = torch.linalg.solve_triangular
         weight = solve(lower, self.p.mT, upper=False, unitriangular=True)
@@ -64,13 +67,13 @@ class ZeroConv(nn.Conv2d):
         n_in: int,  # Channels in
         n_out: int,  # Channels out
         kernel: int,  # Its size, odd
-    ):
+    ) -> None:
         super().__init__(n_in, n_out, kernel, padding=kernel // 2)
         nn.init.zeros_(self.weight)
-        nn.init.zeros_(self.bias)
+        nn.init.zeros_(self.bias)  # type: ignore[arg-type]
         self.gain = nn.Parameter(torch.zeros(n_out, 1, 1))
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         return super().forward(x) * (3 * self.gain).exp()
 
 
@@ -83,7 +86,7 @@ class Net(nn.Module):
         n_out: int,  # Channels out
         width: int,  # Hidden channels
         kernel: int = 3,  # Size of the first and last kernel; 1 for points
-    ):
+    ) -> None:
         super().__init__()
         self.first = nn.Conv2d(n_in, width, kernel, padding=kernel // 2, bias=False)
         self.second = nn.Conv2d(width, width, 1, bias=False)
@@ -92,7 +95,7 @@ class Net(nn.Module):
         for layer in (self.first, self.second):
             nn.init.normal_(layer.weight, std=0.05)
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         for layer, norm in zip((self.first, self.second), self.norms):
             x = norm(layer(x))[0].relu()
         return self.last(x)
@@ -109,20 +112,23 @@ class Step(nn.Module):
         ch: int,  # Channels, even
         width: int,  # Hidden channels of the network
         kernel: int = 3,  # Kernel of the network
-    ):
+    ) -> None:
         super().__init__()
         self.norm = ActNorm(ch)
         self.mix = InvConv(ch)
         self.net = Net(ch // 2, ch, width, kernel)
 
-    def line(self, resting):  # offset and log-slope from the resting half
+    def line(
+        self,
+        resting: Tensor,  # (B, ch/2, H, W) resting half
+    ) -> tuple[Tensor, Tensor]:  # Offset and log-slope
         offset, raw = self.net(resting).chunk(2, 1)
         return offset, 2 * torch.tanh(raw / 2)
 
     def forward(
         self,
         x: Tensor,  # (B, ch, H, W)
-    ) -> tuple:  # Like x, and log-determinant (B,)
+    ) -> tuple[Tensor, Tensor]:  # Like x, and log-determinant (B,)
         x, logdet_norm = self.norm(x)
         x, logdet_mix = self.mix(x)
         moving, resting = x.chunk(2, 1)
@@ -131,7 +137,7 @@ class Step(nn.Module):
         logdet = logdet_norm + logdet_mix + log_slope.flatten(1).sum(1)
         return torch.cat((moved, resting), 1), logdet
 
-    def inverse(self, y):
+    def inverse(self, y: Tensor) -> Tensor:
         moved, resting = y.chunk(2, 1)
         offset, log_slope = self.line(resting)
         moving = moved * (-log_slope).exp() - offset
@@ -173,11 +179,12 @@ class Level(nn.Module):
         width: int,  # Hidden channels of the couplings
         n_levels: int,  # Scales from here on
         save: bool = False,  # Save memory: compute each step again in the backward pass
-    ):
+    ) -> None:
         super().__init__()
         self.save = save
         self.steps = nn.ModuleList(Step(4 * ch, width) for _ in range(depth))
-        self.prior = self.rest = None
+        self.prior: ZeroConv | None = None
+        self.rest: Level | None = None
         if n_levels > 1:
             self.prior = ZeroConv(2 * ch, 4 * ch, 3)
             self.rest = Level(2 * ch, depth, width, n_levels - 1, save)
@@ -185,9 +192,9 @@ class Level(nn.Module):
     def forward(
         self,
         x: Tensor,  # (B, ch, H, W)
-    ) -> tuple:  # z like x, and log-determinant (B,)
+    ) -> tuple[Tensor, Tensor]:  # z like x, and log-determinant (B,)
         x, total = _through(self.steps, F.pixel_unshuffle(x, 2), self.save)
-        if self.rest is not None:
+        if self.prior is not None and self.rest is not None:
             keep, done = x.chunk(2, 1)
             mean, log_std = self.prior(keep).chunk(2, 1)
             z, logdet = self.rest(keep)
@@ -195,9 +202,9 @@ class Level(nn.Module):
             total = total + logdet - log_std.flatten(1).sum(1)
         return F.pixel_shuffle(x, 2), total
 
-    def inverse(self, z):
+    def inverse(self, z: Tensor) -> Tensor:
         x = F.pixel_unshuffle(z, 2)
-        if self.rest is not None:
+        if self.prior is not None and self.rest is not None:
             z, done = x.chunk(2, 1)
             keep = self.rest.inverse(z)
             mean, log_std = self.prior(keep).chunk(2, 1)
@@ -216,7 +223,7 @@ class PointGlow(Flow):
         dim: int = 2,  # Coordinates, even
         width: int = 64,  # Hidden units of each of two layers
         steps: int = 16,  # Steps K
-    ):
+    ) -> None:
         super().__init__()
         if dim % 2 or dim < 2:
             raise ValueError(
@@ -228,7 +235,7 @@ class PointGlow(Flow):
     def encode(
         self,
         x: Tensor,  # (B, dim) points
-    ) -> tuple:  # z (B, dim), and log |det dz/dx| (B,) in nats
+    ) -> tuple[Tensor, Tensor]:  # z (B, dim), and log |det dz/dx| (B,) in nats
         z, logdet = _through(self.steps, self.check(x)[:, :, None, None])
         return z[:, :, 0, 0], logdet
 
@@ -248,14 +255,18 @@ class Glow(Flow):
 
     def __init__(
         self,
-        shape: tuple = (3, 32, 32),  # Of one image; sides are multiples of 2^n_levels
+        shape: tuple[int, ...] = (
+            3,
+            32,
+            32,
+        ),  # Of one image; sides are multiples of 2^n_levels
         *,
         n_levels: int = 3,  # Scales L
         depth: int = 32,  # Steps K at each scale
         width: int = 512,  # Hidden channels of the couplings
         levels: int = 256,  # Grey levels G of a pixel
         save: bool = False,  # Save memory: compute each step again in the backward pass
-    ):
+    ) -> None:
         super().__init__()
         if len(shape) != 3 or any(side % 2**n_levels for side in shape[1:]):
             raise ValueError(f"{tuple(shape)} cannot be halved {n_levels} times")
@@ -270,9 +281,11 @@ class Glow(Flow):
     def encode(
         self,
         x: Tensor,  # (B, C, H, W) images in [-1, 1]
-        v=None,  # Place within the levels, like x or one number; None is drawn
-        generator=None,  # Source of v
-    ) -> tuple:  # z like x, and log |det dz/dx| (B,) in nats
+        v: Tensor
+        | float
+        | None = None,  # Place within the levels, like x or one number; None is drawn
+        generator: Draws = None,  # Source of v
+    ) -> tuple[Tensor, Tensor]:  # z like x, and log |det dz/dx| (B,) in nats
         self.check(x)
         if v is None:
             v = torch.special.ndtr(normal(x, generator))
@@ -289,7 +302,7 @@ class Glow(Flow):
     def log_prob(
         self,
         x: Tensor,  # (B, C, H, W) images in [-1, 1]
-        generator=None,  # Source of the noise
+        generator: Draws = None,  # Source of the noise
     ) -> Tensor:  # (B,) nats, one draw of the bound
         z, logdet = self.encode(x, generator=generator)
         return log_normal(z) + logdet + x[0].numel() * math.log(2 / (self.levels - 1))

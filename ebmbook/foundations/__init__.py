@@ -2,4 +2,4 @@
 
 from ebmbook import offer
 
-__getattr__, __dir__ = offer(__name__, ('method',))
+__getattr__, __dir__ = offer(__name__, ('presets', 'frame', 'latent', 'method', 'tasks'))

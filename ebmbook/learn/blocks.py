@@ -10,12 +10,13 @@ __all__ = ['snorm', 'settle_norms', 'sinusoid', 'count', 'full', 'groups', 'mlp'
 import math
 from collections.abc import Callable
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize
 
-from ..mcmc import Slice, normal
+from ..mcmc import Draws, normal
 
 # %% ../../nbs/learn/blocks.ipynb #c005
 def snorm(
@@ -102,12 +103,12 @@ def groups(
 
 
 def mlp(
-    sizes: tuple,  # Numbers in, hidden units of each layer, numbers out
-    act: Callable = nn.SiLU,  # Makes the activation between two layers
-    layer: Callable = lambda x: x,  # Applied to each linear layer, for example a norm
+    sizes: tuple[int, ...],  # Numbers in, hidden units of each layer, numbers out
+    act: Callable[[], nn.Module] = nn.SiLU,  # Makes the activation between two layers
+    layer: Callable[..., nn.Module] = lambda x: x,  # Applied to each linear layer
 ) -> nn.Sequential:  # (B, sizes[0]) -> (B, sizes[-1])
-    "Linear layers with an activation between every two."
-    parts = []
+    "Linear layers with an activation between every two; `layer` may be a norm."
+    parts: list[nn.Module] = []
     for n_in, n_out in zip(sizes, sizes[1:]):
         parts += [layer(nn.Linear(n_in, n_out)), act()]
     return nn.Sequential(*parts[:-1])
@@ -123,10 +124,12 @@ class LogLength(nn.Module):
     A mask may hide a part of v.
     """
 
+    mask: Tensor | None
+
     def __init__(
         self,
         mask: Tensor | None = None,  # Like the kernel, ones and zeros; None hides nothing
-    ):
+    ) -> None:
         super().__init__()
         self.register_buffer('mask', mask, persistent=False)
 
@@ -145,7 +148,7 @@ class LogLength(nn.Module):
     def right_inverse(
         self,
         kernel: Tensor,  # (out, in, kh, kw), to start from
-    ) -> tuple:  # g, v
+    ) -> tuple[Tensor, Tensor]:  # g, v
         """The start of the released code.
 
         A touch longer than `kernel`, so that a zero kernel has a logarithm too.
@@ -161,14 +164,15 @@ def wnorm(
 
     The weight is made from `original0` (g) and `original1` (v).
     """
-    return parametrize.register_parametrization(layer, 'weight', LogLength(mask))
+    parametrize.register_parametrization(layer, 'weight', LogLength(mask))
+    return layer
 
 # %% ../../nbs/learn/blocks.ipynb #c033
 @torch.no_grad()
 def collect_norms(
     net: nn.Module,  # Changed in place; ends in evaluation mode
-    show: Callable,  # Called without arguments; shows `net` some batches, all of one size
-):
+    show: Callable[[], Any],  # Shows `net` some batches, all of one size
+) -> None:
     "Collect the averages of every batch norm anew; without one, nothing is shown."
     norms = [
         module
@@ -202,10 +206,12 @@ class ActNorm(nn.Module):
     Set from the first batch that `Flow.init` shows, learned afterwards.
     """
 
+    ready: Tensor
+
     def __init__(
         self,
         ch: int,  # Channels
-    ):
+    ) -> None:
         super().__init__()
         self.mean = nn.Parameter(torch.zeros(ch, 1, 1))
         self.inv_std = nn.Parameter(torch.ones(ch, 1, 1))
@@ -215,7 +221,7 @@ class ActNorm(nn.Module):
     def forward(
         self,
         x: Tensor,  # (B, ch, H, W)
-    ) -> tuple:  # Like x, and log-determinant (), the same for all examples
+    ) -> tuple[Tensor, Tensor]:  # Like x, and log-determinant (), the same for all
         if self.watching and not self.ready:
             std, mean = torch.std_mean(x, (0, 2, 3), correction=0, keepdim=True)
             self.mean.data.copy_(mean[0])
@@ -225,7 +231,10 @@ class ActNorm(nn.Module):
             0, 0
         ].numel()
 
-    def inverse(self, x):
+    def inverse(
+        self,
+        x: Tensor,  # Like the result of `forward`
+    ) -> Tensor:  # What `forward` makes it from
         return x / self.inv_std + self.mean
 
 # %% ../../nbs/learn/blocks.ipynb #c041
@@ -267,13 +276,21 @@ class Flow(nn.Module):
     another kind than the parameters.
     """
 
-    def check(self, x):
+    shape: tuple[int, ...]
+    encode: Callable[..., tuple[Tensor, Tensor]]
+    decode: Callable[..., Tensor]
+
+    def check(
+        self,
+        x: Tensor,  # (B, *shape)
+    ) -> Tensor:  # The same
+        "Refuse a batch of the wrong shape or type."
         return _check_batch(x, self.shape, next(self.parameters()).dtype)
 
     def log_prob(
         self,
         x: Tensor,  # (B, *shape)
-        generator=None,  # Not used by flows without dequantisation
+        generator: Draws = None,  # Not used by flows without dequantisation
     ) -> Tensor:  # (B,) nats, log-density in units of x
         "Exact log-density. Source: label `eq-glow-change`."
         z, logdet = self.encode(x)
@@ -285,7 +302,7 @@ class Flow(nn.Module):
         n: int,  # How many
         *,
         temp: float = 1.0,  # Standard deviation of z; 1 draws from the model
-        generator: torch.Generator | Slice | None = None,  # Source of z; None: global
+        generator: Draws = None,  # Source of z; None: global
     ) -> Tensor:  # (n, *shape)
         "Draw z and decode it; without gradients, for those decode a z of your own."
         z = normal(next(self.parameters()).new_empty(n, *self.shape), generator)
@@ -295,7 +312,7 @@ class Flow(nn.Module):
     def init(
         self,
         x: Tensor,  # (B, *shape) data; several hundred images are usual, more are better
-        generator=None,  # Source of dequantisation noise
+        generator: Draws = None,  # Source of dequantisation noise
     ) -> 'Flow':  # The flow itself
         """Set every ActNorm from data, layer by layer, without dropout.
 

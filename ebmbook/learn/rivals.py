@@ -6,19 +6,19 @@
 __all__ = ['from_noise', 'short_run_losses', 'infer', 'coopnets_losses', 'Generator', 'PointGenerator']
 
 # %% ../../nbs/learn/rivals.ipynb #c002
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor, nn
 
 from .blocks import mlp
 from .objectives import contrast
-from ..mcmc import frozen, langevin, normal, ula
+from ..mcmc import Draws, frozen, langevin, normal, ula
 
 # %% ../../nbs/learn/rivals.ipynb #c009
 def from_noise(
     like: Tensor,  # (B, ...) gives shape, type and device
-    generator=None,  # Source of the draws
+    generator: Draws = None,  # Source of the draws
 ) -> Tensor:  # (B, ...) uniform in [-1, 1]
     """Where the chains of a short-run EBM start.
 
@@ -33,8 +33,8 @@ def short_run_losses(
     chain: Callable,  # chain(start) -> (B, ...) samples, without graph
     *,
     blur: float = 0.0,  # Std of the noise on the data; 0.03 in the paper
-    generator=None,  # Source of the draws
-):  # Yields ('energy', loss, logs)
+    generator: Draws = None,  # Source of the draws
+) -> Iterator[tuple[str, Tensor, dict]]:  # Yields ('energy', loss, logs)
     "One iteration of a short-run EBM. Source: Nijkamp et al. 2019, Algorithm 1."
     fake = chain(from_noise(x, generator))
     seen = x + blur * normal(x, generator) if blur else x
@@ -49,7 +49,7 @@ def infer(
     sigma: float,  # Std of the generator's observation noise
     n_steps: int,  # Langevin updates; 0 keeps the latents
     delta: float,  # Their step: drift delta^2/2, noise delta
-    generator=None,  # Source of the draws
+    generator: Draws = None,  # Source of the draws
 ) -> Tensor:  # (B, nz) latents that explain the samples, without graph
     """Latents of refined samples, label `eq-baselines-infer`.
 
@@ -62,7 +62,9 @@ def infer(
         return prior + misfit / (2 * sigma**2)
 
     with frozen(net):
-        return langevin(energy, z, ula(delta**2 / 2), n_steps, generator=generator)
+        return langevin(  # type: ignore[return-value]
+            energy, z, ula(delta**2 / 2), n_steps, generator=generator
+        )
 
 # %% ../../nbs/learn/rivals.ipynb #f7dfa81a
 def coopnets_losses(
@@ -76,8 +78,8 @@ def coopnets_losses(
     noisy: bool = False,  # Whether the chains start with that noise
     infer_steps: int = 0,  # Updates of the inference
     infer_delta: float = 0.1,  # Their step
-    generator=None,  # Source of the draws
-):  # Yields ('generator', loss, logs), then ('energy', loss, logs)
+    generator: Draws = None,  # Source of the draws
+) -> Iterator[tuple[str, Tensor, dict]]:  # 'generator', then 'energy'
     """One iteration of cooperative training with a free generator.
 
     Source: Xie et al. 2020, Algorithm 1.
@@ -102,10 +104,10 @@ class Generator(nn.Module):
 
     def __init__(
         self,
-        shape: tuple = (3, 32, 32),  # (C, H, W) of one image, H = W
+        shape: tuple[int, ...] = (3, 32, 32),  # (C, H, W) of one image, H = W
         nz: int = 100,  # Latent dimension
         ch: int = 64,  # Width of the last hidden map; doubles towards z, at most 8 times
-    ):
+    ) -> None:
         super().__init__()
         n = shape[1] // 4
         if shape[1] != shape[2] or shape[1] % 4 or n & (n - 1):
@@ -120,7 +122,7 @@ class Generator(nn.Module):
         layers += [nn.Conv2d(widths[-1], shape[0], 3, padding=1), nn.Tanh()]
         self.net = nn.Sequential(*layers)
 
-    def forward(self, z):  # (B, nz) -> (B, C, H, W)
+    def forward(self, z: Tensor) -> Tensor:  # (B, nz) -> (B, C, H, W)
         return self.net(z)
 
 # %% ../../nbs/learn/rivals.ipynb #b6704e5d
@@ -132,5 +134,5 @@ class PointGenerator(nn.Sequential):
         dim: int = 2,  # Coordinates of a point
         nz: int = 2,  # Latent dimension
         width: int = 128,  # Of two hidden layers
-    ):
+    ) -> None:
         super().__init__(*mlp((nz, width, width, dim)))

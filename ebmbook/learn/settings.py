@@ -9,6 +9,7 @@ __all__ = ['unknown', 'read_over', 'check_words', 'check_least', 'choose']
 import difflib
 import types
 import typing
+from collections.abc import Collection, Mapping
 from dataclasses import fields, replace
 from typing import Any
 
@@ -17,11 +18,11 @@ import yaml
 # %% ../../nbs/learn/settings.ipynb #c005
 def unknown(
     kind: str,  # What was named, for example 'preset'
-    name,  # The name that does not exist
-    known,  # The names that do
+    name: object,  # The name that does not exist
+    known: Collection[str],  # The names that do
 ) -> KeyError:  # To be raised
     "The error for a wrong name; its message offers the nearest right one."
-    near = difflib.get_close_matches(str(name), known, 1, 0.5)
+    near = difflib.get_close_matches(str(name), list(known), 1, 0.5)
     hint = f"; did you mean {near[0]!r}?" if near else ""
     return KeyError(f"unknown {kind} {name!r}{hint} Known: {', '.join(sorted(known))}")
 
@@ -50,9 +51,9 @@ def _number(value):  # YAML 1.1 reads 1e-4 as a word; people mean a number
 
 # %% ../../nbs/learn/settings.ipynb #c342e362
 def read_over(
-    config,  # A Config instance: its fields say which names and types are allowed
+    config: Any,  # A Config instance: its fields say which names and types are allowed
     over: dict | str | None,  # Fields to replace, as dictionary or as YAML, "{n_iters: 10}"
-) -> dict:  # The same with values of the right types
+) -> dict[str, Any]:  # The same with values of the right types
     """Check the fields to replace and convert values given as text.
 
     Raises `KeyError` for an unknown field and `ValueError` for a value of the wrong type.
@@ -80,9 +81,9 @@ def read_over(
 
 # %% ../../nbs/learn/settings.ipynb #c007
 def check_words(
-    cfg,  # A Config instance
-    words: dict,  # Field -> the words that it may hold
-):
+    cfg: Any,  # A Config instance
+    words: Mapping[str, Collection[str]],  # Field -> the words that it may hold
+) -> None:
     "Refuse a word that a setting does not know. Raises `ValueError` naming the field."
     for name, known in words.items():
         value = getattr(cfg, name)
@@ -92,7 +93,7 @@ def check_words(
 # %% ../../nbs/learn/settings.ipynb #7eac54a5
 def check_least(
     cfg: Any,  # A Config instance
-    limits: dict[str, float],  # Field -> smallest value that it may have
+    limits: Mapping[str, float],  # Field -> smallest value that it may have
 ) -> None:
     "Refuse a number that is too small. Raises `ValueError` naming the field."
     for name, least in limits.items():
@@ -102,12 +103,14 @@ def check_least(
 
 # %% ../../nbs/learn/settings.ipynb #c010
 def choose(
-    presets: dict,  # Presets by name, each a frozen dataclass with a field `data`
-    default_preset: dict,  # Data set -> preset, for `-p dataset NAME` alone
+    presets: Mapping[
+        str, Any
+    ],  # Presets by name, each a frozen dataclass with a field `data`
+    default_preset: Mapping[str, str],  # Data set -> preset, for `-p dataset NAME` alone
     dataset: str,  # Data-set name, or folder:PATH
     preset: str = '',  # Its name; empty selects the default preset of the data set
     over: dict | str | None = None,  # Fields to replace in the preset
-) -> tuple[str, object]:  # Name of the preset and the resolved Config
+) -> tuple[str, Any]:  # Name of the preset and the resolved Config
     """Select a preset and replace fields, refusing whatever is unknown or contradictory.
 
     Raises `KeyError` for an unknown preset or field, `ValueError` for a preset of another

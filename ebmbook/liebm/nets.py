@@ -6,6 +6,8 @@
 __all__ = ['SIZES', 'Up', 'Generator', 'Block', 'Backbone', 'projector', 'Inference', 'networks']
 
 # %% ../../nbs/08_liebm/nets.ipynb #c003
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -56,7 +58,7 @@ class Up(nn.Module):
         self,
         n_in: int,  # Input channels
         n_out: int,  # Output channels
-    ):
+    ) -> None:
         super().__init__()
         self.main = nn.Sequential(
             _norm(n_in),
@@ -88,12 +90,12 @@ class Generator(nn.Module):
 
     def __init__(
         self,
-        shape: tuple,  # (C, side, side) of one image
+        shape: tuple[int, ...],  # (C, side, side) of one image
         latent: int,  # Latent numbers
-        widths: tuple,  # Channels of the start map and after each doubling
+        widths: tuple[int, ...],  # Channels of the start map and after each doubling
         *,
         unit: bool = False,  # Pixels in [0, 1] instead of [-1, 1]
-    ):
+    ) -> None:
         super().__init__()
         ups = len(widths) - 1
         if shape[1] != shape[2] or shape[1] % 2**ups:
@@ -139,9 +141,9 @@ class Block(nn.Module):
         first: bool = False,  # The input is an image
         sn: bool = True,  # Spectral norm on every convolution
         bias: bool = False,  # Biases; the program has none
-    ):
+    ) -> None:
         super().__init__()
-        self.half = half
+        self.halves = half
 
         def conv(n_in, n_out, kernel=3):
             return _conv(n_in, n_out, kernel, bias=bias, sn=sn)
@@ -155,7 +157,7 @@ class Block(nn.Module):
         self,
         x: Tensor,  # (B, n_in, H, W), H and W even if `half`
     ) -> Tensor:  # (B, n_out, H, W), or half of both sides
-        if not self.half:
+        if not self.halves:
             return self.main(x) + self.skip(x)
         return F.avg_pool2d(self.main(x), 2) + self.skip(F.avg_pool2d(x, 2))
 
@@ -171,14 +173,14 @@ class Backbone(nn.Module):
 
     def __init__(
         self,
-        shape: tuple,  # (C, H, W) of one image
-        widths: tuple,  # Output channels of each block
+        shape: tuple[int, ...],  # (C, H, W) of one image
+        widths: tuple[int, ...],  # Output channels of each block
         downs: int,  # How many of the first blocks halve the image
         features: int = 512,  # Numbers that come out
         *,
         sn: bool = True,  # Spectral norm on every convolution and the linear layer
         bias: bool = False,  # Biases; the program has none
-    ):
+    ) -> None:
         super().__init__()
         _check_halvings(shape, len(widths), downs)
         self.shape, self.features = tuple(shape), features
@@ -228,10 +230,10 @@ class Inference(nn.Module):
 
     def __init__(
         self,
-        shape: tuple,  # (C, side, side) of one image
-        convs: tuple,  # (kernel, stride, channels) of each convolution
+        shape: tuple[int, ...],  # (C, side, side) of one image
+        convs: tuple[tuple[int, int, int], ...],  # Kernel, stride, channels
         latent: int,  # Latent numbers
-    ):
+    ) -> None:
         super().__init__()
         self.shape, self.latent = tuple(shape), latent
         n_in, side, width = shape
@@ -261,13 +263,13 @@ class Inference(nn.Module):
 
 # %% ../../nbs/08_liebm/nets.ipynb #c032
 def networks(
-    shape: tuple,  # (C, side, side) of one image
+    shape: tuple[int, ...],  # (C, side, side) of one image
     latent: int,  # Latent numbers of the generator
-    gen: tuple,  # Widths of the generator, from the start map on
-    blocks: tuple,  # Widths of the backbone's blocks
+    gen: tuple[int, ...],  # Widths of the generator, from the start map on
+    blocks: tuple[int, ...],  # Widths of the backbone's blocks
     downs: int,  # How many of the first blocks halve the image
     z: int,  # Numbers of a code on the sphere
-    convs: tuple,  # (kernel, stride, channels) of the inference network's convolutions
+    convs: tuple[tuple[int, int, int], ...],  # Kernel, stride, channels of each in q
     features: int = 512,  # Numbers of the backbone
     hidden: int = 1024,  # Hidden units of the head g
     *,
@@ -277,9 +279,9 @@ def networks(
     sn: bool = True,  # Spectral norm on every layer of the energy
     unit: bool = False,  # Generated pixels in [0, 1]
     bias: bool = False,  # Biases in the backbone
-) -> dict:  # 'generator', 'f', 'g', and if asked for 'F' and 'q'
+) -> dict[str, Any]:  # 'generator', 'f', 'g', and if asked for 'F' and 'q'
     "All networks of a preset; `networks(**SIZES[name], linear=..., infer=...)`."
-    nets = dict(
+    nets: dict[str, Any] = dict(
         generator=Generator(shape, latent, gen, unit=unit),
         f=Backbone(shape, blocks, downs, features, sn=sn, bias=bias),
         g=projector(features, hidden, z if n_out is None else n_out, sn=sn),
@@ -292,11 +294,11 @@ def networks(
     return nets
 
 # %% ../../nbs/08_liebm/nets.ipynb #c034
-_PAPER = dict(features=512, hidden=1024)
+_PAPER: dict[str, Any] = dict(features=512, hidden=1024)
 _CONVS = ((3, 1, 128), (4, 2, 256), (4, 2, 512), (4, 2, 1024))  # the paper's at 32 pixels
 
 # fmt: off
-SIZES = {  # arguments of `networks`
+SIZES: dict[str, dict[str, Any]] = {  # arguments of `networks`
     # the paper's
     'cifar10':       dict(shape=(3, 32, 32),   latent=128, downs=2, z=64,  **_PAPER,
                           gen=(256,)*4, blocks=(256,)*4, convs=_CONVS),

@@ -28,7 +28,8 @@ from ..learn.blocks import mlp
 from ..data.scenes import Camera, camera_to_world, rays
 from ..learn.contract import Group, Loop, Stage
 from ..learn.latents import adam_rows, gather_rows, new_table
-from ..data.catalogue import CAMERAS, check_shape, load
+from ..data.cameras import CAMERAS
+from ..data.catalogue import check_shape, load
 from ..mcmc import Rates, frozen, langevin, normal, reflect, uniform
 from ebmbook.nerf_lebm.nerf import (
     Encoder,
@@ -1002,13 +1003,13 @@ def codes_of(
 
 # %% ../../nbs/03_nerf_lebm.ipynb #50d67634
 def _psnr(pictures, truth):  # mean over pictures
-    from ebmbook.measure.metrics import psnr
+    from ebmbook.measure.pairs import psnr
 
     return psnr(pictures.cpu(), truth.cpu())
 
 
 def _measure_images(nets, cfg, generator, n, extractor='', **options):
-    from ebmbook.measure.metrics import evaluate_images, protocol
+    from ebmbook.measure.images import evaluate_images, protocol
 
     name, n, reference = protocol(cfg, n, extractor)
     pictures = sample(nets, n, cfg, generator=generator, **options).cpu()

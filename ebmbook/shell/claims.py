@@ -13,7 +13,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from textwrap import fill
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import yaml
@@ -32,10 +32,10 @@ def standard_error(
 
     Exactly 0 if all numbers are equal.
     """
-    values = np.asarray(list(values), dtype=float)
-    if (values == values[0]).all():
+    array = np.asarray(list(values), dtype=float)
+    if (array == array[0]).all():
         return 0.0
-    return float(values.std(ddof=1) / len(values) ** 0.5)
+    return float(array.std(ddof=1) / len(array) ** 0.5)
 
 
 def decide(
@@ -59,8 +59,8 @@ class Arm:
     "One side of a comparison."
 
     preset: str  # Preset of the system
-    over: dict  # Fields that differ from the preset
-    at: dict  # Options of the evaluation
+    over: dict[str, Any]  # Fields that differ from the preset
+    at: dict[str, Any]  # Options of the evaluation
 
 
 class Comparison(NamedTuple):
@@ -71,10 +71,11 @@ class Comparison(NamedTuple):
     metric: str  # Name in the ledger
     exact: bool = False  # Claims equality instead
 
-    def arms(self):
+    def arms(self) -> list[str]:
+        "Names of the arms that it compares."
         return [side for side in (self.larger, self.smaller) if isinstance(side, str)]
 
-    def __str__(self):
+    def __str__(self) -> str:
         return f"{self.metric}: {self.larger} {'=' if self.exact else '>'} {self.smaller}"
 
 # %% ../../nbs/shell/claims.ipynb #7aebb7d6
@@ -87,12 +88,16 @@ class Claim:
     source: str  # Key of the bibliography
     where: str  # Table or figure there
     statement: str  # One sentence
-    paper: dict  # The paper's own numbers, by name
-    arms: dict  # Name -> Arm
-    compare: tuple  # Of Comparison
+    paper: dict[str, Any]  # The paper's own numbers, by name
+    arms: dict[str, Arm]  # By name
+    compare: tuple[Comparison, ...]  # All of them must hold
     metric: str = ''  # For comparisons that name no other
 
-    def metrics(self, arm):  # what must be measured on an arm
+    def metrics(
+        self,
+        arm: str,  # Name of an arm
+    ) -> set[str]:  # Names of metrics
+        "What must be measured on an arm."
         named = {one.metric for one in self.compare if arm in one.arms()}
         return named or {self.metric} - {''}
 
@@ -130,7 +135,7 @@ def _read_arm(entry, where):
     if isinstance(entry, dict) and 'row' in entry:  # the name in files of earlier versions
         entry = {'preset' if key == 'row' else key: value for key, value in entry.items()}
     entry = _need(entry, where, ('preset',), ('over', 'at'))
-    _is(entry['preset'], str, where, 'row must be the name of a preset')
+    _is(entry['preset'], str, where, 'preset must be the name of a preset')
     over = _is(entry.get('over', {}), dict, where, 'over must be a mapping')
     at = _is(entry.get('at', {}), dict, where, 'at must be a mapping')
     return Arm(entry['preset'], over, at)
@@ -224,8 +229,8 @@ def measured(
     claim: Claim,  # Gives system and arm
     arm: str,  # Name of the arm
     metric: str,  # Name of the metric
-    lines: list[dict],  # From `ebmbook.learn.ledger.ledger`
-) -> dict[int, dict]:  # Seed -> newest line, by seed
+    lines: list[dict[str, Any]],  # From `ebmbook.learn.ledger.ledger`
+) -> dict[int, dict[str, Any]]:  # Seed -> newest line, by seed
     "What the ledger knows about one metric of one arm."
     wanted = claim.arms[arm]
     keys = dict(preset=wanted.preset, over=wanted.over, at=wanted.at)
@@ -263,8 +268,8 @@ def _reason(verdict, found, n_left_out):  # why a comparison lacks seeds
 def judge(
     claim: Claim,  # Gives the arms
     comparison: Comparison,  # One of its comparisons
-    lines: list[dict],  # From the ledger
-) -> dict:  # verdict, seeds, differences, mean, se, note
+    lines: list[dict[str, Any]],  # From the ledger
+) -> dict[str, Any]:  # verdict, seeds, differences, mean, se, note
     "One comparison, paired by seed."
     found = {
         arm: measured(claim, arm, comparison.metric, lines) for arm in comparison.arms()
@@ -330,8 +335,8 @@ def _judged(claim, lines):
 
 def verdicts(
     claims: list[Claim],  # From `read_claims`
-    lines: list[dict],  # From `ebmbook.learn.ledger.ledger`
-) -> list[dict]:  # One object for each claim, ready for JSON
+    lines: list[dict[str, Any]],  # From `ebmbook.learn.ledger.ledger`
+) -> list[dict[str, Any]]:  # One object for each claim, ready for JSON
     "Judge every claim by the ledger."
     return [_judged(claim, lines) for claim in claims]
 
@@ -401,7 +406,7 @@ def _text_of(result):  # lines of one claim, and an empty one
 
 
 def as_text(
-    results: list[dict],  # From `verdicts`
+    results: list[dict[str, Any]],  # From `verdicts`
 ) -> str:  # For a terminal
     """Verdicts as lines of text.
 
@@ -421,7 +426,7 @@ def _cell(text):  # a bar would end the cell
 
 
 def as_markdown(
-    results: list[dict],  # From `verdicts`
+    results: list[dict[str, Any]],  # From `verdicts`
 ) -> str:  # A table
     "Verdicts as a markdown table, one row for each claim."
     rows = [
@@ -447,9 +452,9 @@ class Job(NamedTuple):
 
     system: str  # Name of the module
     preset: str  # Preset
-    over: dict  # Fields that differ
+    over: dict[str, Any]  # Fields that differ
     seed: int  # Seed of the training
-    at: list  # Options of each evaluation that is missing
+    at: list[dict[str, Any]]  # Options of each evaluation that is missing
 
 
 def _evidence(claim, lines):
@@ -484,11 +489,11 @@ def _is_done(seed, arm, evidence):
 # %% ../../nbs/shell/claims.ipynb #3711fc0f
 def missing(
     claims: list[Claim],  # From `read_claims`
-    lines: list[dict],  # From the ledger
+    lines: list[dict[str, Any]],  # From the ledger
     seeds: Iterable[int],  # Which seeds there should be
 ) -> list[Job]:  # In the order of the claims, seeds innermost
     "Trainings and evaluations that stand between the ledger and a verdict."
-    jobs = {}
+    jobs: dict[str, Job] = {}
     for claim in claims:
         evidence = _evidence(claim, lines)
         for name, arm in claim.arms.items():

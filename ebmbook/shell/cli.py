@@ -475,7 +475,12 @@ def cost(
 # %% ../../nbs/shell/cli.ipynb #ad4062b5
 def _bench_text(result, verdicts):
     "Tables of a measurement."
-    from ebmbook.shell.bench import SPEED_HEAD, VERDICT_HEAD, speed_rows, verdict_rows
+    from ebmbook.shell.bench_report import (
+        SPEED_HEAD,
+        VERDICT_HEAD,
+        speed_rows,
+        verdict_rows,
+    )
 
     parts = [', '.join(f'{name} {value}' for name, value in result['machine'].items())]
     parts.append(table(SPEED_HEAD, speed_rows(result)))

@@ -11,7 +11,8 @@ from dataclasses import replace
 
 import torch
 
-from ..data.catalogue import CAMERAS, DATASETS, require
+from ..data.cameras import CAMERAS
+from ..data.catalogue import DATASETS, require
 from ..data.scenes import camera_to_world
 from ..learn.contract import Context
 from ..learn.loop import make_accelerator

@@ -23,10 +23,11 @@ from torch.nn.utils import parametrize
 from ..learn.objectives import contrast
 from ..learn.rivals import from_noise
 from ..learn.settings import check_words
-from ..measure.metrics import iwae
+from ..measure.likelihood import iwae
 from ..learn.blocks import mlp
 from ..learn.contract import Group, Loop, Stage
-from ..data.catalogue import DATASETS, check_shape, load, log_density, random_flip
+from ..data.catalogue import DATASETS, check_shape, load, random_flip
+from ..data.procedural import log_density
 from ebmbook.mcmc import (
     frozen,
     grid,
@@ -922,7 +923,9 @@ def _measure_points(nets, cfg, generator, n, **options):
 
 
 def _measure_images(nets, cfg, generator, n, extractor='', **options):
-    from ebmbook.measure.metrics import evaluate_images, extractor_for, modes_kl, protocol
+    from ebmbook.measure.classes import modes_kl
+    from ebmbook.measure.extractors import extractor_for
+    from ebmbook.measure.images import evaluate_images, protocol
 
     # 1,000 samples cannot find 1,000 modes
     stacked = {'stacked_mnist': 26_000, 'stacked_digits': 10_000}.get(cfg.data)
@@ -939,7 +942,7 @@ def _measure_images(nets, cfg, generator, n, extractor='', **options):
 
 # %% ../../nbs/06_vaebm.ipynb #c050
 def _measure_ood(nets, cfg, generator, n, k=20):
-    from ebmbook.measure.metrics import auroc_ood
+    from ebmbook.measure.outliers import auroc_ood
 
     like = next(nets.parameters())
 
