@@ -27,7 +27,7 @@ def sources(root):
 
 
 def line_lengths(texts):
-    lengths = sorted(len(line) for _, text in texts for line in text.splitlines())
+    lengths = sorted(len(line) for _, text in texts for _, line in repo.own_lines(text))
     return lengths[int(0.95 * len(lengths))], lengths[-1]
 
 

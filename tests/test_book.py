@@ -172,6 +172,22 @@ def test_styles_load_nothing_from_outside():
 # --- numbers of chapters
 
 
+def build_book(folder, *chapters):
+    "Build a book of pages that are there, with the settings of this one."
+    (folder / 'nbs/references.bib').touch()
+    (folder / '_toc.yml').write_text(
+        'format: jb-book\nroot: nbs/index\nparts:\n  - caption: Part\n    numbered: true\n'
+        '    chapters:\n' + ''.join(chapters)
+    )
+    config = (ROOT / '_config.yml').read_text(encoding='utf-8')
+    config = re.sub(r'(?m)^\s+(html_extra_path|mathjax_path):.*\n', '', config)
+    (folder / '_config.yml').write_text(config)
+    jupyter_book = Path(sys.executable).parent / 'jupyter-book'
+    command = [jupyter_book, 'build', '.', '-W', '-n', '--keep-going']
+    run = subprocess.run(command, cwd=folder, capture_output=True, text=True)
+    assert not run.returncode, run.stdout + run.stderr
+
+
 def test_chapter_numbers(tmp_path):
     "A book of chapters 01 and 05 numbers them 1 and 5, and formulas, figures, references too."
     jupyter_book = Path(sys.executable).parent / 'jupyter-book'
@@ -183,25 +199,10 @@ def test_chapter_numbers(tmp_path):
         label = page.replace('/', '-')
         text = f'# Page {page}\n\nSee {{eq}}`eq-05_b` and [](#eq-05_b).\n\n## Part\n\n'
         (tmp_path / f'nbs/{page}.md').write_text(f'{text}$$x$$ (eq-{label})\n')
-    (tmp_path / 'nbs/references.bib').touch()
     (tmp_path / 'nbs/index.md').write_text('# Start\n\nSee {eq}`eq-05_b`.\n')
-    (tmp_path / '_toc.yml').write_text(
-        'format: jb-book\nroot: nbs/index\nparts:\n  - caption: Part\n    numbered: true\n'
-        '    chapters:\n'
-        '      - file: nbs/01_a\n      - file: nbs/05_b\n'
-        '        sections:\n          - file: nbs/05_b/c\n'
-    )
-    config = (ROOT / '_config.yml').read_text(encoding='utf-8')
-    (tmp_path / '_config.yml').write_text(
-        re.sub(r'(?m)^\s+(html_extra_path|mathjax_path):.*\n', '', config)
-    )
-    run = subprocess.run(
-        [jupyter_book, 'build', '.', '-W', '-n', '--keep-going'],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-    )
-    assert not run.returncode, run.stdout + run.stderr
+    first = '      - file: nbs/01_a\n'
+    second = '      - file: nbs/05_b\n        sections:\n          - file: nbs/05_b/c\n'
+    build_book(tmp_path, first, second)
     html = {
         o: (tmp_path / f'_build/html/nbs/{o}.html').read_text(encoding='utf-8')
         for o in (*pages, 'index')

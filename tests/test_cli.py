@@ -9,7 +9,7 @@ import pytest
 from typer.testing import CliRunner
 
 from ebmbook import cdrl
-from ebmbook.shell import cli
+from ebmbook.shell import cli, judging
 from ebmbook.learn.ledger import ledger
 from ebmbook.learn.runs import root
 from ebmbook.learn.contract import Diverged
@@ -98,52 +98,23 @@ for args in (train + cpu, sample + cpu, ['run', 'cdrl']):
     assert (tmp_path / 'x.npy').is_file() and 'needs papermill' in res.stderr
 
 
+CPU = ('--device', 'cpu')
+CHECKERBOARD = ('-p', 'preset', 'checkerboard', '-p', 'over', TINY)
+
+
 def test_weights_kept_over_a_training(tmp_path):
     "Each folder that stays is one of weights for the other commands."
-    res = invoke(
-        'train',
-        'cdrl',
-        '-p',
-        'preset',
-        'checkerboard',
-        '-p',
-        'over',
-        TINY,
-        '--out',
-        tmp_path,
-        '--device',
-        'cpu',
-        '--keep-every',
-        1,
-    )
-    assert res.exit_code == 0 and sorted(o.name for o in tmp_path.glob('weights*')) == [
-        'weights',
-        'weights-000000001',
-        'weights-000000002',
-    ], res.output
-    draw = lambda name: (
-        invoke(
-            'sample',
-            'cdrl',
-            '--weights',
-            tmp_path / name,
-            '-n',
-            2,
-            '--out',
-            tmp_path / f'{name}.npy',
-            '--device',
-            'cpu',
-        ).exit_code
-    )
-    assert [draw(o) for o in ('weights', 'weights-000000001', 'weights-000000002')] == [
-        0,
-        0,
-        0,
-    ]
-    first, last, end = (
-        (tmp_path / f'{o}.npy').read_bytes()
-        for o in ('weights-000000001', 'weights-000000002', 'weights')
-    )
+    res = invoke('train', 'cdrl', *CHECKERBOARD, '--out', tmp_path, *CPU, '--keep-every', 1)
+    assert res.exit_code == 0, res.output
+    names = ['weights', 'weights-000000001', 'weights-000000002']
+    assert sorted(path.name for path in tmp_path.glob('weights*')) == names
+    drawn = []
+    for name in names:
+        out = tmp_path / f'{name}.npy'
+        draw = ('sample', 'cdrl', '--weights', tmp_path / name, '-n', 2, '--out', out)
+        assert invoke(*draw, *CPU).exit_code == 0
+        drawn.append(out.read_bytes())
+    end, first, last = drawn
     assert first != last and last == end
 
 
@@ -380,30 +351,30 @@ def test_claims_run(claims):
 
 def test_claims_resume(claims, monkeypatch):
     "What was measured before an interrupt stays; the next run does the rest."
-    whole = cli.do_job
+    whole = judging.do_job
 
     def stop(job, *args):
         if job.seed == 1:
             raise KeyboardInterrupt('stopped')
         return whole(job, *args)
 
-    monkeypatch.setattr(cli, 'do_job', stop)
+    monkeypatch.setattr(judging, 'do_job', stop)
     assert claims('--run').exit_code == 130 and {o['seed'] for o in claims.lines()} == {0}
-    monkeypatch.setattr(cli, 'do_job', whole)
+    monkeypatch.setattr(judging, 'do_job', whole)
     res = claims('--run')
     assert res.exit_code == 0 and len(claims.lines()) == 9 and 'trainings 5' in res.stderr
 
 
 def test_claims_failed_arm(claims, monkeypatch):
     "An arm that diverges is reported and the others are measured all the same."
-    whole = cli.do_job
+    whole = judging.do_job
 
     def diverge(job, *args):
         if 'coop' in job.over:
             raise Diverged('the energy gap is 1e9')
         return whole(job, *args)
 
-    monkeypatch.setattr(cli, 'do_job', diverge)
+    monkeypatch.setattr(judging, 'do_job', diverge)
     res = claims('--run')
     assert (
         res.exit_code == 1

@@ -95,8 +95,10 @@ def posterior_energy(
     prior = prior_energy(nets)
 
     def energy(z):
+        # the prior first: the order in which gradients are added decides their last bit
+        at_prior = prior(z)
         miss = (x - nets.decoder(z)).flatten(1).square().sum(1)
-        return prior(z) + miss / (2 * sigma**2)
+        return at_prior + miss / (2 * sigma**2)
 
     return energy
 

@@ -52,7 +52,7 @@ class Log:
             if isinstance(value, float):
                 self.board.add_scalar(name, value, total)
 
-# %% ../../nbs/learn/log.ipynb #c9fd1606
+
 def read_log(
     run: Run,  # A run
     key: str,  # E.g. 'loss/energy'

@@ -27,7 +27,7 @@ def cd_loss(
     at_data = (on_data or energy)(data.detach()).mean()
     return at_data - energy(negatives.detach()).mean()
 
-# %% ../../nbs/learn/objectives.ipynb #3c8fc16a
+
 def contrast(
     energy: Callable,  # E(x) -> (B,), in nats
     x: Tensor,  # (B, ...) data

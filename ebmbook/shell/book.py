@@ -341,10 +341,10 @@ def _export_again(root, new):
     shutil.copytree(root / 'nbs', new / 'nbs', ignore=skip)
     shutil.copy(root / 'settings.ini', new)
     job = (
-        'from nbdev.clean import nbdev_clean\n'
-        'from nbdev.doclinks import nbdev_export\n'
-        'nbdev_clean()\n'
-        'nbdev_export()\n'
+        'from nbdev.clean import nbdev_clean as clean\n'
+        'from nbdev.doclinks import nbdev_export as export\n'
+        'clean()\n'
+        'export()\n'
     )
     # nbdev exports nothing where this is set
     env = {key: value for key, value in os.environ.items() if key != 'IN_TEST'}

@@ -95,7 +95,7 @@ def do_job(
         publish(lines, path)
         typer.echo(f"  {at or ''} " + ', '.join(texts), err=True)
 
-# %% ../../nbs/shell/judging.ipynb #2a763b94
+
 def _title(job):
     return f"{job.system} {job.preset} {job.over or ''} seed {job.seed}"
 
