@@ -1,6 +1,7 @@
 "Data sets through the public door: `load`, `require`, `download` and torch's DataLoader."
 
 import gzip
+import importlib
 import pickle
 import subprocess
 import sys
@@ -11,8 +12,16 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from ebmbook import data
-from ebmbook.data import DATASETS, as_is, download, load, require
+from ebmbook.data import (
+    DATASETS,
+    as_is,
+    download,
+    find_folder,
+    load,
+    picture_set,
+    procedural,
+    require,
+)
 
 EMBEDDED = [name for name, spec in DATASETS.items() if spec.source == 'embedded']
 
@@ -66,7 +75,7 @@ def test_embedded_sets_ignore_and_keep_the_global_random_state(name):
     torch.manual_seed(1)
     first, before = load(name, split='test').x[:50].clone(), torch.get_rng_state()
     torch.manual_seed(2)
-    data._digits.cache_clear()
+    procedural._digits.cache_clear()
     assert torch.equal(load(name, split='test').x[:50], first)
     assert torch.equal(before, torch.manual_seed(1).get_state())
 
@@ -132,8 +141,8 @@ def test_lazy_photos_through_workers(tmp_path, context):
         pytest.skip(context)
     write_photos(tmp_path)
     packed = load(f'folder:{tmp_path}')
-    files, y, spec = data._folder(f'folder:{tmp_path}', tmp_path, 'train')
-    lazy = data._pictures(files, y, spec.shape, in_memory=False)
+    files, y, spec = find_folder(f'folder:{tmp_path}', tmp_path, 'train')
+    lazy = picture_set(files, y, spec.shape, in_memory=False)
     order = (
         torch.randperm(36, generator=torch.Generator().manual_seed(0)).view(6, 6).tolist()
     )
@@ -152,10 +161,10 @@ def test_lazy_photos_through_workers(tmp_path, context):
 
 def test_damaged_photo_is_named_by_the_worker(tmp_path):
     write_photos(tmp_path)
-    files, y, spec = data._folder(f'folder:{tmp_path}', tmp_path, 'train')
+    files, y, spec = find_folder(f'folder:{tmp_path}', tmp_path, 'train')
     with open(files[3], 'r+b') as file:
         file.truncate(300)
-    lazy = data._pictures(files, y, spec.shape, in_memory=False)
+    lazy = picture_set(files, y, spec.shape, in_memory=False)
     with pytest.raises(ValueError, match=files[3].rsplit('/', 1)[-1]):
         list(DataLoader(lazy, batch_sampler=[[3]], num_workers=1, collate_fn=as_is))
 
@@ -232,3 +241,16 @@ def test_every_set_says_how_to_get_it(tmp_path):
         assert spec.get
         for word in (spec.get, spec.files[0], str(tmp_path)):
             assert word in str(error.value)
+
+
+def test_every_public_name_of_the_parts_is_offered_by_the_room():
+    import ebmbook.data
+
+    parts = ('catalogue', 'examples', 'scenes', 'pictures', 'cameras', 'folders', 'files')
+    for part in (*parts, 'procedural', 'outliers'):
+        module = importlib.import_module(f'ebmbook.data.{part}')
+        for name in module.__all__:
+            assert getattr(ebmbook.data, name) is getattr(module, name), (part, name)
+            assert name in dir(ebmbook.data)
+    with pytest.raises(AttributeError, match='nothing'):
+        ebmbook.data.nothing

@@ -12,9 +12,10 @@ import numpy as np
 import pytest
 import torch
 
-from ebmbook import measure as metrics
+from ebmbook import measure
 from ebmbook.data import load
 from ebmbook.mcmc import grid_log_z
+from ebmbook.measure import images
 
 
 def draw(*shape, seed=0):
@@ -33,15 +34,15 @@ def digits():
 
 def test_fid_of_identical_sets_is_zero():
     a = draw(400, 6)
-    assert abs(metrics.fid_from_features(a, a)) < 1e-9
-    assert abs(metrics.evaluate_features(a, a, ('fid',))['fid']) < 1e-4
+    assert abs(measure.fid_from_features(a, a)) < 1e-9
+    assert abs(measure.evaluate_features(a, a, ('fid',))['fid']) < 1e-4
 
 
 def test_fid_of_a_shift_is_its_squared_length():
     a, shift = draw(400, 6), draw(6, seed=1)
     squared = shift.square().sum().item()
-    assert metrics.fid_from_features(a, a + shift) == pytest.approx(squared, rel=1e-9)
-    assert metrics.evaluate_features(a, a + shift, ('fid',))['fid'] == pytest.approx(
+    assert measure.fid_from_features(a, a + shift) == pytest.approx(squared, rel=1e-9)
+    assert measure.evaluate_features(a, a + shift, ('fid',))['fid'] == pytest.approx(
         squared, rel=1e-3
     )
 
@@ -49,10 +50,10 @@ def test_fid_of_a_shift_is_its_squared_length():
 def test_fid_in_one_dimension_and_its_symmetry():
     a, b = 2 * draw(300, 1) + 1, draw(500, 1, seed=1)
     want = (a.mean() - b.mean()) ** 2 + (a.std() - b.std()) ** 2
-    assert metrics.fid_from_features(a, b) == pytest.approx(want.item(), rel=1e-9)
+    assert measure.fid_from_features(a, b) == pytest.approx(want.item(), rel=1e-9)
     a, b = draw(300, 5) @ draw(5, 5, seed=2), draw(500, 5, seed=1)
-    assert metrics.fid_from_features(a, b) == pytest.approx(
-        metrics.fid_from_features(b, a), rel=1e-9
+    assert measure.fid_from_features(a, b) == pytest.approx(
+        measure.fid_from_features(b, a), rel=1e-9
     )
 
 
@@ -63,19 +64,19 @@ def test_both_fid_paths_agree(digits):
         for seed in (0, 1)
     ]
     for x in (train, train + 0.3 * noise[0], noise[1]):
-        got = metrics.evaluate_images(x, test, 'digits', ('fid',))['fid']
-        seen = [metrics.features(images, 'digits') for images in (x, test)]
-        assert got == pytest.approx(metrics.fid_from_features(*seen), rel=1e-3)
+        got = measure.evaluate_images(x, test, 'digits', ('fid',))['fid']
+        seen = [measure.features(part, 'digits') for part in (x, test)]
+        assert got == pytest.approx(measure.fid_from_features(*seen), rel=1e-3)
 
 
 # KID
 
 
 def test_kid_of_one_distribution_is_zero_within_its_spread():
-    got = metrics.evaluate_features(draw(1000, 8), draw(1000, 8, seed=1), ('kid',))
+    got = measure.evaluate_features(draw(1000, 8), draw(1000, 8, seed=1), ('kid',))
     assert abs(got['kid']) < 2 * got['kid_std'] and got['kid_subset_size'] == 500
     assert (
-        metrics.evaluate_features(draw(1000, 8) + 1, draw(1000, 8, seed=1), ('kid',))['kid']
+        measure.evaluate_features(draw(1000, 8) + 1, draw(1000, 8, seed=1), ('kid',))['kid']
         > 0.5
     )
 
@@ -86,24 +87,24 @@ def test_kid_of_one_distribution_is_zero_within_its_spread():
 @pytest.mark.parametrize('classes', [2, 10])
 def test_inception_score_of_uniform_and_of_sure_balanced_predictions(classes):
     sure = 80 * torch.eye(classes)[torch.arange(100 * classes) % classes]
-    assert metrics.evaluate_features(0 * sure, sure, ('is',))['is'] == pytest.approx(
+    assert measure.evaluate_features(0 * sure, sure, ('is',))['is'] == pytest.approx(
         1, abs=1e-9
     )
-    assert metrics.evaluate_features(sure, sure, ('is',))['is'] == pytest.approx(
+    assert measure.evaluate_features(sure, sure, ('is',))['is'] == pytest.approx(
         classes, rel=1e-2
     )
 
 
 def test_joint_classes_of_attributes_and_stacks():
     logits = torch.tensor([[0.0, 50.0, -50.0]])
-    joint = metrics._joint(logits, True).softmax(1)[0]
+    joint = images._joint(logits, True).softmax(1)[0]
     assert joint.shape == (8,)
     assert joint[0b010].item() == pytest.approx(0.5) and joint[
         0b110
     ].item() == pytest.approx(0.5)
     stack = torch.full((1, 3, 10), -50.0)
     stack[0, [0, 1, 2], [4, 0, 7]] = 50.0
-    assert metrics._joint(stack, False).argmax(1).item() == 407
+    assert images._joint(stack, False).argmax(1).item() == 407
 
 
 # Precision and recall
@@ -112,14 +113,14 @@ def test_joint_classes_of_attributes_and_stacks():
 def test_precision_and_recall_ends_and_swap():
     a, b = draw(200, 4), draw(300, 4, seed=1) * 2 + 0.5
 
-    def measure(one, other):
-        got = metrics.evaluate_features(one, other, ('prc',))
+    def both(one, other):
+        got = measure.evaluate_features(one, other, ('prc',))
         return got['precision'], got['recall']
 
-    assert measure(a, a) == (1, 1)
-    assert measure(a, b + 1000) == (0, 0)
-    precision, recall = measure(a, b)
-    assert measure(b, a) == pytest.approx((recall, precision))
+    assert both(a, a) == (1, 1)
+    assert both(a, b + 1000) == (0, 0)
+    precision, recall = both(a, b)
+    assert both(b, a) == pytest.approx((recall, precision))
     assert precision > recall  # the narrow set lies within the wide one, not the reverse
 
 
@@ -129,17 +130,17 @@ def test_precision_and_recall_ends_and_swap():
 def test_auroc():
     a, b = draw(70).mul(3).round(), draw(50, seed=1).mul(3).round() - 1
     pairs = ((a[:, None] > b).double() + 0.5 * (a[:, None] == b).double()).mean().item()
-    assert metrics.auroc(a, b) == pytest.approx(pairs, abs=1e-12)
-    assert metrics.auroc(a, a) == 0.5 and metrics.auroc(a + 100, b) == 1
-    assert metrics.auroc(a.exp(), b.exp()) == pytest.approx(pairs, abs=1e-12)
-    assert metrics.auroc(1e5 * a + 1e6, 1e5 * b + 1e6) == pytest.approx(
+    assert measure.auroc(a, b) == pytest.approx(pairs, abs=1e-12)
+    assert measure.auroc(a, a) == 0.5 and measure.auroc(a + 100, b) == 1
+    assert measure.auroc(a.exp(), b.exp()) == pytest.approx(pairs, abs=1e-12)
+    assert measure.auroc(1e5 * a + 1e6, 1e5 * b + 1e6) == pytest.approx(
         pairs, abs=1e-12
     )  # large energies must not saturate
-    assert metrics.auroc(-a, -b) == pytest.approx(1 - pairs, abs=1e-12)
+    assert measure.auroc(-a, -b) == pytest.approx(1 - pairs, abs=1e-12)
     with pytest.raises(ValueError, match='NaN'):
-        metrics.auroc(a * math.nan, b)
+        measure.auroc(a * math.nan, b)
     with pytest.raises(ValueError, match='one score'):
-        metrics.auroc(a[:0], b)
+        measure.auroc(a[:0], b)
 
 
 # Modes and KL
@@ -147,33 +148,33 @@ def test_auroc():
 
 def test_modes_and_kl():
     every = torch.cartesian_prod(*[torch.arange(10)] * 3).repeat(26, 1)
-    got = metrics.count_modes(every)
+    got = measure.count_modes(every)
     assert (
         got['modes'] == 1000
         and got['kl'] == pytest.approx(0, abs=1e-12)
         and got['floor'] == pytest.approx(0.0192, abs=1e-4)
     )
-    got = metrics.count_modes(torch.full((500,), 123))
+    got = measure.count_modes(torch.full((500,), 123))
     assert got['modes'] == 1 and got['kl'] == pytest.approx(6.9078, abs=1e-4)
     runs = [
         torch.randint(1000, (26_000,), generator=torch.Generator().manual_seed(seed))
         for seed in range(10)
     ]
-    assert np.mean([metrics.count_modes(kinds)['kl'] for kinds in runs]) == pytest.approx(
+    assert np.mean([measure.count_modes(kinds)['kl'] for kinds in runs]) == pytest.approx(
         0.0197, abs=0.001
     )
     for bad in (torch.tensor([-1]), torch.zeros(2, 4), torch.zeros(0)):
         with pytest.raises(ValueError):
-            metrics.count_modes(bad)
+            measure.count_modes(bad)
 
 
 def test_modes_of_real_stacks():
     x = load('stacked_digits', split='test')
-    got, truth = metrics.modes_kl(x.tensor(2000), n=2000), metrics.count_modes(x.y[:2000])
+    got, truth = measure.modes_kl(x.tensor(2000), n=2000), measure.count_modes(x.y[:2000])
     assert abs(got['modes'] - truth['modes']) < 25 and abs(got['kl'] - truth['kl']) < 0.05
-    assert got['extractor'] == metrics.extractor_id('digits')
+    assert got['extractor'] == measure.extractor_id('digits')
     with pytest.raises(ValueError, match='asks for 26000'):
-        metrics.modes_kl(x.tensor(10), n=26_000)
+        measure.modes_kl(x.tensor(10), n=26_000)
 
 
 # PSNR and SSIM
@@ -182,12 +183,12 @@ def test_modes_of_real_stacks():
 def test_psnr_and_ssim():
     x = draw(4, 3, 16, 16).float().clamp(-1, 1)
     shift = torch.full_like(x, 0.2)  # MSE 0.01 where the range is 1
-    assert metrics.psnr(0 * x, shift) == pytest.approx(20, abs=1e-4)
-    assert metrics.psnr(x, x) == math.inf
-    assert metrics.ssim(x, x) == pytest.approx(1, abs=1e-6) and metrics.ssim(x, -x) < 0.1
-    assert metrics.ssim(x, x + 0.1, each=True).shape == (4,)
+    assert measure.psnr(0 * x, shift) == pytest.approx(20, abs=1e-4)
+    assert measure.psnr(x, x) == math.inf
+    assert measure.ssim(x, x) == pytest.approx(1, abs=1e-6) and measure.ssim(x, -x) < 0.1
+    assert measure.ssim(x, x + 0.1, each=True).shape == (4,)
     with pytest.raises(ValueError, match='6 pixels'):
-        metrics.ssim(x[..., :5, :5], x[..., :5, :5])
+        measure.ssim(x[..., :5, :5], x[..., :5, :5])
 
 
 # Log Z on a grid
@@ -235,9 +236,9 @@ def test_iwae_is_exact_for_the_exact_posterior_and_monotone_otherwise():
     )
     for k in (1, 5, 17):
         assert torch.allclose(
-            metrics.iwae(log_w[:k].T), marginal.log_prob(x), atol=1e-11, rtol=0
+            measure.iwae(log_w[:k].T), marginal.log_prob(x), atol=1e-11, rtol=0
         )
-    assert metrics.iwae(log_w.T.float()).dtype == torch.float64
+    assert measure.iwae(log_w.T.float()).dtype == torch.float64
 
 
 # Extractors
@@ -248,24 +249,24 @@ LEAST = dict(digits=0.98, digits16=0.98, shapes=0.98, mnist=0.99, cifar10=0.82)
 @pytest.mark.parametrize('name,least', LEAST.items())
 def test_committed_extractors(name, least):
     info, file = (
-        metrics.extractor_info(name),
-        metrics.extractor_folder() / f'{name}.safetensors',
+        measure.extractor_info(name),
+        measure.extractor_folder() / f'{name}.safetensors',
     )
     assert info['accuracy'] >= least
     assert file.stat().st_size <= 400_000 and info['architecture']['dim'] == 64
-    assert metrics.load_extractor(name).training is False
-    assert metrics.extractor_id(name) == f"{name}-{info['sha256'][:8]}"
+    assert measure.load_extractor(name).training is False
+    assert measure.extractor_id(name) == f"{name}-{info['sha256'][:8]}"
 
 
 @pytest.mark.parametrize('name', ['digits', 'digits16', 'shapes'])
 def test_recorded_accuracy_is_measured_again(name):
     test = load(name, split='test')
-    seen = metrics.classify(test.tensor(), name)
+    seen = measure.classify(test.tensor(), name)
     right = (
         ((seen > 0.5) == (test.y > 0)) if test.y.ndim == 2 else (seen.argmax(1) == test.y)
     )
     assert right.double().mean().item() == pytest.approx(
-        metrics.extractor_info(name)['accuracy'], abs=0.006
+        measure.extractor_info(name)['accuracy'], abs=0.006
     )
 
 
@@ -274,11 +275,11 @@ def test_bad_images_look_bad(name):
     train, test = load(name).tensor(1000), load(name, split='test').tensor()
     noise = torch.randn(train.shape, generator=torch.Generator().manual_seed(0))
 
-    def measure(x):
-        return metrics.evaluate_images(x, test, name, ('fid', 'prc'))
+    def compare(x):
+        return measure.evaluate_images(x, test, name, ('fid', 'prc'))
 
     real, weak, strong, pure = map(
-        measure, (train, train + 0.1 * noise, train + 0.4 * noise, noise)
+        compare, (train, train + 0.1 * noise, train + 0.4 * noise, noise)
     )
     assert real['fid'] < weak['fid'] < strong['fid'] and real['fid'] < 0.02 * pure['fid']
     assert (
@@ -292,25 +293,25 @@ def test_bad_images_look_bad(name):
 @pytest.fixture
 def copy(tmp_path):
     for end in ('safetensors', 'json'):
-        shutil.copy(metrics.extractor_folder() / f'digits.{end}', tmp_path)
+        shutil.copy(measure.extractor_folder() / f'digits.{end}', tmp_path)
     return tmp_path
 
 
 def test_damaged_and_exchanged_files_are_refused(copy):
-    assert metrics.load_extractor('digits', copy).info['name'] == 'digits'
+    assert measure.load_extractor('digits', copy).info['name'] == 'digits'
     file = copy / 'digits.safetensors'
     good = file.read_bytes()
     flipped = good[:3000] + bytes([good[3000] ^ 1]) + good[3001:]
-    other = (metrics.extractor_folder() / 'digits16.safetensors').read_bytes()
+    other = (measure.extractor_folder() / 'digits16.safetensors').read_bytes()
     for bad in (good[:-1], flipped, other, b''):
         file.write_bytes(bad)
         with pytest.raises(ValueError, match='damaged or another file'):
-            metrics.load_extractor('digits', copy)
+            measure.load_extractor('digits', copy)
     info = json.loads((copy / 'digits.json').read_text())
     (copy / 'digits.json').write_text(json.dumps(info | dict(sha256='0' * 64)))
     file.write_bytes(good)
     with pytest.raises(ValueError, match='JSON says 00000000'):
-        metrics.load_extractor('digits', copy)
+        measure.load_extractor('digits', copy)
 
 
 CHOSEN = dict(
@@ -326,8 +327,9 @@ CHOSEN = dict(
 
 @pytest.mark.parametrize('system', CHOSEN)
 def test_what_cannot_be_measured_is_refused_before_anything_is_drawn(system, monkeypatch):
-    module = importlib.import_module(f'ebmbook.{system}')
-    cfg, net, asked = module.PRESETS[CHOSEN[system]], torch.nn.Linear(1, 1), []
+    package = importlib.import_module(f'ebmbook.{system}')
+    evaluate, home = package.evaluate, sys.modules[package.evaluate.__module__]
+    cfg, net, asked = package.PRESETS[CHOSEN[system]], torch.nn.Linear(1, 1), []
 
     def draw_nothing(nets, n, *_, **__):
         asked.append(n)
@@ -336,21 +338,21 @@ def test_what_cannot_be_measured_is_refused_before_anything_is_drawn(system, mon
     def no_fidelity():
         raise ImportError('this needs torch-fidelity')
 
-    monkeypatch.setattr(module, 'sample', draw_nothing)
+    monkeypatch.setattr(home, 'sample', draw_nothing)
     with pytest.raises(ValueError, match='100 are too few for FID'):
-        module.evaluate(net, cfg, n=100)
-    monkeypatch.setattr(metrics, '_fidelity', no_fidelity)
+        evaluate(net, cfg, n=100)
+    monkeypatch.setattr(images, 'fidelity', no_fidelity)
     with pytest.raises(ImportError, match='torch-fidelity'):
-        module.evaluate(net, cfg)
-    monkeypatch.setattr(metrics, '_fidelity', lambda: None)
+        evaluate(net, cfg)
+    monkeypatch.setattr(images, 'fidelity', lambda: None)
     if system != 'foundations':  # the chapter of the basics has its own extractors alone
         with pytest.raises(ValueError, match="unknown extractor 'cats'"):
-            module.evaluate(net, cfg, extractor='cats')
+            evaluate(net, cfg, extractor='cats')
         with pytest.raises(ValueError, match='looks at images'):
-            module.evaluate(net, cfg, extractor='mnist')
+            evaluate(net, cfg, extractor='mnist')
     assert not asked
     with pytest.raises(KeyboardInterrupt):
-        module.evaluate(net, cfg)
+        evaluate(net, cfg)
     assert asked == [10_000 if system == 'vaebm' else 1_000]
 
 
@@ -366,18 +368,20 @@ def test_the_extractor_that_is_asked_for_looks(
         return dict.fromkeys((*wanted, 'precision', 'recall', 'extractor'))
 
     monkeypatch.setattr(
-        liebm, 'sample', lambda nets, n, cfg, **_: torch.zeros(n, 3, 32, 32)
+        sys.modules[liebm.evaluate.__module__],
+        'sample',
+        lambda nets, n, cfg, **_: torch.zeros(n, 3, 32, 32),
     )
-    monkeypatch.setattr(metrics, 'evaluate_images', evaluate)
+    monkeypatch.setattr(images, 'evaluate_images', evaluate)
     liebm.evaluate(torch.nn.Linear(1, 1), cfg, extractor='cifar10')
     assert seen == [('cifar10', 1_000, 300)]
 
 
 def test_a_fresh_extractor_replaces_the_cached_one_in_its_folder(tmp_path):
-    first = metrics.train_extractor('digits', 1, tmp_path, epochs=1)
-    assert metrics.load_extractor('digits', tmp_path).info == first
-    second = metrics.train_extractor('digits', 2, tmp_path, epochs=1)
-    assert metrics.load_extractor('digits', tmp_path).info == second != first
+    first = measure.train_extractor('digits', 1, tmp_path, epochs=1)
+    assert measure.load_extractor('digits', tmp_path).info == first
+    second = measure.train_extractor('digits', 2, tmp_path, epochs=1)
+    assert measure.load_extractor('digits', tmp_path).info == second != first
 
 
 # Refusals
@@ -387,7 +391,7 @@ def test_refusals(digits):
     x, ref = digits
     bad = x.clone()
     bad[7, 0, 3, 3] = math.nan
-    for call in (metrics.features, metrics.classify):  # NaN, infinity, shape, type
+    for call in (measure.features, measure.classify):  # NaN, infinity, shape, type
         with pytest.raises(ValueError, match='1 of 1000 images hold NaN'):
             call(bad, 'digits')
         with pytest.raises(ValueError, match='looks at images'):
@@ -406,12 +410,12 @@ def test_refusals(digits):
         (x, ref[..., :7], 'differ in shape'),
     ):
         with pytest.raises(ValueError, match=word):
-            metrics.evaluate_images(samples, reference, 'digits')
+            measure.evaluate_images(samples, reference, 'digits')
     with pytest.raises(ValueError, match='asks for 50000 images, got 1000'):
-        metrics.evaluate_images(x, ref, 'digits', n=50_000)
+        measure.evaluate_images(x, ref, 'digits', n=50_000)
     for unknown in (('fid', 'swd'), ()):
         with pytest.raises(ValueError, match='unknown metrics'):
-            metrics.evaluate_images(x, ref, 'digits', unknown)
+            measure.evaluate_images(x, ref, 'digits', unknown)
 
 
 # Inception, with random weights: the published ones need a download
@@ -433,7 +437,7 @@ def weights(tmp_path_factory):
 
 def test_inception_from_a_file_with_cache(weights, tmp_path):
     x, ref = load('digits').tensor(20), load('digits', split='test').tensor(20)
-    got = metrics.evaluate_images(
+    got = measure.evaluate_images(
         x,
         ref,
         metrics=('kid', 'prc'),
@@ -442,12 +446,12 @@ def test_inception_from_a_file_with_cache(weights, tmp_path):
         batch=20,
         cuda=False,
     )
-    assert got['extractor'] == metrics.extractor_id('inception', weights)
+    assert got['extractor'] == measure.extractor_id('inception', weights)
     assert got['extractor'].startswith('inception-') and got['kid_subset_size'] == 10
     files = sorted(path.name for path in tmp_path.iterdir())
     assert files and not any('digits' in file for file in files)
     with pytest.raises(ValueError, match='needs 4096'):
-        metrics.evaluate_images(x, ref, weights=weights)
+        measure.evaluate_images(x, ref, weights=weights)
 
 
 def test_inception_without_weights_says_what_to_do(monkeypatch, tmp_path):
@@ -458,9 +462,9 @@ def test_inception_without_weights_says_what_to_do(monkeypatch, tmp_path):
     monkeypatch.setattr(torch.hub, 'download_url_to_file', offline)
     x = load('digits').tensor(20)
     with pytest.raises(FileNotFoundError) as error:
-        metrics.evaluate_images(x, x, metrics=('kid',))
+        measure.evaluate_images(x, x, metrics=('kid',))
     for word in (
-        metrics.INCEPTION_FILE,
+        measure.INCEPTION_FILE,
         'no network',
         str(tmp_path),
         'weights=PATH',
@@ -468,14 +472,14 @@ def test_inception_without_weights_says_what_to_do(monkeypatch, tmp_path):
     ):
         assert word in str(error.value)
     with pytest.raises(FileNotFoundError, match='nothing.pth'):
-        metrics.evaluate_images(x, x, metrics=('kid',), weights=tmp_path / 'nothing.pth')
+        measure.evaluate_images(x, x, metrics=('kid',), weights=tmp_path / 'nothing.pth')
 
 
 def test_cache_follows_content_not_names(digits, tmp_path):
     x, ref = digits
 
     def fid(reference, **options):
-        return metrics.evaluate_images(x, reference, 'digits', ('fid',), **options)['fid']
+        return measure.evaluate_images(x, reference, 'digits', ('fid',), **options)['fid']
 
     assert (
         fid(ref, cache=tmp_path)
@@ -495,9 +499,9 @@ def test_cache_follows_content_not_names(digits, tmp_path):
 def test_heavy_packages_are_imported_when_used():
     code = '''
 import sys, torch
-from ebmbook import measure as metrics
+from ebmbook import measure
 from ebmbook.data import load
-metrics.features(torch.zeros(300, 1, 8, 8), 'digits')
+measure.features(torch.zeros(300, 1, 8, 8), 'digits')
 heavy = {'torch_fidelity', 'sklearn', 'torchmetrics', 'fastcore', 'matplotlib'}
 print(sorted(heavy & set(sys.modules)))
 '''
@@ -510,4 +514,4 @@ print(sorted(heavy & set(sys.modules)))
 def test_without_torch_fidelity_the_message_names_the_other_path(digits, monkeypatch):
     monkeypatch.setitem(sys.modules, 'torch_fidelity', None)
     with pytest.raises(ImportError, match='fid_from_features'):
-        metrics.evaluate_images(*digits, 'digits')
+        measure.evaluate_images(*digits, 'digits')

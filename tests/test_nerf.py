@@ -21,18 +21,17 @@ from ebmbook.data.scenes import (
     render_cars,
 )
 from ebmbook.data import CAMERAS, DATASETS, load
+from ebmbook.nerf_lebm.angles import kl_uniform, von_mises
 from ebmbook.nerf_lebm.nerf import (
     NeRF,
     RaySampling,
     Siren,
     composite,
     image,
-    kl_uniform,
     pick_pixels,
     render,
     resample,
     stratified,
-    von_mises,
 )
 
 angle = st.floats(-math.pi, math.pi)

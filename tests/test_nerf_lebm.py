@@ -293,7 +293,7 @@ def test_codes_are_sought_in_good_pixels(task, monkeypatch):
         asked.append(mask)
         return ours(*args, mask=mask, **options)
 
-    monkeypatch.setattr(lebm, 'codes_of', noted)
+    monkeypatch.setattr(lebm.tasks, 'codes_of', noted)
     for masked in (True, False):
         lebm.evaluate(nets, replace(nets.cfg, masked=masked), n=2, task=task, n_steps=1)
     good = load('cars_masked', split='test')
@@ -335,7 +335,7 @@ def test_prior_chains_are_divided_over_parts(monkeypatch):
         asked.append(n)
         return lebm.start_codes(n, cfg, next(nets.parameters()))
 
-    monkeypatch.setattr(lebm, 'draw_prior', noted)
+    monkeypatch.setattr(lebm.method, 'draw_prior', noted)
     for generator in (gen(), Slice(gen(), 1, 2)):
         list(lebm.losses(built(cfg), cars(), cfg, Context(0, 0.0, generator)))
     assert asked == [6, 3]

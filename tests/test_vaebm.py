@@ -15,9 +15,8 @@ from ebmbook.learn.runs import load_checkpoint, open_run
 from ebmbook.learn.contract import Diverged
 from ebmbook.learn.loop import train
 from ebmbook.data import DATASETS, load
-from ebmbook.vaebm.nvae import ROWS as NVAE_ROWS
-from ebmbook.vaebm.nvae import nvae
-from ebmbook.vaebm import PRESETS
+from ebmbook.vaebm.nvae import NVAE_SIZES, nvae
+from ebmbook.vaebm.presets import PRESETS
 
 SMALL_NETS = dict(
     ch=4, groups=(1, 1), latent=2, net='4/2 4', first=4, n_steps=2, n_steps_test=2
@@ -74,14 +73,14 @@ def test_presets_of_the_paper(preset):
     assert cfg.std == 'each'
 
 
-@pytest.mark.parametrize('name', NVAE_ROWS)
+@pytest.mark.parametrize('name', NVAE_SIZES)
 def test_autoencoders_are_those_of_the_page_on_nvae(name):
     with torch.device('meta'):
         here = vaebm.build(PRESETS[name]).vae.state_dict()
         there = nvae(name).state_dict()
     shapes = [{key: value.shape for key, value in state.items()} for state in (here, there)]
     assert shapes[0] == shapes[1]
-    assert PRESETS[name].std == NVAE_ROWS[name].get('std', 'each')
+    assert PRESETS[name].std == NVAE_SIZES[name].get('std', 'each')
 
 
 BUDGETS = dict(cifar10=0.0358, celeba64=0.0100, lsun_church64=0.0089, celebahq256=0.0085)

@@ -244,7 +244,7 @@ def require(
 # %% ../../nbs/00_data.ipynb #c014
 def check_shape(
     name: str,  # Data set of a preset
-    shape: tuple,  # Shape of one example, as the preset has it
+    shape: tuple[int, ...],  # Shape of one example, as the preset has it
     spec: Spec | None = None,  # What `require` said of the data set
 ) -> None:
     """Refuse a preset whose examples have another shape than its data set.

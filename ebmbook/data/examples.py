@@ -71,7 +71,7 @@ class Examples(torch.utils.data.Dataset):
         self,
         x: Tensor | Lazy,  # (N, C, H, W) uint8 or float32 in [-1, 1], or (N, 2) points
         y: Tensor | None = None,  # int64 classes (N,), or attributes (N, A) of 0 and 1
-        shape: tuple = (),  # Of one example; () reads it off `x`
+        shape: tuple[int, ...] = (),  # Of one example; () reads it off `x`
         extra: dict[str, Tensor] | None = None,  # Name -> (N, ...), such as cameras
     ) -> None:
         extra = extra or {}
@@ -120,13 +120,15 @@ class Spec:
     in minutes.
     """
 
-    shape: tuple  # Of one example: (C, H, W), or (2,) for points
+    shape: tuple[int, ...]  # Of one example: (C, H, W), or (2,) for points
     n_classes: int  # Classes in y; 0 means no class labels
     source: str  # embedded, rendered, torchvision or files
     about: str  # One phrase for tables
-    attributes: tuple = ()  # Names of the columns of y, if y holds attributes
-    n: tuple = (0, 0)  # Examples for training, for testing
-    files: tuple = ()  # What must exist below the data root; a name may also carry .gz
+    attributes: tuple[str, ...] = ()  # Names of the columns of y, if y holds attributes
+    n: tuple[int, int] = (0, 0)  # Examples for training, for testing
+    files: tuple[
+        str, ...
+    ] = ()  # What must exist below the data root; a name may also carry .gz
     get: str = ''  # How to get it
 
 # %% ../../nbs/data/examples.ipynb #bde43ccb

@@ -629,8 +629,7 @@ class FlowPP(Flow):
         self.levels = levels
         self.exact = exact
         self.body = ImageBody(shape[0], steps, save, blocks=blocks, **net)
-        sizes: Any = dict(save=save, **net)
-        self.deq = Dequantiser(shape[0], *deq, **sizes) if deq else None
+        self.deq = Dequantiser(shape[0], *deq, save=save, **net) if deq else None  # type: ignore
 
     def noise(
         self,

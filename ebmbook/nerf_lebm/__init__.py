@@ -2,4 +2,6 @@
 
 from ebmbook import offer
 
-__getattr__, __dir__ = offer(__name__, ('nerf', 'method'))
+__getattr__, __dir__ = offer(
+    __name__, ('presets', 'nerf', 'angles', 'views', 'nets', 'method', 'tasks')
+)

@@ -2,4 +2,5 @@
 
 from ebmbook import offer
 
-__getattr__, __dir__ = offer(__name__, ('nets', 'nvae', 'method'))
+_PARTS = ('presets', 'vae', 'cells', 'nvae', 'elbo', 'nets', 'method', 'tasks')
+__getattr__, __dir__ = offer(__name__, _PARTS)
