@@ -19,7 +19,7 @@ from torch import Tensor
 
 from .ladder import Schedule, schedule
 from .latents import decode, encode
-from .nets import Nets, build
+from .nets import Nets
 from .presets import ATTRIBUTES, Config
 from ..data.catalogue import flip_if
 from ..learn.contract import Context, Group, Stage

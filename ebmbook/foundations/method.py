@@ -7,7 +7,6 @@ __all__ = ['STARTS', 'Spins', 'all_states', 'learn', 'short_run_precision', 'Pla
            'pursuit', 'class_log_probs', 'marginal_energy']
 
 # %% ../../nbs/02_foundations.ipynb #c005
-import math
 from collections.abc import Callable
 from typing import Any
 

@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..data.catalogue import Examples, load
+from ..data.catalogue import load
+from ..data.examples import Examples
 from ..data.scenes import camera_to_world
 from ..learn.contract import Context, Group, Stage
 from ..learn.latents import adam_rows, gather_rows, new_table
@@ -23,7 +24,7 @@ from ..learn.objectives import contrast
 from ..mcmc import Draws, Rates, frozen, langevin, normal, reflect, uniform
 from .angles import camera_angles, kl_uniform, von_mises
 from .nerf import image, render
-from .nets import Nets, Posterior, build
+from .nets import Nets, Posterior
 from .presets import Config, camera_of
 from .views import Rays, choose_rays, objects_of, with_views
 

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.utils import parametrize
 
 from ..data.catalogue import flip_if, load
@@ -31,9 +31,9 @@ from ebmbook.mcmc import (
     ula,
     uniform,
 )
-from ..measure.metrics import iwae
+from ..measure.likelihood import iwae
 from .elbo import learning_rate, reduce_bits, spectral_sum, vae_loss
-from .nets import Nets, build, data_init
+from .nets import Nets, data_init
 from .presets import Config
 from .vae import VAE, log_gauss, prior_pass
 
