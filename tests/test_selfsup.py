@@ -24,7 +24,7 @@ from ebmbook.learn.log import read_log
 from ebmbook.learn.loop import train
 from ebmbook.data import load
 from ebmbook.mcmc import Rates, frozen, langevin
-from ebmbook.liebm.selfsup import PRESETS
+from ebmbook.liebm.selfsup_presets import PRESETS
 
 METHODS = ('simclr', 'byol', 'wmse')
 TINY = replace(

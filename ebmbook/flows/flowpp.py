@@ -148,9 +148,7 @@ def wn(
 
 def gains(
     net: nn.Module,  # Any network
-) -> list[
-    nn.Parameter
-]:  # Its weight-norm gains: the parameters that the released programs decay
+) -> list[nn.Parameter]:  # Its gains: what the released programs decay
     "The gains of all weight-normalised layers of `net`."
     ending = 'parametrizations.weight.original0'
     return [value for name, value in net.named_parameters() if name.endswith(ending)]
@@ -629,7 +627,9 @@ class FlowPP(Flow):
         self.levels = levels
         self.exact = exact
         self.body = ImageBody(shape[0], steps, save, blocks=blocks, **net)
-        self.deq = Dequantiser(shape[0], *deq, save=save, **net) if deq else None  # type: ignore
+        options: Any = dict(save=save, **net)
+        numbers: Any = deq
+        self.deq = Dequantiser(shape[0], *numbers, **options) if deq else None
 
     def noise(
         self,
@@ -644,9 +644,7 @@ class FlowPP(Flow):
     def encode(
         self,
         x: Tensor,  # (B, C, H, W) images in [-1, 1]
-        v: Tensor
-        | float
-        | None = None,  # Place within the levels, like x or one number; None is drawn
+        v: Tensor | float | None = None,  # Place within the levels; None is drawn
         generator: Draws = None,  # Source of v
     ) -> tuple[Tensor, Tensor]:  # z like x, and log |det dz/dx| (B,) in nats
         x = self.check(x)

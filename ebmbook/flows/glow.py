@@ -281,9 +281,7 @@ class Glow(Flow):
     def encode(
         self,
         x: Tensor,  # (B, C, H, W) images in [-1, 1]
-        v: Tensor
-        | float
-        | None = None,  # Place within the levels, like x or one number; None is drawn
+        v: Tensor | float | None = None,  # Place within the levels; None is drawn
         generator: Draws = None,  # Source of v
     ) -> tuple[Tensor, Tensor]:  # z like x, and log |det dz/dx| (B,) in nats
         self.check(x)

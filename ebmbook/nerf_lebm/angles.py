@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['log_von_mises', 'kl_uniform', 'entropy_von_mises', 'angle_slope', 'von_mises', 'camera_angles', 'turn_error']
 
-# %% ../../nbs/03_nerf_lebm/angles.ipynb #c1e8423b
+# %% ../../nbs/03_nerf_lebm/angles.ipynb #f42d6ccd
 import math
 
 import numpy as np

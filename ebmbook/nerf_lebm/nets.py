@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Posterior', 'Encoder', 'LatentEnergy', 'Nets', 'build']
 
-# %% ../../nbs/03_nerf_lebm/nets.ipynb #af5ec993
+# %% ../../nbs/03_nerf_lebm/nets.ipynb #e485acbc
 from typing import NamedTuple
 
 import torch

@@ -6,7 +6,7 @@
 __all__ = ['PRESETS', 'DEFAULT_PRESET', 'SwitchFields', 'ChainFields', 'DataFields', 'NetFields', 'LikelihoodFields',
            'OptimFields', 'Config', 'camera_of', 'check_config']
 
-# %% ../../nbs/03_nerf_lebm/presets.ipynb #dc3f67a8
+# %% ../../nbs/03_nerf_lebm/presets.ipynb #3ea054b5
 import math
 from dataclasses import dataclass
 from typing import Any

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['evaluate']
 
-# %% ../../nbs/03_nerf_lebm/tasks.ipynb #d15a71e6
+# %% ../../nbs/03_nerf_lebm/tasks.ipynb #ba1ef0f0
 import time
 from collections.abc import Callable
 from typing import Any

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Rays', 'choose_rays', 'objects_of', 'with_views']
 
-# %% ../../nbs/03_nerf_lebm/views.ipynb #f75cf8af
+# %% ../../nbs/03_nerf_lebm/views.ipynb #7218b2ca
 from functools import lru_cache
 from typing import NamedTuple
 
