@@ -34,7 +34,7 @@ def python(code, cwd, **env):
 def test_imports_are_light(tmp_path):
     code = f'''
 import importlib, sys
-for name in "mcmc data learn.runs learn.loop cdrl measure.metrics shell.claims shell.cli".split():
+for name in "mcmc data learn.runs learn.loop cdrl measure.images shell.claims shell.cli".split():
     importlib.import_module("ebmbook."+name)
     found = [m for m in {HEAVY!r} if m in sys.modules]
     if found: sys.exit(f"ebmbook.{{name}} imports {{found}}")
@@ -132,7 +132,7 @@ assert draw(nets).shape==(3, 1, 8, 8) and torch.isfinite(draw(nets)).all()
 nets.save_pretrained("weights")
 again = Nets.from_pretrained("weights")
 assert again.cfg==cfg and torch.equal(draw(again), draw(nets))
-from ebmbook.measure.metrics import EXTRACTORS, load_extractor
+from ebmbook.measure.extractors import EXTRACTORS, load_extractor
 for name in EXTRACTORS: load_extractor(name)
 print(ebmbook.__file__)
 '''
