@@ -12,7 +12,6 @@ import json
 import re
 from pathlib import Path
 
-from ..learn.runs import root
 from ..learn.settings import unknown
 
 # %% ../../nbs/shell/chapters.ipynb #c021
@@ -33,6 +32,8 @@ def find_notebook(
     system: str,  # Name of a system
 ) -> Path:  # Its chapter's notebook in the clone
     "Raises `KeyError` listing the chapters that take parameters."
+    from ebmbook.learn.runs import root
+
     paths = sorted((root() / 'nbs').glob('[0-9]*.ipynb'))
     found = {re.sub(r'^\d+_', '', path.stem): path for path in paths}
     found = {
@@ -63,6 +64,8 @@ def notebook_out(
 
     Raises `ValueError` for a place below nbs/.
     """
+    from ebmbook.learn.runs import root
+
     slug = _slug(given)
     name = f"{path.stem}{'-' if slug else ''}{slug}.ipynb"
     target = Path(out) if out else root() / 'runs' / 'notebooks' / name
