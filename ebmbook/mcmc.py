@@ -408,9 +408,7 @@ def _propose(energy, blocks, here, step, n_leap, generator):
 
 # %% ../nbs/01_mcmc.ipynb #c044
 def hmc(
-    energy: Callable[
-        ..., Tensor
-    ],  # E(*blocks) -> (B,), in nats; the target is exp(-E/temp)
+    energy: Callable[..., Tensor],  # E(*blocks) -> (B,) in nats; target exp(-E/temp)
     x: State,  # Start: (B, ...) or tuple of (B, ...); left unmodified
     step: float | Tensor | tuple,  # Leapfrog step h > 0; a number, (B,), or one per block
     n_steps: int,  # Number of proposals
@@ -444,9 +442,7 @@ def hmc(
 
 # %% ../nbs/01_mcmc.ipynb #c046
 def mala(
-    energy: Callable[
-        ..., Tensor
-    ],  # E(*blocks) -> (B,), in nats; the target is exp(-E/temp)
+    energy: Callable[..., Tensor],  # E(*blocks) -> (B,) in nats; target exp(-E/temp)
     x: State,  # Start: (B, ...) or tuple of (B, ...); left unmodified
     eta: float | Tensor | tuple,  # Time step > 0, see `ula`; number, (B,), or one per block
     n_steps: int,  # Number of proposals, one gradient each

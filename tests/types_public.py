@@ -22,6 +22,10 @@ CODES = {
 }
 
 
+def is_public(name):
+    return not name.startswith('_') or name in ('__init__', '__call__')
+
+
 def exported(path):
     "Lines of the definitions of a module that its `__all__` exports, methods included."
     tree = ast.parse(path.read_text(encoding='utf-8'))
@@ -35,7 +39,7 @@ def exported(path):
             continue
         parts = [node, *node.body] if isinstance(node, ast.ClassDef) else [node]
         for part in parts:
-            if isinstance(part, (ast.FunctionDef, ast.AsyncFunctionDef)):
+            if isinstance(part, ast.FunctionDef) and is_public(part.name):
                 lines |= {part.lineno, *(deco.lineno for deco in part.decorator_list)}
     return lines
 

@@ -546,8 +546,7 @@ def sample(
     chain_generator: Draws = None,  # Source of the chains' noise
     propose: bool = True,  # Use the initialiser
     tweedie: float | None = None,  # Coefficient of the last step; None is the preset's
-    on_level: Callable[..., None]
-    | None = None,  # Called as on_level(t, proposal, refined), x_t units
+    on_level: Callable | None = None,  # Called as on_level(t, proposal, refined), x_t units
     chunk: int = 512,  # Samples at once; bounds the memory
 ) -> Tensor:  # (n, ...) in [-1, 1] for images, free for points
     """Draw samples by descending the ladder.

@@ -188,8 +188,7 @@ _LEVELS = {'drl-t6': 6, 'drl-t8': 8}  # the predecessor's ladders have a fixed l
 
 def check_config(
     cfg: Config,  # Resolved settings
-    spec: Spec
-    | None = None,  # What `require` returned for the data set; None looks its name up
+    spec: Spec | None = None,  # What `require` returned for the data; None looks it up
 ) -> Config:  # The same
     """Refuse settings that contradict each other.
 

@@ -45,8 +45,7 @@ def _resized(
 def read_picture(
     path: str | Path | IO[bytes],  # One file
     shape: tuple[int, ...],  # (C, H, W) wished
-    crop: tuple[int, int, int, int]
-    | None = None,  # Left, top, right, bottom in pixels of the original
+    crop: tuple | None = None,  # Left, top, right, bottom in pixels of the original
 ) -> Tensor:  # (C, H, W) uint8
     "One image of the wished shape. Raises `ValueError` for a damaged file."
     from PIL import Image

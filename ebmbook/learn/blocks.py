@@ -172,25 +172,44 @@ def wnorm(
 def collect_norms(
     net: nn.Module,  # Changed in place; ends in evaluation mode
     show: Callable[[], Any],  # Shows `net` some batches, all of one size
+    *,
+    keep_modes: bool = False,  # Leave every layer in the mode in which it was
+    finite: bool = False,  # Put the old averages back where a new one is not finite
 ) -> None:
-    "Collect the averages of every batch norm anew; without one, nothing is shown."
-    norms = [
-        module
-        for module in net.modules()
-        if isinstance(module, nn.modules.batchnorm._BatchNorm)
-    ]
+    """Collect the averages of every batch norm anew; without one, nothing is shown.
+
+    Raises `FloatingPointError` where `finite` had to put the old averages back.
+    """
+    kind = nn.modules.batchnorm._BatchNorm
+    norms = [module for module in net.modules() if isinstance(module, kind)]
+    modes = [(module, module.training) for module in net.modules()]
+    old = [(own, own.clone()) for norm in norms for own in norm.buffers() if finite]
     net.eval()
-    if not norms:
-        return
+    try:
+        if norms:
+            _show_afresh(norms, show)
+    finally:
+        for module, mode in modes:
+            module.training = mode and keep_modes
+    if not all(own.isfinite().all() for own, _ in old):
+        for own, before in old:
+            own.copy_(before)
+        raise FloatingPointError(
+            "averages of batch norm are not finite; the old ones were kept"
+        )
+
+
+def _show_afresh(norms, show):
     momenta = [norm.momentum for norm in norms]
-    for norm in norms:
-        norm.reset_running_stats()
-        norm.momentum = None  # the mean over all batches
-        norm.train()
-    show()
-    for norm, momentum in zip(norms, momenta):
-        norm.momentum = momentum
-    net.eval()
+    try:
+        for norm in norms:
+            norm.reset_running_stats()
+            norm.momentum = None  # the mean over all batches
+            norm.train()
+        show()
+    finally:
+        for norm, momentum in zip(norms, momenta):
+            norm.momentum = momentum
 
 # %% ../../nbs/learn/blocks.ipynb #c036
 def log_normal(

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from .runs import Run, plain_json, root, source_hash
+from typing import Any
 
 # %% ../../nbs/learn/ledger.ipynb #c019
 def record(
@@ -79,7 +80,7 @@ def _read_line(text, place):
 
 def ledger(
     path: Path | None = None,  # A ledger or a record; None is the committed ledger
-    **match,  # Keep lines that agree with all of these
+    **match: Any,  # Keep lines that agree with all of these
 ) -> list[dict]:  # Newest line of each key, in order of appearance
     """Read the ledger.
 

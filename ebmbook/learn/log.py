@@ -10,6 +10,7 @@ import json
 
 from .contract import Diverged
 from .runs import Run, write_text
+from typing import Any
 
 # %% ../../nbs/learn/log.ipynb #c018
 def _lines(path):
@@ -27,7 +28,7 @@ class Log:
         at: int,  # Steps done; later lines of an interrupted run are dropped
         tensorboard: bool,  # Write event files too; imports tensorboard
         main: bool,  # Whether this process writes at all
-    ):
+    ) -> None:
         self.path, self.main, self.board = run.folder / 'log.jsonl', main, None
         if not main:
             return
@@ -74,7 +75,7 @@ def watch(
     logs: dict,  # Plain numbers of this line; the watchdog reads 'gap'
     max_gap: float,  # Largest absolute value of the gap
     where: str,  # Stage and step, for the message
-    folder,  # Folder of the run, for the message
+    folder: Any,  # Folder of the run, for the message
 ) -> None:
     "The watchdog. Raises `Diverged` when a number has left its bounds."
     gap = logs.get('gap', 0.0)

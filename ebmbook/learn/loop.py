@@ -29,6 +29,7 @@ from .log import Log, watch
 from .runs import Run, load_checkpoint, save_checkpoint
 from .step import Steps, averaged, optimiser_step, use_average
 from ..mcmc import Slice
+from typing import Any
 
 # %% ../../nbs/learn/loop.ipynb #c021
 @contextmanager
@@ -307,7 +308,7 @@ def _fit(
 
 # %% ../../nbs/learn/loop.ipynb #c025
 def make_accelerator(
-    cfg,  # Resolved settings; precision is read
+    cfg: Any,  # Resolved settings; precision is read
     device: str,  # 'cpu', 'cuda', 'cuda:1' or 'mps'
 ) -> Accelerator:
     """The device, precision and processes of a training.
@@ -352,8 +353,8 @@ def _steps_of(stages, cfg, saved):
 
 # %% ../../nbs/learn/loop.ipynb #c026
 def train(
-    system,  # A chapter's module: build, STAGES
-    cfg,  # Resolved settings
+    system: Any,  # A chapter's module: build, STAGES
+    cfg: Any,  # Resolved settings
     run: Run,  # From `open_run`
     *,
     progress: bool = True,  # Show a bar

@@ -18,6 +18,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
+from typing import Any
 
 # %% ../../nbs/learn/runs.ipynb #c005
 def root() -> Path:  # Top folder of the clone
@@ -111,7 +112,7 @@ def waiter(
     return torch.mps.synchronize if device == 'mps' else lambda: None
 
 # %% ../../nbs/learn/runs.ipynb #f661dec2
-def plain_json(value):
+def plain_json(value: Any) -> Any:
     "A value as JSON would give it back: tuples are lists, keys are strings."
     return json.loads(json.dumps(value))
 
@@ -151,8 +152,8 @@ def _differences(old, head):
 def open_run(
     system: str,  # Name of the system
     preset: str,  # Name of the preset
-    cfg,  # Resolved settings, a dataclass
-    base=None,  # The preset before replacements; the difference goes into the ledger
+    cfg: Any,  # Resolved settings, a dataclass
+    base: Any = None,  # The preset before replacements; the difference goes into the ledger
     *,
     seed: int = 0,  # Seed of every draw
     out: str | Path = '',  # Folder; empty: runs/SYSTEM/PRESET-SEED in the clone

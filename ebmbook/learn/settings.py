@@ -103,9 +103,7 @@ def check_least(
 
 # %% ../../nbs/learn/settings.ipynb #c010
 def choose(
-    presets: Mapping[
-        str, Any
-    ],  # Presets by name, each a frozen dataclass with a field `data`
+    presets: Mapping,  # Presets by name, each a frozen dataclass with a field `data`
     default_preset: Mapping[str, str],  # Data set -> preset, for `-p dataset NAME` alone
     dataset: str,  # Data-set name, or folder:PATH
     preset: str = '',  # Its name; empty selects the default preset of the data set

@@ -18,6 +18,7 @@ from torch.optim.swa_utils import AveragedModel
 
 from .blocks import settle_norms
 from .contract import Stage
+from typing import Any
 
 # %% ../../nbs/learn/step.ipynb #c008
 class Steps:
@@ -32,7 +33,7 @@ class Steps:
         stop: int,  # One past the last
         part: int = 0,  # Which process
         parts: int = 1,  # How many processes
-    ):
+    ) -> None:
         if batch % parts:
             raise ValueError(f"a batch of {batch} does not divide into {parts} equal parts")
         self.n, self.batch, self.seed = n, batch, seed
@@ -165,7 +166,7 @@ def optimiser_step(
     stage: Stage,  # Gives the losses
     nets: nn.Module,  # All networks of the system
     parts: list,  # Batches, one for each part
-    cfg,  # Resolved settings
+    cfg: Any,  # Resolved settings
     contexts: list,  # One Context for each part
     groups: dict,  # Group name -> Group
     accelerator: Accelerator,  # Device, precision, processes

@@ -180,9 +180,7 @@ def bound(
     *,
     pixels: bool = True,  # With the squared error; appendix A.6 leaves it out
     generator: Draws = None,  # Source of the draw
-) -> tuple[
-    Tensor, dict[str, Tensor]
-]:  # Minus the bound, mean over the batch, with graph; its parts
+) -> tuple[Tensor, dict]:  # Minus the bound, mean over the batch, with graph; its parts
     """Label `eq-liebm-bound`.
 
     Source: LIEBM, eq. 14 and appendix A.6.

@@ -40,9 +40,7 @@ from ..vaebm.nets import data_init, energy_net
 
 # %% ../../nbs/shell/bench.ipynb #c006
 def interleaved(
-    ready: dict[
-        str, Callable
-    ],  # Functions that return a context, which yields what is timed
+    ready: dict,  # Name -> function that returns a context, which yields what is timed
     rounds: int,  # How often each is timed, at most
     sync: Callable[[], Any] = lambda: None,  # Waits for the device
     *,

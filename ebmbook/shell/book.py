@@ -19,6 +19,8 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
+from collections.abc import Sequence
 
 # %% ../../nbs/shell/book.ipynb #c006
 _DIRECTIVE = re.compile(r'#\s*\|\s*([\w-]+):?\s*(.*)')
@@ -38,8 +40,8 @@ def _split_directives(source):
 
 def read_nb(
     text: str,  # Contents of an .ipynb file, as MyST-NB hands them over
-    **_,
-):  # The notebook to render, an `nbformat` node
+    **_: Any,
+) -> Any:  # The notebook to render, an `nbformat` node
     """Drop the leading directives of each cell.
 
     Those that hide become Jupyter Book tags.
@@ -87,8 +89,8 @@ def _renumber_page(env, doc, chapter):
 
 
 def renumber(
-    app,  # Sphinx application, unused
-    env,  # Sphinx build environment; its numbers are changed in place
+    app: Any,  # Sphinx application, unused
+    env: Any,  # Sphinx build environment; its numbers are changed in place
 ) -> list:  # Names of the pages changed, which Sphinx then writes again
     "Give every numbered page the chapter number of its file name."
     chapters = {doc: chapter_number(doc) for doc in env.toc_secnumbers}
@@ -99,7 +101,7 @@ def renumber(
 
 
 def setup(
-    app,  # Sphinx application
+    app: Any,  # Sphinx application
 ) -> dict:  # What Sphinx wants to know about an extension
     "Make this module a Sphinx extension that numbers chapters by file name."
     app.connect('env-get-updated', renumber, priority=900)  # the counting itself has 500
@@ -179,7 +181,7 @@ def stale(
 
 # %% ../../nbs/shell/book.ipynb #c015
 def plain(
-    text,  # Lines of an output, or one string
+    text: Any,  # Lines of an output, or one string
     places: dict,  # Folder -> what to print in its stead
 ) -> list:  # Lines
     """What a terminal shows in the end, with folders of the machine replaced.
@@ -309,7 +311,7 @@ def _to_execute(root, names, every):
 
 def outputs(
     root: Path,  # The clone
-    names=(),  # Which notebooks, such as '05_cdrl' or 'shell/book'; none: the stale ones
+    names: Sequence[str] = (),  # Such as '05_cdrl' or 'shell/book'; none: the stale ones
     every: bool = False,  # All of them, stale or not
 ) -> list:  # Paths written
     """Execute notebooks elsewhere and store what they showed under nbs/.

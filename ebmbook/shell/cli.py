@@ -30,6 +30,7 @@ from ebmbook.shell.systems import (
     systems,
 )
 from .words import Command, parameters, table, typed
+from torch import Tensor
 
 # %% ../../nbs/shell/cli.ipynb #c010
 app = typer.Typer(
@@ -94,7 +95,7 @@ def datasets(
             "folder of the sets; empty: EBMBOOK_DATA, else ~/.cache/ebmbook", metavar='DIR'
         ),
     ] = '',
-):
+) -> None:
     "List the data sets, or fetch one."
     from ebmbook.data.catalogue import DATASETS, data_root, download
 
@@ -103,7 +104,8 @@ def datasets(
         download(get, folder)
         where = f"in place below {data_root(folder)}"
         embedded = "embedded; there is nothing to fetch"
-        return typer.echo(f"{get} is {where if DATASETS[get].files else embedded}")
+        typer.echo(f"{get} is {where if DATASETS[get].files else embedded}")
+        return
     rows = [_dataset_row(name, spec, folder) for name, spec in DATASETS.items()]
     head = ['name', 'shape', 'classes', 'train', 'test', 'source', 'here', 'about']
     typer.echo(table(head, rows))
@@ -147,7 +149,7 @@ def presets(
     system: Annotated[
         str, typer.Argument(help="name of a system; empty shows all", **_HIDDEN)
     ] = '',
-):
+) -> None:
     """List the presets of a system.
 
     * marks the preset that a data set selects, w those with weights in the book.
@@ -173,7 +175,7 @@ def run(
         str,
         _option("executed copy; empty: runs/notebooks/ in the clone", metavar='NOTEBOOK'),
     ] = '',
-):
+) -> None:
     "Execute the chapter of a system with papermill."
     path = find_notebook(system)
     defaults = read_parameters(path)
@@ -216,7 +218,7 @@ def train(
         int,
         _option("iterations between weights that stay in DIR/weights-STEP; 0: none", min=0),
     ] = 0,
-):
+) -> None:
     """Train a preset, without a notebook.
 
     -p takes dataset, preset, over, seed and out. On several devices:
@@ -246,7 +248,7 @@ def train(
 
 # %% ../../nbs/shell/cli.ipynb #c035
 def save_samples(
-    x,  # (n, C, H, W) images in [-1, 1], or points
+    x: Tensor,  # (n, C, H, W) images in [-1, 1], or points
     out: str = '',  # File; empty chooses samples.png or samples.npy
 ) -> Path:  # The file
     """Write images as a grid and points as an array.
@@ -287,7 +289,7 @@ def sample(
     out: Annotated[
         str, _option("file; empty: samples.png, or samples.npy for points")
     ] = '',
-):
+) -> None:
     "Draw samples from trained weights and write them to a file."
     module = load_system(system)
     nets = load_nets(module, weights, parameters(p, ('preset',)).get('preset', ''), device)
@@ -330,7 +332,7 @@ def evaluate(
             "options of the evaluation, e.g. '{n_steps: 3, w: 1.0}'", metavar='MAPPING'
         ),
     ] = '',
-):
+) -> None:
     "Measure trained weights; nothing is written to the ledger."
     module, options = load_system(system), read_at(at)
     nets = load_nets(module, weights, parameters(p, ('preset',)).get('preset', ''), device)
@@ -395,7 +397,7 @@ def claims(
         str,
         _option("folder of the trainings; empty: runs/claims in the clone", metavar='DIR'),
     ] = '',
-):
+) -> None:
     "Judge by the ledger what the papers claim."
     from ebmbook.learn.ledger import ledger, ledger_path
     from ebmbook.learn.runs import root
@@ -452,7 +454,7 @@ def cost(
     budget: Annotated[
         float, _option("seconds that one timed iteration may take", min=0.01)
     ] = 1.0,
-):
+) -> None:
     """Count parameters, estimate the training time.
 
     On this machine, with random data; -p takes dataset, preset and over.
@@ -529,7 +531,7 @@ def bench(
         bool, _option("replace results/bench.json after a full run", '--store/--no-store')
     ] = True,
     device: Device = '',
-):
+) -> None:
     """Time the sampler.
 
     Langevin updates against the least they can cost, the loop of public scripts, and

@@ -18,10 +18,12 @@ from ..learn.contract import Context
 from ..learn.loop import make_accelerator
 from ..learn.runs import waiter
 from ..learn.step import optimiser_step
+from typing import Any
+from torch import nn
 
 # %% ../../nbs/shell/cost.ipynb #c005
 def random_batch(
-    cfg,  # Resolved settings
+    cfg: Any,  # Resolved settings
     n: int,  # How many
     device: str,  # Where
 ) -> dict:  # x, y if the data set has labels, and cameras and objects if it has those
@@ -66,9 +68,9 @@ def _once(stage, nets, cfg, device):
 
 
 def seconds_per_iteration(
-    stage,  # One of the system's stages
-    nets,  # Its networks, on the device; their weights change
-    cfg,  # Resolved settings
+    stage: Any,  # One of the system's stages
+    nets: nn.Module,  # Its networks, on the device; their weights change
+    cfg: Any,  # Resolved settings
     device: str,  # Where
     budget: float = 1.0,  # Seconds that one iteration may take
     most: int | None = None,  # Largest batch to try; None is the preset's

@@ -23,10 +23,12 @@ from ..learn.loop import train
 from ..learn.runs import open_run, plain_json, source_hash
 from .claims import missing
 from .systems import check_device, load_system, select
+from typing import Any
+from ..learn.runs import Run
 
 # %% ../../nbs/shell/judging.ipynb #c040
 def resolve(
-    job,  # From `ebmbook.shell.claims.missing`
+    job: Any,  # From `ebmbook.shell.claims.missing`
 ) -> tuple:  # The system's module and the resolved settings
     """Check one training before any starts.
 
@@ -50,13 +52,13 @@ def resolve(
 
 # %% ../../nbs/shell/judging.ipynb #7097aef6
 def claim_run(
-    job,  # What to train
-    cfg,  # Its settings
-    module,  # Its system
+    job: Any,  # What to train
+    cfg: Any,  # Its settings
+    module: Any,  # Its system
     out: Path,  # Folder of all claim runs
     device: str,  # Where
     fresh: bool,  # Forget an earlier training
-):  # The run; other settings have another folder
+) -> Run:  # The run; other settings have another folder
     "Open the folder of a claim's training, saying so if other source began it."
     text = json.dumps(asdict(cfg), sort_keys=True)
     tag = hashlib.sha256(text.encode()).hexdigest()[:8]
@@ -75,10 +77,10 @@ def claim_run(
 
 # %% ../../nbs/shell/judging.ipynb #c042
 def do_job(
-    job,  # What to train and measure
-    module,  # From `resolve`
-    cfg,  # From `resolve`
-    run,  # From `claim_run`
+    job: Any,  # What to train and measure
+    module: Any,  # From `resolve`
+    cfg: Any,  # From `resolve`
+    run: Any,  # From `claim_run`
     path: Path,  # The ledger
 ) -> None:
     "Train, measure, and publish each measurement at once."

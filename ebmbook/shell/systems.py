@@ -13,6 +13,8 @@ from importlib import util
 from pathlib import Path
 
 from ..learn.settings import choose, unknown
+from typing import Any
+from types import ModuleType
 
 # %% ../../nbs/shell/systems.ipynb #c013
 SYSTEMS = {
@@ -40,7 +42,7 @@ def systems() -> dict[str, str]:  # Name -> what it is, in a sentence
 
 def load_system(
     name: str,  # E.g. 'cdrl'
-):  # The module
+) -> ModuleType:  # The module
     "Import a system. Raises `KeyError` listing the known ones."
     if name not in SYSTEMS:
         raise unknown('system', name, list(SYSTEMS))
@@ -48,17 +50,17 @@ def load_system(
 
 
 def name_of(
-    module,  # From `load_system`
+    module: Any,  # From `load_system`
 ) -> str:  # E.g. 'cdrl'
     "Name of a system."
     return module.__name__.rpartition('.')[2]
 
 # %% ../../nbs/shell/systems.ipynb #81ee7ad5
 def select(
-    module,  # A system
+    module: Any,  # A system
     dataset: str = '',  # Data set; empty takes that of the preset
     preset: str = '',  # Preset; empty takes the default preset of the data set
-    over='',  # Fields to replace, text or dictionary
+    over: Any = '',  # Fields to replace, text or dictionary
 ) -> tuple:  # Name of the preset, resolved settings
     "Choose a preset by data set or by name. Raises `ValueError` if neither is given."
     known, defaults = module.PRESETS, module.DEFAULT_PRESET
@@ -126,11 +128,11 @@ def _weights_folder(folder):
 
 # %% ../../nbs/shell/systems.ipynb #35841daa
 def load_nets(
-    module,  # A system
+    module: Any,  # A system
     weights: str = '',  # Folder; a run's folder will do
     preset: str = '',  # Preset whose book weights are wanted
     device: str = '',  # As typed
-):  # Networks in evaluation mode; their settings are `nets.cfg`
+) -> Any:  # Networks in evaluation mode; their settings are `nets.cfg`
     """Load trained networks.
 
     Raises `ValueError` or `FileNotFoundError` saying what there is instead.
@@ -166,10 +168,10 @@ def _attribute_labels(words, names, attribute_label):
 
 def read_labels(
     text: str,  # '3', '0,1,2', or 'square,not-large'
-    module,  # A system
-    cfg,  # Its settings, with data and n_classes
+    module: Any,  # A system
+    cfg: Any,  # Its settings, with data and n_classes
     n: int,  # How many samples
-):  # (n,) labels 1..n_classes, or (n, M) concepts
+) -> Any:  # (n,) labels 1..n_classes, or (n, M) concepts
     "Labels as `sample` takes them. Raises `ValueError` for what the preset does not know."
     import torch
 

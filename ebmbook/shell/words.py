@@ -14,6 +14,8 @@ import yaml
 from typer.core import TyperCommand
 
 from ..learn.settings import unknown
+from typing import Any
+from collections.abc import Iterator
 
 # %% ../../nbs/shell/words.ipynb #c005
 def join_args(
@@ -37,7 +39,7 @@ def join_args(
 
 def parameters(
     pairs: list[str] | None,  # KEY=VALUE each
-    known,  # Names that may be given
+    known: Any,  # Names that may be given
 ) -> dict[str, str]:  # Values as text
     """Pairs as a dictionary.
 
@@ -110,7 +112,7 @@ def explain(
 @contextmanager
 def plainly(
     debug: bool = False,  # Let everything through
-):
+) -> Iterator:
     "Print expected errors of this block without a traceback and leave with their status."
     try:
         yield
@@ -126,17 +128,17 @@ def plainly(
 class Command(TyperCommand):
     "A command with joined pairs, plain errors and `--debug`."
 
-    def __init__(self, *args, **options):
+    def __init__(self, *args: Any, **options: Any) -> None:
         options['epilog'] = '--debug shows the traceback of an error.'
         super().__init__(*args, **options)
 
-    def parse_args(self, ctx, args):
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         ctx.meta['debug'] = '--debug' in args
         return super().parse_args(
             ctx, join_args([word for word in args if word != '--debug'])
         )
 
-    def invoke(self, ctx):
+    def invoke(self, ctx: Any) -> Any:
         with plainly(ctx.meta['debug']):
             return super().invoke(ctx)
 

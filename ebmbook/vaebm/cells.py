@@ -146,9 +146,7 @@ class DecoderCell(nn.Module):
 
 # %% ../../nbs/06_vaebm/cells.ipynb #c019
 def reading_mask(
-    shape: tuple[
-        int, ...
-    ],  # (out, in, k, k) of a kernel; in = 1 means one group for each channel
+    shape: tuple,  # (out, in, k, k) of a kernel; in = 1: one group for each channel
     own: bool,  # Whether a channel sees itself at its own pixel
     mirror: bool,  # Read from the last pixel to the first; the order of channels stays
 ) -> Tensor:  # Ones where the kernel may look, zeros elsewhere

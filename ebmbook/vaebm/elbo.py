@@ -70,9 +70,7 @@ def _power(kernels, left, n, first):  # kernels (N, o, i), left vectors so far (
 # %% ../../nbs/06_vaebm/elbo.ipynb #283eeaa7
 def spectral_sum(
     net: nn.Module,  # Any network; its convolutions count, other layers do not
-    state: dict[
-        str, Tensor
-    ],  # Vectors of the power method, filled at the first call, renewed at each
+    state: dict,  # Vectors of the power method, made at the first call, renewed at each
     n: int = 4,  # Power iterations
     first: int = 40,  # Power iterations where `state` has no vectors yet
     key: str = 'sr',  # Name in `state`
@@ -121,9 +119,7 @@ def vae_loss(
     vae: VAE,  # In training mode
     x: Tensor,  # (B, ...) data
     frac: float,  # Part of the training that is done, 0 to 1
-    state: dict[
-        str, Tensor
-    ],  # Survives between steps; holds the vectors of the power method
+    state: dict,  # Survives between steps; holds the vectors of the power method
     *,
     penalty: float = 0.0,  # lambda; 0 leaves spectral and batch norms alone
     penalty_start: float | None = None,  # lambda when the warm-up starts; None is `penalty`

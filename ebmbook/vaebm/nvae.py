@@ -180,9 +180,7 @@ class Decoder(nn.Module):
     def forward(
         self,
         n: int,  # Examples
-        pick: Callable[
-            ..., Tensor
-        ],  # pick(i, h, mu, s) -> z of group i, given its raw prior
+        pick: Callable,  # pick(i, h, mu, s) -> z of group i, given its raw prior
     ) -> tuple[Tensor, Tensor]:  # Mean and standard deviation at the pixels
         h = self.start.expand(n, -1, -1, -1)
         for i, group in enumerate(self.groups):

@@ -301,8 +301,7 @@ def _check_space(cfg):
 # %% ../../nbs/06_vaebm/presets.ipynb #a49b992e
 def check_config(
     cfg: Config,  # Resolved settings
-    spec: Spec
-    | None = None,  # What `require` returned for the data set; None looks its name up
+    spec: Spec | None = None,  # What `require` returned for the data; None looks it up
 ) -> Config:  # The same
     """Refuse settings that contradict each other.
 
