@@ -460,7 +460,7 @@ def test_released_glow_would_overflow():
 
 def test_both_import_without_the_tools_of_authors():
     code = (
-        'import sys, ebmbook.core.flowpp, ebmbook.core.glow; '
+        'import sys, ebmbook.flows.flowpp, ebmbook.flows.glow; '
         'bad = {"fastcore", "nbdev", "matplotlib", "papermill"} & sys.modules.keys(); '
         'assert not bad, bad'
     )

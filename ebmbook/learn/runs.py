@@ -231,8 +231,7 @@ def load_checkpoint(
         try:
             return torch.load(path, map_location=map_location, weights_only=True)
         except Exception as error:  # a truncated file raises one of several types
-            message = (
-                f"{path} cannot be read ({type(error).__name__}); using the one before it"
-            )
+            why = type(error).__name__
+            message = f"{path} cannot be read ({why}); using the checkpoint before it"
             warnings.warn(message, stacklevel=2)
     return None

@@ -30,7 +30,7 @@ from ebmbook.shell.systems import (
     systems,
 )
 from .words import Command, parameters, table, typed
-from torch import Tensor
+from typing import Any
 
 # %% ../../nbs/shell/cli.ipynb #c010
 app = typer.Typer(
@@ -248,7 +248,7 @@ def train(
 
 # %% ../../nbs/shell/cli.ipynb #c035
 def save_samples(
-    x: Tensor,  # (n, C, H, W) images in [-1, 1], or points
+    x: Any,  # (n, C, H, W) images in [-1, 1], or points
     out: str = '',  # File; empty chooses samples.png or samples.npy
 ) -> Path:  # The file
     """Write images as a grid and points as an array.
