@@ -339,6 +339,17 @@ def crammed(root):
     return bad
 
 
+def stranded(root):
+    "Comments that documentation gives to a neighbour: behind a bracket that closes a default."
+    behind = re.compile(r'[])}](?:,| =.*)  # |\]:  # ')
+    return [
+        f'{module}:{number}: shorten, so that {line.strip()} stays with its parameter'
+        for module, path in modules(root)
+        for number, line in enumerate(path.read_text(encoding='utf-8').splitlines(), 1)
+        if behind.match(line.strip())
+    ]
+
+
 def open_blocks(root):
     """Losses that wait inside a `with`.
 
@@ -666,8 +677,8 @@ def citations(root):
 # --- the rules hold here
 
 RULES = [
-    floors, circles, orphans, long_functions, long_lines, field_groups, crammed, open_blocks,
-    names, parameters, spelling, sizes, imports, errors, untested,
+    floors, circles, orphans, long_functions, long_lines, field_groups, crammed, stranded,
+    open_blocks, names, parameters, spelling, sizes, imports, errors, untested,
     places, secrets, weights, contents, citations,
 ]  # fmt: skip
 
@@ -820,6 +831,15 @@ def test_field_groups(tmp_path):
 def test_crammed(tmp_path, source):
     assert crammed(module(tmp_path, 'mcmc', source))
     assert not crammed(module(tmp_path, 'mcmc', 'if (y := 2):\n    x = {1: y}'))
+
+
+def test_stranded(tmp_path):
+    "As the formatter leaves a documented parameter that is too long."
+    wide = 'def f(\n    shape=(\n        3,\n        32,\n    ),  # Of one image\n    n=0,\n): ...'
+    assert stranded(module(tmp_path, 'mcmc', wide))
+    result = 'def f() -> list[\n    str\n]:  # Names\n    ...'
+    assert stranded(module(tmp_path, 'mcmc', result))
+    assert not stranded(module(tmp_path, 'mcmc', 'def f(\n    n=(3, 4),  # Sides\n): ...'))
 
 
 def test_open_blocks(tmp_path):

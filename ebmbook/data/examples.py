@@ -126,9 +126,7 @@ class Spec:
     about: str  # One phrase for tables
     attributes: tuple[str, ...] = ()  # Names of the columns of y, if y holds attributes
     n: tuple[int, int] = (0, 0)  # Examples for training, for testing
-    files: tuple[
-        str, ...
-    ] = ()  # What must exist below the data root; a name may also carry .gz
+    files: tuple[str, ...] = ()  # Must exist below the data root; or with .gz behind
     get: str = ''  # How to get it
 
 # %% ../../nbs/data/examples.ipynb #bde43ccb

@@ -600,18 +600,10 @@ class FlowPP(Flow):
 
     def __init__(
         self,
-        shape: tuple[int, ...] = (
-            3,
-            32,
-            32,
-        ),  # Of one image; height a multiple of 2, width of 4
+        shape: tuple[int, ...] = (3, 32, 32),  # Height a multiple of 2, width of 4
         *,
         steps: tuple[int, ...] = (4, 2, 3),  # As in `ImageBody`
-        deq: tuple[int, ...] = (
-            4,
-            2,
-            32,
-        ),  # `Dequantiser`: steps, blocks, ctx; () is uniform noise
+        deq: tuple[int, ...] = (4, 2, 32),  # As in `Dequantiser`; () is uniform noise
         blocks: int = 10,  # Pairs of convolution and attention in each network
         levels: int = 256,  # Grey levels L of a pixel
         exact: bool = True,  # As in `from_line`

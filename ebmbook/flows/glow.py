@@ -255,11 +255,7 @@ class Glow(Flow):
 
     def __init__(
         self,
-        shape: tuple[int, ...] = (
-            3,
-            32,
-            32,
-        ),  # Of one image; sides are multiples of 2^n_levels
+        shape: tuple[int, ...] = (3, 32, 32),  # Sides are multiples of 2^n_levels
         *,
         n_levels: int = 3,  # Scales L
         depth: int = 32,  # Steps K at each scale

@@ -36,7 +36,7 @@ Energy = Callable[[Tensor, Tensor], Tensor]  # (shape, colour) -> (B,) nats
 def prior_energy(
     nets: Nets,  # With e_shape and e_colour, unless the prior is normal
     cfg: Config,  # Uses prior, reference
-) -> Energy:
+) -> Energy:  # (shape, colour) -> (B,) nats
     "Energy of both codes before a picture is seen, label `eq-nerf-lebm-prior`."
 
     def energy(shape, colour):
@@ -56,7 +56,7 @@ def start_codes(
     cfg: Config,  # Uses nz, reference
     like: Tensor,  # Gives type and device
     generator: Draws = None,  # Source of the draw
-) -> Codes:
+) -> Codes:  # (n, nz[0]) and (n, nz[1])
     "Draw from q_0."
     empty = [like.new_empty(n, dim) for dim in cfg.nz]
     if cfg.reference == 'gaussian':
@@ -75,7 +75,7 @@ def misfit(
     *,
     widen: float = 1.0,  # Factor on sigma
     generator: Draws = None,  # Source of the depths
-) -> Energy:
+) -> Energy:  # (shape, colour) -> (B,) nats
     """Minus the log-likelihood of codes up to a constant.
 
     It is the first term of label `eq-nerf-lebm-posterior`.
@@ -149,7 +149,7 @@ def draw_prior(
     *,
     n_steps: int | None = None,  # Updates; None is the preset's
     generator: Draws = None,  # Source of every draw
-) -> Codes:
+) -> Codes:  # (n, nz[0]) and (n, nz[1])
     """Codes of new objects: chains of the energies, which start in q_0.
 
     Without energies it is q_0 itself.
@@ -173,7 +173,7 @@ def draw_posterior(
     *,
     n_steps: int | None = None,  # Updates; None is the preset's
     generator: Draws = None,  # Source of every draw
-) -> Codes:
+) -> Codes:  # (n, nz[0]) and (n, nz[1])
     "Codes that could have made what is seen: chains that start in q_0."
     prior = prior_energy(nets, cfg)
     z = start_codes(n, cfg, next(nets.parameters()), generator)
@@ -266,7 +266,7 @@ def find_codes(
     mask: Tensor | None = None,  # (B, V, 1, S, S) True where a pixel is good
     n_steps: int = 600,  # Steps of Adam
     generator: Draws = None,  # Source of every draw
-) -> Codes:
+) -> Codes:  # (n, nz[0]) and (n, nz[1])
     "The codes of unseen objects, from a fresh start. Source: thesis, section 3.5.6."
     table = new_table(torch.cat(start_codes(len(x), cfg, x, generator), 1))
     rows = torch.arange(len(x), device=x.device)
@@ -532,7 +532,7 @@ def codes_of(
     mask: Tensor | None = None,  # (B, V, 1, S, S)
     generator: Draws = None,  # Source of every draw
     **options: Any,  # n_steps
-) -> Codes:
+) -> Codes:  # (n, nz[0]) and (n, nz[1])
     """Codes of unseen objects.
 
     Raises `ValueError` without an encoder, or without cameras, where they are needed.

@@ -98,10 +98,8 @@ def _growth(rows):  # of memory beyond one chunk
 
 def verdicts(
     result: dict[str, Any],  # From `run`, or the stored file
-) -> list[
-    dict[str, Any]
-]:  # must, where, value, limit, met (None where nothing is demanded)
-    "Judge a result."
+) -> list[dict[str, Any]]:  # must, where, value, limit, met
+    "Judge a result; `met` is None where nothing is demanded."
     cases: dict[str, dict[str, dict]] = {}
     for row in result['rows']:
         if 'rounds' in row:
