@@ -65,7 +65,7 @@ demo: $(RUNTIME)
 
 test: $(AUTHOR)
 	OMP_NUM_THREADS=1 $(BIN)/nbdev_test --n_workers 2 --timing
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests -q -rs
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests -q -rs -n 2 --dist loadfile --durations 40
 
 sync: $(AUTHOR)
 	$(BIN)/ruff format --quiet .
