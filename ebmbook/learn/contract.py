@@ -11,9 +11,10 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
-from torch import nn
+import torch.distributed as dist
+from torch import Tensor, nn
 
-from ..mcmc import Slice
+from ..mcmc import Draws, Slice, normal, uniform
 
 # %% ../../nbs/learn/contract.ipynb #c006
 @dataclass(frozen=True, kw_only=True)
@@ -48,11 +49,11 @@ class Stage(NamedTuple):
     "One part of a training: its losses, its optimisers and its length."
 
     name: str  # Shown in the progress bar and the log
-    losses: Callable  # losses(nets, batch, cfg, ctx), a generator of (group, loss, logs)
-    optimisers: Callable  # optimisers(nets, cfg) -> dict of group name to Group
+    losses: Callable  # losses(nets, batch, ctx), a generator of (group, loss, logs)
+    optimisers: Callable  # optimisers(nets) -> dict of group name to Group
     n_iters: Callable  # n_iters(cfg) -> number of optimiser steps
     batch: Callable = lambda cfg: cfg.batch  # batch(cfg) -> examples in one step
-    finish: Callable | None = None  # finish(nets, cfg, generator), on averaged weights
+    finish: Callable | None = None  # finish(nets, generator), on averaged weights
     ema: Callable = lambda cfg: cfg.ema  # ema(cfg) -> decay of the average in this stage
     draws: int | None = None  # Number that seeds its draws; None is its place
     least: Callable = lambda cfg: 1  # least(cfg) -> smallest batch that the losses take
@@ -64,9 +65,44 @@ class Context:
 
     step: int  # Optimiser steps done in this stage
     frac: float  # step / n_iters
-    generator: torch.Generator | Slice  # Source of every explicit draw
+    generator: Draws  # Source of every explicit draw
     state: dict = field(default_factory=dict)  # Multiplier, buffer, persistent latents
     ema: nn.Module | None = None  # Averaged networks of this stage
+
+    @property
+    def processes(self) -> int:
+        "Processes that share the training."
+        return dist.get_world_size() if dist.is_initialized() else 1
+
+    @property
+    def parts(self) -> int:
+        "Equal parts of the batch, of all processes together; the losses see one."
+        return self.generator.parts if isinstance(self.generator, Slice) else 1
+
+    def normal(
+        self,
+        like: Tensor,  # Shape (B, ...), dtype and device of the result
+    ) -> Tensor:  # Independent N(0, 1)
+        "Standard normal noise for this part of the batch."
+        return normal(like, self.generator)
+
+    def uniform(
+        self,
+        n: int,  # Number of values, one per example
+        like: Tensor,  # Gives device and floating dtype
+    ) -> Tensor:  # (n,) in [0, 1)
+        "Uniform numbers for this part of the batch."
+        return uniform(n, like, self.generator)
+
+    def mean(
+        self,
+        value: Tensor,  # The same shape on every process
+    ) -> Tensor:  # A new tensor
+        "Average over the processes; parts of one process are not waited for."
+        total = value.clone()
+        if self.processes > 1:
+            dist.all_reduce(total)
+        return total / self.processes
 
 
 class Diverged(RuntimeError):

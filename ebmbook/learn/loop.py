@@ -23,6 +23,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from ..data.catalogue import load
+from ..data.examples import as_examples
 from .contract import Context
 from .draws import random_states, seed_all, set_random_states
 from .log import Log, watch
@@ -61,17 +62,17 @@ def _divide(batch, n):
 class _Job:
     "State of one stage: everything that a checkpoint holds."
 
-    def __init__(self, stage, index, nets, cfg, run, accelerator, done):
-        self.stage, self.index, self.nets, self.cfg = stage, index, nets, cfg
+    def __init__(self, stage, index, nets, run, accelerator, done):
+        self.stage, self.index, self.nets, self.cfg = stage, index, nets, nets.cfg
         self.run, self.accelerator = run, accelerator
         self.done = done  # optimiser steps of the stages before this one
-        self.n_iters = stage.n_iters(cfg)
-        self.groups = stage.optimisers(nets, cfg)
+        self.n_iters = stage.n_iters(self.cfg)
+        self.groups = stage.optimisers(nets)
         for group in self.groups.values():
             for part in group.optimiser.param_groups:
                 part.setdefault('initial_lr', part['lr'])
         self.step, self.seconds, self.state = 0, 0.0, {}
-        decay = stage.ema(cfg)
+        decay = stage.ema(self.cfg)
         self.ema = averaged(nets, decay) if decay else None
         place = index if stage.draws is None else stage.draws
         self.generator = self._generator(run.seed + 1_000_003 * (1 + place))
@@ -89,7 +90,7 @@ class _Job:
         if self.ema is not None:
             use_average(nets, self.ema)
         if self.stage.finish is not None:
-            self.stage.finish(nets, self.cfg, self._generator(self.run.seed))
+            self.stage.finish(nets, self._generator(self.run.seed))
         return nets
 
     def keep(self):
@@ -249,9 +250,7 @@ def _step(job, batch):
     batch = {key: value.to(device, non_blocking=True) for key, value in batch.items()}
     parts = _divide(batch, job.cfg.micro)
     contexts = _contexts(job)
-    logs = optimiser_step(
-        job.stage, job.nets, parts, job.cfg, contexts, job.groups, job.accelerator
-    )
+    logs = optimiser_step(job.stage, job.nets, parts, contexts, job.groups, job.accelerator)
     if job.ema is not None:
         job.ema.update_parameters(job.nets)
     job.step += 1
@@ -353,9 +352,10 @@ def _steps_of(stages, cfg, saved):
 
 # %% ../../nbs/learn/loop.ipynb #c026
 def train(
-    system: Any,  # A chapter's module: build, STAGES
+    system: Any,  # Its `build` and `stages` are used
     cfg: Any,  # Resolved settings
     run: Run,  # From `open_run`
+    examples: Any = None,  # As in `as_examples`; None loads the data set of the settings
     *,
     progress: bool = True,  # Show a bar
     tensorboard: bool = False,  # Write event files too
@@ -368,18 +368,20 @@ def train(
     in `run.folder/weights`. One seed, device and thread count give identical weights,
     interrupted or not. `keep_every` counts optimiser steps over all stages.
     Raises `Diverged` when a number leaves its bounds, `ValueError` for a batch that does
-    not divide, or into too small parts.
+    not divide, or into too small parts, and for networks without these settings.
     """
-    accelerator, stages = make_accelerator(cfg, run.device), system.STAGES
+    accelerator, stages = make_accelerator(cfg, run.device), system.stages
     _check_batches(stages, cfg, accelerator.num_processes)
     seed_all(run.seed)
     nets = system.build(cfg).to(accelerator.device)
+    if getattr(nets, 'cfg', None) != cfg:
+        raise ValueError("build must keep the settings: nets.cfg = cfg")
     saved = load_checkpoint(run.folder, str(accelerator.device))
-    examples = load(cfg.data)
+    examples = load(cfg.data) if examples is None else as_examples(examples)
     log = Log(run, _steps_of(stages, cfg, saved), tensorboard, accelerator.is_main_process)
     done, seconds = 0, 0.0
     for index, stage in enumerate(stages):
-        job = _Job(stage, index, nets, cfg, run, accelerator, done)
+        job = _Job(stage, index, nets, run, accelerator, done)
         job.seconds = seconds
         done += job.n_iters
         if saved is not None and saved['stage'] > index:

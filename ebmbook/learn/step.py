@@ -166,7 +166,6 @@ def optimiser_step(
     stage: Stage,  # Gives the losses
     nets: nn.Module,  # All networks of the system
     parts: list,  # Batches, one for each part
-    cfg: Any,  # Resolved settings
     contexts: list,  # One Context for each part
     groups: dict,  # Group name -> Group
     accelerator: Accelerator,  # Device, precision, processes
@@ -176,7 +175,7 @@ def optimiser_step(
     The entry 'ok' is False if a loss or the norm of a gradient is not finite.
     Raises `KeyError` if the losses yield a group that has no optimiser.
     """
-    generators = [stage.losses(nets, part, cfg, ctx) for part, ctx in zip(parts, contexts)]
+    generators = [stage.losses(nets, part, ctx) for part, ctx in zip(parts, contexts)]
     logs, ok = {}, torch.ones((), dtype=torch.bool, device=accelerator.device)
     while (out := _advance(generators, nets, accelerator)) is not None:
         name, loss, extra = out
