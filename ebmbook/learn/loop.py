@@ -374,7 +374,7 @@ def train(
     _check_batches(stages, cfg, accelerator.num_processes)
     seed_all(run.seed)
     nets = system.build(cfg).to(accelerator.device)
-    if getattr(nets, 'cfg', None) != cfg:
+    if vars(nets).get('cfg') != cfg:
         raise ValueError("build must keep the settings: nets.cfg = cfg")
     saved = load_checkpoint(run.folder, str(accelerator.device))
     examples = load(cfg.data) if examples is None else as_examples(examples)

@@ -18,7 +18,6 @@ from torch.optim.swa_utils import AveragedModel
 
 from .blocks import settle_norms
 from .contract import Stage
-from typing import Any
 
 # %% ../../nbs/learn/step.ipynb #c008
 class Steps:
