@@ -108,7 +108,8 @@ def trained(module, name, preset, cfg, steps, folder):
     def short(stage):
         return stage._replace(n_iters=lambda c: min(steps, stage.n_iters(c)))
 
-    system = SimpleNamespace(build=module.build, STAGES=[short(o) for o in module.STAGES])
+    stages = [short(o) for o in module.STAGES]
+    system = SimpleNamespace(build=module.build, STAGES=stages, stages=stages)
     run = open_run(name, preset, cfg, out=folder, device='cpu')
     nets = train(system, cfg, run, progress=False)
     lines = [json.loads(o) for o in (run.folder / 'log.jsonl').read_text().splitlines()]
@@ -128,12 +129,19 @@ def drawn(module, nets):
     return digest(module.sample(nets, SAMPLES, *settings, generator=generator))
 
 
+def measurable(module, nets, at):
+    "Names of the options of a measurement."
+    if hasattr(module, 'SYSTEM'):
+        return module.SYSTEM.task(nets, at.get('task', '')).options
+    return inspect.signature(module.evaluate).parameters
+
+
 def measured(module, nets, at):
     "One measurement in a comparable form, or the error that it ends in."
     options = dict(at)
     if 'n_steps' in options:
         options['n_steps'] = min(options['n_steps'], CHAIN)
-    if 'n' in inspect.signature(module.evaluate).parameters:
+    if 'n' in measurable(module, nets, at):
         few = MEASURED if 'task' in at else DRAWN
         options['n'] = min(options.get('n', few), few)
     settings = (nets.cfg,) if takes_cfg(module.evaluate) else ()
