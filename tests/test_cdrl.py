@@ -137,6 +137,7 @@ def train_line(n_iters, generator):
     "Precision of the energies and slope of the initialisers, averaged over the last steps."
     cfg = replace(PRESETS['digits'], shape=(1,), n_steps=15)
     nets = nn.Module()
+    nets.cfg = cfg
     nets.energy, nets.init = Precision(3.0, 0), Slope(0.5, 1)
     first_rates = dict(energy=0.03, init=0.02)
     optims = {
@@ -146,7 +147,7 @@ def train_line(n_iters, generator):
     precisions, slopes = [], []
     for i in range(n_iters):
         x = V0**0.5 * torch.randn(3_000, 1, generator=generator).repeat(2, 1)
-        for name, loss, _ in cdrl.losses(nets, dict(x=x), cfg, ctx):
+        for name, loss, _ in cdrl.losses(nets, dict(x=x), ctx):
             optims[name].zero_grad()
             loss.backward()
             rate = first_rates[name] * (1 - i / n_iters) ** 2 + 0.001
@@ -184,8 +185,8 @@ def test_checkerboard_at_full_width(tmp_path):
 
     def measure(nets):
         "Share of samples inside, and how much higher the median of f is there."
-        x = cdrl.sample(nets, 5_000, cfg, generator=torch.Generator().manual_seed(0))
-        energies, within = cdrl.energy(nets, flat, cfg), in_square(flat)
+        x = cdrl.sample(nets, 5_000, generator=torch.Generator().manual_seed(0))
+        energies, within = cdrl.energy(nets, flat), in_square(flat)
         contrast = energies[~within].median() - energies[within].median()
         return in_square(x).float().mean().item(), contrast.item()
 
@@ -200,7 +201,9 @@ def test_checkerboard_at_full_width(tmp_path):
         nets.load_state_dict(weights)
         seen[step - 1] = measure(settle_norms(nets).eval())
 
-    seen[1_500] = measure(train(cdrl, cfg, run, progress=False, on_step=measure_checkpoint))
+    seen[1_500] = measure(
+        train(cdrl.SYSTEM, cfg, run, progress=False, on_step=measure_checkpoint)
+    )
     print(seen)
     for n, inside, contrast in ((500, 0.55, 2.5), (1_000, 0.72, 4.5), (1_500, 0.78, 5.0)):
         assert seen[n][0] >= inside and seen[n][1] >= contrast, seen

@@ -23,6 +23,7 @@ from .nets import Nets
 from .presets import ATTRIBUTES, Config
 from ..data.catalogue import flip_if
 from ..learn.contract import Context, Group, Stage
+from ..learn.settings import strict
 from ..mcmc import Draws, Rates, frozen, langevin, normal, ula, uniform
 
 # %% ../../nbs/05_cdrl.ipynb #c022
@@ -202,8 +203,9 @@ def _random_levels(x0, cfg, generator):
     return (uniform(len(x0), x0, generator) * cfg.n_levels).long()
 
 
-def _propose(nets, x_next, t, cfg, c):
+def _propose(nets, x_next, t, c):
     "Mean of the proposed y_t, with the labels that the initialiser takes."
+    cfg = nets.cfg
     ladder = schedule(cfg, x_next.device)
     return proposal_mean(
         nets.init, x_next, t, ladder, cfg.predicts, c if cfg.init_cond else None
@@ -226,14 +228,13 @@ def same_dropout(
 def losses(
     nets: Nets,  # The networks
     batch: dict[str, Tensor],  # x (B, ...) and, for conditional presets, y
-    cfg: Config,  # Resolved settings
     ctx: Context,  # Step, generator, averaged networks
 ) -> Iterator[tuple[str, Tensor, dict]]:  # 'energy', then 'init': loss and logs
     """One iteration of cooperative recovery likelihood.
 
     Source: Zhu 2024, Algorithm 4, label `eq-cdrl-losses`.
     """
-    generator = ctx.generator
+    cfg, generator = nets.cfg, ctx.generator
     ladder = schedule(cfg, batch['x'].device)
     x0 = _examples(batch, cfg, generator)
     c = labels_for(batch.get('y'), cfg, x0, generator)
@@ -247,7 +248,7 @@ def losses(
     start = x_next  # without an initialiser (DRL) chains start at the noisier sample
     if cfg.coop:
         with torch.no_grad(), same_dropout(x0.device):
-            start = _propose(nets, x_next, t, cfg, c) + noise
+            start = _propose(nets, x_next, t, c) + noise
     with frozen(nets.energy):
         energy = nets.energy.at(lam, c)
         refined = refine(energy, start, x_next, t, ladder, cfg.n_steps, generator=generator)
@@ -259,7 +260,7 @@ def losses(
     yield 'energy', (ladder.weight[t] * (real - fake)).mean(), logs
 
     if cfg.coop:
-        guess = _propose(nets, x_next, t, cfg, c)
+        guess = _propose(nets, x_next, t, c)
         if cfg.residual == 'noisy':
             guess = guess + noise
         target = refined if cfg.target == 'refined' else y
@@ -268,12 +269,12 @@ def losses(
 # %% ../../nbs/05_cdrl.ipynb #c042
 def optimisers(
     nets: Nets,  # The networks
-    cfg: Config,  # Learning rates, warm-up, clipping
 ) -> dict[str, Group]:  # Group name -> Group
     """Adam for both networks with linear warm-up; the initialiser is ahead.
 
     Source: Zhu 2024, eq. 5.13; clipping from the released code.
     """
+    cfg = nets.cfg
 
     def ramp(ahead):
         def factor(step):
@@ -294,28 +295,27 @@ def optimisers(
 def pretrain_losses(
     nets: Nets,  # The networks
     batch: dict[str, Tensor],  # x (B, ...) and, for conditional presets, y
-    cfg: Config,  # Resolved settings
     ctx: Context,  # Step, generator, averaged networks
 ) -> Iterator[tuple[str, Tensor, dict]]:  # Yields ('init', loss, logs)
     """The initialiser alone learns the mean of y_t given x_{t+1} from Markov pairs of data.
 
     Ours: not in the paper, and off in its presets.
     """
-    generator = ctx.generator
+    cfg, generator = nets.cfg, ctx.generator
     ladder = schedule(cfg, batch['x'].device)
     x0 = _examples(batch, cfg, generator)
     c = labels_for(batch.get('y'), cfg, x0, generator) if cfg.init_cond else None
     t = _random_levels(x0, cfg, generator)
     x_next, y = noisy_pair(x0, t, ladder, False, generator)
     nets.init.train()
-    yield 'init', _squared_error(y, _propose(nets, x_next, t, cfg, c)), {}
+    yield 'init', _squared_error(y, _propose(nets, x_next, t, c)), {}
 
 
 def pretrain_optimisers(
     nets: Nets,  # The networks
-    cfg: Config,  # Learning rate, warm-up, clipping
 ) -> dict[str, Group]:  # Group name -> Group
     "Adam with the preset's warm-up."
+    cfg = nets.cfg
 
     def ramp(step):
         return min(1.0, (step + 1) / max(cfg.warmup, 1))
@@ -409,7 +409,6 @@ def descend(
     nets: Nets,  # The networks, frozen
     x: Tensor,  # (B, ...) samples of level t+1
     t: int,  # The level to reach
-    cfg: Config,  # Resolved settings
     terms: Terms,  # From `guidance`
     *,
     n_steps: int,  # Langevin updates
@@ -420,13 +419,14 @@ def descend(
     on_step: Callable[..., None] | None = None,  # As in `langevin`
 ) -> tuple[Tensor, Tensor]:  # Proposal and refined sample, both in units of x_t
     "One level of Algorithm 5."
+    cfg = nets.cfg
     ladder = schedule(cfg, x.device)
     levels = torch.full((len(x),), t, device=x.device)
     start = x
     if propose and cfg.coop:
         heads = terms if cfg.n_classes and cfg.init_cond else guidance(None)
         with torch.no_grad():
-            mean = combined(lambda c: _propose(nets, x, levels, cfg, c), heads)
+            mean = combined(lambda c: _propose(nets, x, levels, c), heads)
         start = mean + ladder.spread[t] * normal(mean, generator)
     start = fix(start)
     refined = refine(
@@ -447,7 +447,6 @@ def descend(
 def denoise(
     nets: Nets,  # The networks, frozen
     x: Tensor,  # (B, ...) samples of level 0
-    cfg: Config,  # Resolved settings
     terms: Terms,  # From `guidance`
     kappa: float,  # Coefficient of the gradient; 1 is Tweedie's formula
 ) -> Tensor:  # (B, ...) clean examples
@@ -458,7 +457,7 @@ def denoise(
     """
     if not kappa:
         return x
-    ladder = schedule(cfg, x.device)
+    ladder = schedule(nets.cfg, x.device)
     levels = torch.zeros(len(x), dtype=torch.int64, device=x.device)
     guided = guided_energy(nets, ladder.lam[levels], terms)
 
@@ -472,7 +471,6 @@ def denoise(
 # %% ../../nbs/05_cdrl.ipynb #c058
 def _sample(
     nets,
-    cfg,
     like,
     labels,
     known,
@@ -485,6 +483,7 @@ def _sample(
     on_level,
 ):
     "One chunk of `sample`, of the shape of `like`: the whole of Algorithm 5."
+    cfg = nets.cfg
     ladder = schedule(cfg, like.device)
     terms = guidance(labels, w)
     noise = None if known is None else normal(like, generator)
@@ -495,7 +494,6 @@ def _sample(
             nets,
             x,
             t,
-            cfg,
             terms,
             n_steps=n_steps,
             generator=generator,
@@ -505,7 +503,7 @@ def _sample(
         )
         if on_level is not None:
             on_level(t, proposal, x)
-    return paste(known, noise, 1.0, 0.0)(denoise(nets, x, cfg, terms, tweedie))
+    return paste(known, noise, 1.0, 0.0)(denoise(nets, x, terms, tweedie))
 
 # %% ../../nbs/05_cdrl.ipynb #c059
 def _labels_of(labels, n, cfg):
@@ -532,11 +530,11 @@ def _chunks(n, cfg, chunk, device, labels, known):
         yield like, c, given
 
 # %% ../../nbs/05_cdrl.ipynb #2d3f89ad
+@strict
 @torch.no_grad()
 def sample(
     nets: Nets,  # Trained networks
     n: int,  # How many
-    cfg: Config,  # Resolved settings
     *,
     labels: Tensor | None = None,  # (n,) classes 1..n_classes, or (n, M) concepts
     w: float = 0.0,  # Guidance strength
@@ -556,6 +554,7 @@ def sample(
     Raises `ValueError` for labels on an unconditional preset, or of the wrong length.
     Source: Zhu 2024, Algorithm 5.
     """
+    cfg = nets.cfg
     labels = _labels_of(labels, n, cfg)
     options = dict(
         w=w,
@@ -568,15 +567,15 @@ def sample(
     )
     parts = _chunks(n, cfg, chunk, next(nets.parameters()).device, labels, known)
     with frozen(nets):
-        x = torch.cat([_sample(nets, cfg, *part, **options) for part in parts])
+        x = torch.cat([_sample(nets, *part, **options) for part in parts])
     x = decode(x, cfg)
     return x.clamp(-1, 1) if len(cfg.shape) == 3 else x
 
 # %% ../../nbs/05_cdrl.ipynb #c062
+@strict
 def energy(
     nets: Nets,  # Trained networks
     x: Tensor,  # (B, ...) examples of level t, for t = 0 practically clean
-    cfg: Config,  # Resolved settings
     *,
     t: int = 0,  # Level
     labels: Tensor | None = None,  # (B,) classes 1..n_classes; None is the null label
@@ -585,6 +584,7 @@ def energy(
 
     Source: Zhu 2024, sections 5.4.5 and 5.4.8.
     """
+    cfg = nets.cfg
     ladder = schedule(cfg, x.device)
     levels = torch.full((len(x),), t, device=x.device)
     if labels is None and cfg.n_classes:

@@ -11,6 +11,7 @@ import json
 import os
 import re
 import time
+from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
 from typing import Annotated
@@ -21,7 +22,6 @@ import yaml
 from ..learn.settings import unknown
 from .chapters import execute, find_notebook, notebook_out, read_parameters
 from ebmbook.shell.systems import (
-    SYSTEMS,
     check_device,
     load_nets,
     load_system,
@@ -130,7 +130,7 @@ def _is_number(value):
 
 
 def main_numbers(
-    known: dict,  # PRESETS of a system
+    known: Mapping[str, Any],  # Presets of a system
     most: int = 7,  # How many fields at most
 ) -> list[str]:  # Names of fields
     """The numbers by which the presets of a system differ.
@@ -156,14 +156,15 @@ def presets(
     """
     from ebmbook.learn.runs import book_weights
 
-    for name in [system] if system else SYSTEMS:
-        module = load_system(name)
-        keys, rows = main_numbers(module.PRESETS), []
-        for preset, cfg in module.PRESETS.items():
-            mark = '*' if module.DEFAULT_PRESET.get(cfg.data) == preset else ''
+    about = systems()
+    for name in [system] if system else about:
+        found = load_system(name)
+        keys, rows = main_numbers(found.presets), []
+        for preset, cfg in found.presets.items():
+            mark = '*' if found.default_preset.get(cfg.data) == preset else ''
             mark += 'w' if book_weights(name, preset) is not None else ''
             rows.append([preset, mark, cfg.data, *(getattr(cfg, key) for key in keys)])
-        typer.echo(f'{name}: {systems()[name]}')
+        typer.echo(f'{name}: {about[name]}')
         typer.echo(table(['preset', '', 'data', *keys], rows) + '\n')
 
 # %% ../../nbs/shell/cli.ipynb #c025
@@ -189,14 +190,14 @@ def run(
     typer.echo(f'open {target}')
 
 # %% ../../nbs/shell/cli.ipynb #c028
-def _fit(module, cfg, run, **options):
+def _fit(system, cfg, run, **options):
     "Train and leave the group of processes, whatever happens."
     import torch.distributed as dist
 
     from ebmbook.learn.loop import train as fit
 
     try:
-        fit(module, cfg, run, **options)
+        fit(system, cfg, run, **options)
     finally:
         if dist.is_available() and dist.is_initialized():
             dist.destroy_process_group()
@@ -226,21 +227,21 @@ def train(
     """
     defaults = dict(dataset='', preset='', over='', seed=seed, out=out)
     given = defaults | typed(parameters(p, list(defaults)), defaults)
-    module = load_system(system)
-    preset, cfg = select(module, given['dataset'], given['preset'], given['over'])
+    known = load_system(system)
+    preset, cfg = select(known, given['dataset'], given['preset'], given['over'])
     from ebmbook.data.catalogue import require
     from ebmbook.learn.log import seconds_trained
     from ebmbook.learn.runs import open_run
 
     require(cfg.data)
     where = dict(seed=given['seed'], out=given['out'], device=check_device(device))
-    run = open_run(system, preset, cfg, module.PRESETS[preset], **where)
+    run = open_run(system, preset, cfg, known.presets[preset], **where)
     first = os.environ.get('RANK', '0') == '0'  # of several processes one speaks
     if first:
         typer.echo(
             f"{system} {preset}, seed {run.seed}, on {run.device}: {run.folder}", err=True
         )
-    _fit(module, cfg, run, tensorboard=tensorboard, keep_every=keep_every)
+    _fit(known, cfg, run, tensorboard=tensorboard, keep_every=keep_every)
     if first:
         weights = run.folder / 'weights'
         typer.echo(f"trained for {seconds_trained(run):.0f} s; weights: {weights}")
@@ -291,20 +292,22 @@ def sample(
     ] = '',
 ) -> None:
     "Draw samples from trained weights and write them to a file."
-    module = load_system(system)
-    nets = load_nets(module, weights, parameters(p, ('preset',)).get('preset', ''), device)
+    known = load_system(system)
+    if known.sample is None:
+        raise ValueError(f"{system} draws no samples")
+    nets = load_nets(known, weights, parameters(p, ('preset',)).get('preset', ''), device)
     import torch
 
     options = {}
     if w and not labels:
         raise ValueError("--w strengthens labels; give --labels too")
     if labels:
-        options['labels'] = read_labels(labels, module, nets.cfg, n)
+        options['labels'] = read_labels(labels, known, nets.cfg, n)
     if w:
         options['w'] = w
     start = time.monotonic()
     generator = torch.Generator(next(nets.parameters()).device).manual_seed(seed)
-    x = module.sample(nets, n, nets.cfg, generator=generator, **options).cpu()
+    x = known.sample(nets, n, generator=generator, **options).cpu()
     seconds, path = time.monotonic() - start, save_samples(x, out)
     typer.echo(f"{n} sample{'s' * (n > 1)} in {seconds:.1f} s: {path}")
 
@@ -334,14 +337,9 @@ def evaluate(
     ] = '',
 ) -> None:
     "Measure trained weights; nothing is written to the ledger."
-    module, options = load_system(system), read_at(at)
-    nets = load_nets(module, weights, parameters(p, ('preset',)).get('preset', ''), device)
-    try:
-        found = module.evaluate(nets, nets.cfg, seed=seed, **options)
-    except TypeError as error:
-        if 'unexpected keyword' in str(error):
-            raise ValueError(f"--at: {error}") from error
-        raise
+    known, options = load_system(system), read_at(at)
+    nets = load_nets(known, weights, parameters(p, ('preset',)).get('preset', ''), device)
+    found = known.evaluate(nets, seed=seed, **options)
     rows = [
         [name, f'{value:.5g}', n, net or '-'] for name, (value, n, net) in found.items()
     ]
@@ -431,7 +429,7 @@ def _tell_cost(preset, stage, nets, cfg, device, budget):
 
     from ebmbook.shell.cost import duration, plain_number, seconds_per_iteration
 
-    took, n = seconds_per_iteration(stage, nets, cfg, device, budget)
+    took, n = seconds_per_iteration(stage, nets, device, budget)
     full, n_iters = stage.batch(cfg), stage.n_iters(cfg)
     scale = full / n
     measured = f"measured with batch {n}"
@@ -442,7 +440,7 @@ def _tell_cost(preset, stage, nets, cfg, device, budget):
     typer.echo(f"\n{preset}, stage {stage.name}, {where}: {each}")
     whole = f"{n_iters:,} iterations: about {duration(took * scale * n_iters)}"
     typer.echo(f"{whole}; reading data and checkpoints are not in it")
-    if getattr(cfg, 'vae', ''):
+    if nets.cfg != cfg:
         typer.echo("the autoencoder's share is not in it either")
 
 # %% ../../nbs/shell/cli.ipynb #399a6bde
@@ -459,18 +457,18 @@ def cost(
 
     On this machine, with random data; -p takes dataset, preset and over.
     """
-    module, device = load_system(system), check_device(device)
+    known, device = load_system(system), check_device(device)
     given = parameters(p, ('dataset', 'preset', 'over'))
     preset, cfg = select(
-        module, *(given.get(key, '') for key in ('dataset', 'preset', 'over'))
+        known, *(given.get(key, '') for key in ('dataset', 'preset', 'over'))
     )
     import torch
 
     torch.manual_seed(0)
-    nets = module.build(cfg).to(device)
+    nets = known.build(known.bare(cfg)).to(device)
     rows = [[name, f'{_count(net):,}'] for name, net in nets.named_children()]
     typer.echo(table(['network', 'parameters'], [*rows, ['all', f'{_count(nets):,}']]))
-    for stage in module.STAGES:
+    for stage in known.stages:
         if stage.n_iters(cfg):
             _tell_cost(preset, stage, nets, cfg, device, budget)
 

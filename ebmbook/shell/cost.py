@@ -7,8 +7,6 @@ __all__ = ['random_batch', 'seconds_per_iteration', 'plain_number', 'duration']
 
 # %% ../../nbs/shell/cost.ipynb #c002
 import time
-from dataclasses import replace
-
 import torch
 
 from ..data.cameras import CAMERAS
@@ -29,8 +27,7 @@ def random_batch(
 ) -> dict:  # x, y if the data set has labels, and cameras and objects if it has those
     "A batch that looks like the data of a preset."
     spec = DATASETS[cfg.data] if cfg.data in DATASETS else require(cfg.data)
-    shape = cfg.shape if getattr(cfg, 'vae', '') else spec.shape
-    out = dict(x=torch.rand(n, *shape, device=device) * 2 - 1)
+    out = dict(x=torch.rand(n, *cfg.shape, device=device) * 2 - 1)
     if spec.attributes:
         out['y'] = torch.randint(2, (n, len(spec.attributes)), device=device)
     elif spec.n_classes:
@@ -42,9 +39,10 @@ def random_batch(
     return out
 
 # %% ../../nbs/shell/cost.ipynb #c008
-def _once(stage, nets, cfg, device):
+def _once(stage, nets, device):
     "A function of the batch size that times one iteration."
-    accelerator, groups = make_accelerator(cfg, device), stage.optimisers(nets, cfg)
+    cfg = nets.cfg
+    accelerator, groups = make_accelerator(cfg, device), stage.optimisers(nets)
     for group in groups.values():
         for part in group.optimiser.param_groups:
             part.setdefault('initial_lr', part['lr'])
@@ -53,14 +51,13 @@ def _once(stage, nets, cfg, device):
     last = max(n_iters - 1, 0)
     generator = torch.Generator(device).manual_seed(0)
     ctx = Context(last, last / max(n_iters, 1), generator)
-    bare = replace(cfg, vae='') if getattr(cfg, 'vae', '') else cfg
     wait = waiter(device)
 
     def once(n):
         batch = random_batch(cfg, n, device)
         wait()
         start = time.monotonic()
-        optimiser_step(stage, nets, [batch], bare, [ctx], groups, accelerator)
+        optimiser_step(stage, nets, [batch], [ctx], groups, accelerator)
         wait()
         return time.monotonic() - start
 
@@ -70,15 +67,14 @@ def _once(stage, nets, cfg, device):
 def seconds_per_iteration(
     stage: Any,  # One of the system's stages
     nets: nn.Module,  # Its networks, on the device; their weights change
-    cfg: Any,  # Resolved settings
     device: str,  # Where
     budget: float = 1.0,  # Seconds that one iteration may take
     most: int | None = None,  # Largest batch to try; None is the preset's
 ) -> tuple[float, int]:  # Seconds, and the batch they were measured with
     "Time one iteration with a batch as near to the preset's as the budget allows."
-    once, full = _once(stage, nets, cfg, device), stage.batch(cfg)
+    once, full = _once(stage, nets, device), stage.batch(nets.cfg)
     most = min(most or full, full)
-    n = min(stage.least(cfg), most)
+    n = min(stage.least(nets.cfg), most)
     took = once(n)
     if took > 4 * budget:  # the first iteration also allocates, but little beside this
         return took, n

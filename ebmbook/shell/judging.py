@@ -20,24 +20,24 @@ from ..learn.contract import Diverged
 from ..learn.ledger import ledger, publish, record
 from ..learn.log import seconds_trained
 from ..learn.loop import train
-from ..learn.runs import open_run, plain_json, source_hash
+from ..learn.runs import Run, open_run, plain_json, source_hash
+from ..learn.system import System
 from .claims import missing
 from .systems import check_device, load_system, select
 from typing import Any
-from ..learn.runs import Run
 
 # %% ../../nbs/shell/judging.ipynb #c040
 def resolve(
     job: Any,  # From `ebmbook.shell.claims.missing`
-) -> tuple:  # The system's module and the resolved settings
+) -> tuple:  # The system and the resolved settings
     """Check one training before any starts.
 
     Raises `KeyError`, `ValueError` or `FileNotFoundError` for wrong names, an `over` that
     would not match its own ledger lines, missing data.
     """
-    module = load_system(job.system)
-    _, cfg = select(module, preset=job.preset, over=job.over)
-    base = plain_json(asdict(module.PRESETS[job.preset]))
+    system = load_system(job.system)
+    _, cfg = select(system, preset=job.preset, over=job.over)
+    base = plain_json(asdict(system.presets[job.preset]))
     resolved = plain_json(asdict(cfg))
     differs = {key: value for key, value in resolved.items() if value != base[key]}
     if differs != job.over:
@@ -45,16 +45,16 @@ def resolve(
             f"claims: over={job.over} of preset {job.preset!r} must be written {differs}, "
             "the fields that really differ, as the ledger has them"
         )
-    if not hasattr(module, 'evaluate'):
-        raise ValueError(f"claims: {job.system} has no evaluate")
+    if not system.tasks:
+        raise ValueError(f"claims: nothing can be measured on {job.system}")
     require(cfg.data)
-    return module, cfg
+    return system, cfg
 
 # %% ../../nbs/shell/judging.ipynb #7097aef6
 def claim_run(
     job: Any,  # What to train
     cfg: Any,  # Its settings
-    module: Any,  # Its system
+    system: System,  # Its own
     out: Path,  # Folder of all claim runs
     device: str,  # Where
     fresh: bool,  # Forget an earlier training
@@ -65,7 +65,7 @@ def claim_run(
     folder = Path(out) / f'{job.system}-{job.preset}-{tag}-{job.seed}'
     if fresh:
         shutil.rmtree(folder, ignore_errors=True)
-    base, where = module.PRESETS[job.preset], dict(seed=job.seed, out=folder, device=device)
+    base, where = system.presets[job.preset], dict(seed=job.seed, out=folder, device=device)
     run = open_run(job.system, job.preset, cfg, base, **where)
     note = folder / 'source.txt'
     if not note.exists():
@@ -78,19 +78,18 @@ def claim_run(
 # %% ../../nbs/shell/judging.ipynb #c042
 def do_job(
     job: Any,  # What to train and measure
-    module: Any,  # From `resolve`
+    system: System,  # From `resolve`
     cfg: Any,  # From `resolve`
     run: Any,  # From `claim_run`
     path: Path,  # The ledger
 ) -> None:
     "Train, measure, and publish each measurement at once."
-    nets = train(module, cfg, run, progress=sys.stderr.isatty())
+    nets = train(system, cfg, run, progress=sys.stderr.isatty())
     seconds = seconds_trained(run)
     for at in job.at:
         lines, texts = [], []
-        for name, (value, n, extractor) in module.evaluate(
-            nets, cfg, seed=job.seed, **at
-        ).items():
+        found = system.evaluate(nets, seed=job.seed, **at)
+        for name, (value, n, extractor) in found.items():
             how = dict(n=n, extractor=extractor, at=at, seconds=seconds)
             lines.append(record(run, name, value, **how))
             texts.append(f'{name} {value:.4g}')
@@ -118,10 +117,10 @@ def run_claims(
     plan, device = [(job, *resolve(job)) for job in jobs], check_device(device)
     measurements = sum(len(job.at) for job in jobs)
     typer.echo(f"missing: trainings {len(jobs)}, measurements {measurements}", err=True)
-    for i, (job, module, cfg) in enumerate(plan, 1):
+    for i, (job, system, cfg) in enumerate(plan, 1):
         typer.echo(f"[{i}/{len(plan)}] {_title(job)}", err=True)
         try:
-            do_job(job, module, cfg, claim_run(job, cfg, module, out, device, fresh), path)
+            do_job(job, system, cfg, claim_run(job, cfg, system, out, device, fresh), path)
         except (
             Diverged,
             ValueError,

@@ -104,6 +104,8 @@ def explain(
         return 2, f"not enough memory: {first}\n{cure}"
     if isinstance(error, KeyError):
         return 2, str(error.args[0]) if error.args else 'unknown key'
+    if 'WrongOption' in kinds:
+        return 2, text
     if isinstance(error, (ValueError, OSError, ImportError, yaml.YAMLError)):
         return 2, text
     return None
