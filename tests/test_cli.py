@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 from typer.testing import CliRunner
@@ -13,6 +14,7 @@ from ebmbook.shell import cli, judging
 from ebmbook.learn.ledger import ledger
 from ebmbook.learn.runs import root
 from ebmbook.learn.contract import Diverged
+from ebmbook.learn.system import Measured, Task
 
 TINY = '{n_iters: 2, batch: 8, ch: 8, init_ch: 8, n_steps: 1}'
 CLAIMS = """
@@ -294,15 +296,12 @@ def claims(tmp_path, monkeypatch):
     "A tiny claims file, a cheap evaluation, and a function that runs `ebmbook claims` on them."
     (tmp_path / 'claims.yaml').write_text(CLAIMS)
 
-    def evaluate(nets, cfg, *, seed=0, n_steps=None):
-        import torch
+    def measure(nets, generator, *, n_steps=None):
+        x = cdrl.sample(nets, 32, n_steps=n_steps, generator=generator)
+        return dict(inside=Measured(cdrl.in_square(x).float().mean().item(), 32))
 
-        x = cdrl.sample(
-            nets, 32, cfg, n_steps=n_steps, generator=torch.Generator().manual_seed(seed)
-        )
-        return dict(inside=(cdrl.in_square(x).float().mean().item(), 32, ''))
-
-    monkeypatch.setattr(cdrl, 'evaluate', evaluate)
+    cheap = replace(cdrl.SYSTEM, tasks=(Task('sample', measure),))
+    monkeypatch.setattr(cdrl.tasks, 'SYSTEM', cheap)
 
     def run(*args):
         return invoke(

@@ -136,7 +136,7 @@ def test_a_training_on_another_device_is_that_of_the_processor(
 
     def trained(folder, **how):
         return train(
-            module,
+            module.SYSTEM,
             cfg,
             open_run(system, preset, cfg, out=tmp_path / folder, device='cpu'),
             progress=False,

@@ -328,8 +328,8 @@ CHOSEN = dict(
 @pytest.mark.parametrize('system', CHOSEN)
 def test_what_cannot_be_measured_is_refused_before_anything_is_drawn(system, monkeypatch):
     package = importlib.import_module(f'ebmbook.{system}')
-    evaluate, home = package.evaluate, sys.modules[package.evaluate.__module__]
-    cfg, net, asked = package.PRESETS[CHOSEN[system]], torch.nn.Linear(1, 1), []
+    evaluate, net, asked = package.SYSTEM.evaluate, torch.nn.Linear(1, 1), []
+    net.cfg = package.PRESETS[CHOSEN[system]]
 
     def draw_nothing(nets, n, *_, **__):
         asked.append(n)
@@ -338,21 +338,21 @@ def test_what_cannot_be_measured_is_refused_before_anything_is_drawn(system, mon
     def no_fidelity():
         raise ImportError('this needs torch-fidelity')
 
-    monkeypatch.setattr(home, 'sample', draw_nothing)
+    monkeypatch.setattr(package.tasks, 'sample', draw_nothing)
     with pytest.raises(ValueError, match='100 are too few for FID'):
-        evaluate(net, cfg, n=100)
+        evaluate(net, n=100)
     monkeypatch.setattr(images, 'fidelity', no_fidelity)
     with pytest.raises(ImportError, match='torch-fidelity'):
-        evaluate(net, cfg)
+        evaluate(net)
     monkeypatch.setattr(images, 'fidelity', lambda: None)
     if system != 'foundations':  # the chapter of the basics has its own extractors alone
         with pytest.raises(ValueError, match="unknown extractor 'cats'"):
-            evaluate(net, cfg, extractor='cats')
+            evaluate(net, extractor='cats')
         with pytest.raises(ValueError, match='looks at images'):
-            evaluate(net, cfg, extractor='mnist')
+            evaluate(net, extractor='mnist')
     assert not asked
     with pytest.raises(KeyboardInterrupt):
-        evaluate(net, cfg)
+        evaluate(net)
     assert asked == [10_000 if system == 'vaebm' else 1_000]
 
 
@@ -361,19 +361,20 @@ def test_the_extractor_that_is_asked_for_looks(
 ):  # with the count and images of its protocol
     from ebmbook import liebm
 
-    cfg, seen = replace(liebm.PRESETS['cifar10'], data='textures'), []
+    net, seen = torch.nn.Linear(1, 1), []
+    net.cfg = replace(liebm.PRESETS['cifar10'], data='textures')
 
     def evaluate(x, to, name, wanted):
         seen.append((name, len(x), len(to)))
         return dict.fromkeys((*wanted, 'precision', 'recall', 'extractor'))
 
     monkeypatch.setattr(
-        sys.modules[liebm.evaluate.__module__],
+        liebm.tasks,
         'sample',
-        lambda nets, n, cfg, **_: torch.zeros(n, 3, 32, 32),
+        lambda nets, n, **_: torch.zeros(n, 3, 32, 32),
     )
     monkeypatch.setattr(images, 'evaluate_images', evaluate)
-    liebm.evaluate(torch.nn.Linear(1, 1), cfg, extractor='cifar10')
+    liebm.SYSTEM.evaluate(net, extractor='cifar10')
     assert seen == [('cifar10', 1_000, 300)]
 
 

@@ -127,7 +127,7 @@ import torch, ebmbook
 from ebmbook.cdrl import PRESETS, Nets, build, sample
 cfg = replace(PRESETS['digits'], ch=8, blocks=1, init_ch=8, init_blocks=1, n_steps=2)
 nets = build(cfg)
-draw = lambda nets: sample(nets, 3, nets.cfg, generator=torch.Generator().manual_seed(0))
+draw = lambda nets: sample(nets, 3, generator=torch.Generator().manual_seed(0))
 assert draw(nets).shape==(3, 1, 8, 8) and torch.isfinite(draw(nets)).all()
 nets.save_pretrained("weights")
 again = Nets.from_pretrained("weights")

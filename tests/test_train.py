@@ -49,8 +49,8 @@ CURVES = 'loss/energy', 'loss/init', 'grad/energy', 'grad/init', 'gap', 'moved'
 
 
 def poisoned(at):  # CDRL whose energy loss is not a number at one step
-    def losses(nets, batch, cfg, ctx):
-        for name, loss, logs in cdrl.losses(nets, batch, cfg, ctx):
+    def losses(nets, batch, ctx):
+        for name, loss, logs in cdrl.losses(nets, batch, ctx):
             yield (
                 name,
                 loss * float('nan') if ctx.step == at and name == 'energy' else loss,
@@ -59,7 +59,7 @@ def poisoned(at):  # CDRL whose energy loss is not a number at one step
 
     return SimpleNamespace(
         build=cdrl.build,
-        STAGES=(Stage('cdrl', losses, cdrl.optimisers, lambda cfg: cfg.n_iters),),
+        stages=(Stage('cdrl', losses, cdrl.optimisers, lambda cfg: cfg.n_iters),),
     )
 
 
@@ -88,7 +88,7 @@ def work(job):
     )
     if 'die_at_write' in job:
         die_while_writing(job['die_at_write'])
-    system = poisoned(job['nan_at']) if 'nan_at' in job else cdrl
+    system = poisoned(job['nan_at']) if 'nan_at' in job else cdrl.SYSTEM
     run = open_run('cdrl', preset, cfg, cdrl.PRESETS[preset], out=job['out'], device='cpu')
 
     def on_step(
@@ -276,7 +276,7 @@ def test_a_full_disk_leaves_the_earlier_checkpoint(whole, tmp_path):
             (tmp_path / f'checkpoint-000000030.tmp{os.getpid()}').symlink_to('/dev/full')
 
     with pytest.raises(OSError, match='free some space and run again') as caught:
-        train(cdrl, cfg, run, progress=False, on_step=fill)
+        train(cdrl.SYSTEM, cfg, run, progress=False, on_step=fill)
     assert 'No space left' in str(caught.value) or 'unexpected pos' in str(caught.value)
     assert steps_of(tmp_path) == [10, 20] and load_checkpoint(tmp_path)['step'] == 20
     complete(tmp_path)

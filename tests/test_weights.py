@@ -28,9 +28,8 @@ def test_shipped_weights_measure_what_the_ledger_says(folder):
     for at in {
         repr(sorted(o['at'].items())): o['at'] for o in lines
     }.values():  # a preset may have been measured in several ways
-        got = module.evaluate(
-            nets, nets.cfg, **{k: v for k, v in at.items() if k != 'weights'}
-        )
+        options = {key: value for key, value in at.items() if key != 'weights'}
+        got = module.SYSTEM.evaluate(nets, **options)
         for line in (o for o in lines if o['at'] == at):
             value, n, extractor = got[line['metric']]
             assert (n, extractor) == (line['n'], line['extractor'])
