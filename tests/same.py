@@ -172,7 +172,8 @@ def arms(system, path):
 
 def load_shipped(module, folder):
     load = first('ebmbook.shell.cli:load_nets', 'ebmbook.core.cli:load_nets')
-    return load(module, str(folder), device='cpu')
+    # a commit before systems were described by an object takes the module
+    return load(getattr(module, 'SYSTEM', module), str(folder), device='cpu')
 
 
 def recipe(system, quick, claims, report):
