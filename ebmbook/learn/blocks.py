@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize
+from torch.nn.utils.parametrizations import _SpectralNorm as SpectralNorm
 
 from ..mcmc import Draws, normal
 
@@ -41,8 +42,10 @@ def settle_norms(
     Train and eval flags stay as they were.
     """
     for module in net.modules():
-        for norm in getattr(module, 'parametrizations', {}).values():
-            if not hasattr(norm[0], '_u'):
+        if not parametrize.is_parametrized(module):
+            continue
+        for norm in module.parametrizations.values():  # type: ignore[operator, union-attr]
+            if not isinstance(norm[0], SpectralNorm):
                 continue
             flags = [(part, part.training) for part in norm.modules()]
             norm.train()
@@ -274,7 +277,7 @@ def _watching(
     net,
 ):  # evaluation mode in which every ActNorm sets itself from what it is shown
     modes = [(module, module.training) for module in net.modules()]
-    norms = [module for module in net.modules() if hasattr(module, 'watching')]
+    norms = [module for module in net.modules() if isinstance(module, ActNorm)]
     try:
         net.eval()
         for norm in norms:

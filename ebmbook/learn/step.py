@@ -16,7 +16,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
-from .blocks import settle_norms
+from .blocks import SpectralNorm, settle_norms
 from .contract import Stage
 
 # %% ../../nbs/learn/step.ipynb #c008
@@ -107,7 +107,7 @@ def _params(group):
 def _same_norms(nets):
     # Later parts of a batch read the spectral norms that the first part left:
     # one power iteration a step, not one a part.
-    modules = [net for net in nets.modules() if hasattr(net, 'n_power_iterations')]
+    modules = [net for net in nets.modules() if isinstance(net, SpectralNorm)]
     norms = [(net, net.n_power_iterations) for net in modules]
     for net, _ in norms:
         net.n_power_iterations = 0

@@ -56,7 +56,7 @@ def pixels(
     what: str = 'samples',  # How the message calls them
 ) -> Tensor:  # (N, C, H, W) uint8 on the CPU
     "Images of any kind as `to_uint8` makes them."
-    if not isinstance(images, Tensor) and hasattr(images, 'x'):
+    if isinstance(images, Examples):
         images = images.x[:]
     return to_uint8(images, what)  # type: ignore[arg-type] # which refuses all else
 

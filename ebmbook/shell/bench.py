@@ -292,8 +292,9 @@ def _compiled(case, wrap=lambda energy: energy):
 def _settled(case, net):  # the energy of a chain, in `frozen`, with every weight at hand
     with frozen(net):
         for layer in net.modules():
-            for name in getattr(layer, 'parametrizations', ()):
-                getattr(layer, name)
+            if parametrize.is_parametrized(layer):
+                for name in layer.parametrizations:
+                    getattr(layer, name)
         yield case.chain(net)
 
 
