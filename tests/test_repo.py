@@ -40,6 +40,8 @@ LOW = {
 }
 # within a system: settings and networks below the method, rivals above it, tasks on top
 INSIDE = {'method': 1, 'uses': 2, 'rivals': 2, 'tasks': 3}
+# they ask documents and foreign objects, not modules and networks
+ASKING = {'shell.book'}
 PARAMETERS = [
     'dataset',
     'preset',
@@ -348,6 +350,35 @@ def stranded(root):
         for number, line in enumerate(path.read_text(encoding='utf-8').splitlines(), 1)
         if behind.match(line.strip())
     ]
+
+
+def contract(root):
+    """What would go round the description of a system (`learn.system`).
+
+    Settings that travel beside the networks that hold them, questions to a module or a network
+    about what it has, and processes or parts of a batch counted outside the loop.
+    """
+    bad = []
+    for module, path in modules(root):
+        part, room = module.rpartition('.')[2], room_of(module)
+        for node in ast.walk(ast.parse(path.read_text(encoding='utf-8'))):
+            where = f'{module}:{getattr(node, "lineno", 0)}'
+            if isinstance(node, ast.FunctionDef):
+                takes = {arg.arg for arg in [*node.args.args, *node.args.kwonlyargs]}
+                apart = {'nets', 'cfg'} <= takes and part not in ('presets', 'nets')
+                if apart and node.name != 'build':
+                    bad.append(f'{where}: {node.name} takes cfg beside nets')
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
+                if node.func.id == 'hasattr' and module not in ASKING:
+                    bad.append(f'{where}: hasattr')
+            if room in [*SYSTEMS, 'foundations']:
+                text = ast.unparse(node) if isinstance(node, ast.stmt) else ''
+                if text.startswith(('import torch.distributed', 'from torch.distributed')):
+                    bad.append(f'{where}: {text}')
+                if isinstance(node, ast.ImportFrom):
+                    if 'Slice' in [alias.name for alias in node.names]:
+                        bad.append(f'{where}: a system divides no batch')
+    return bad
 
 
 def open_blocks(root):
@@ -678,7 +709,7 @@ def citations(root):
 
 RULES = [
     floors, circles, orphans, long_functions, long_lines, field_groups, crammed, stranded,
-    open_blocks, names, parameters, spelling, sizes, imports, errors, untested,
+    contract, open_blocks, names, parameters, spelling, sizes, imports, errors, untested,
     places, secrets, weights, contents, citations,
 ]  # fmt: skip
 
@@ -840,6 +871,22 @@ def test_stranded(tmp_path):
     result = 'def f() -> list[\n    str\n]:  # Names\n    ...'
     assert stranded(module(tmp_path, 'mcmc', result))
     assert not stranded(module(tmp_path, 'mcmc', 'def f(\n    n=(3, 4),  # Sides\n): ...'))
+
+
+@pytest.mark.parametrize(
+    'source',
+    [
+        'def losses(nets, batch, cfg, ctx): ...',
+        'def f(nets, *, cfg=None): ...',
+        'def f(nets):\n    return hasattr(nets, "flow")',
+        'import torch.distributed as dist',
+        'from ebmbook.mcmc import Slice, normal',
+    ],
+)
+def test_contract(tmp_path, source):
+    assert contract(module(tmp_path, 'cdrl.method', source, '../../nbs/x.ipynb'))
+    fine = 'from ebmbook.mcmc import normal\ndef build(cfg): ...\ndef f(nets, n): ...'
+    assert not contract(module(tmp_path, 'cdrl.method', fine, '../../nbs/x.ipynb'))
 
 
 def test_open_blocks(tmp_path):

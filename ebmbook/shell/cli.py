@@ -423,8 +423,9 @@ def _count(net):
     return sum(param.numel() for param in net.parameters())
 
 
-def _tell_cost(preset, stage, nets, cfg, device, budget):
+def _tell_cost(preset, stage, nets, device, budget, all_of_it):
     "Print how long one stage of a preset would take."
+    cfg = nets.cfg
     import torch
 
     from ebmbook.shell.cost import duration, plain_number, seconds_per_iteration
@@ -440,7 +441,7 @@ def _tell_cost(preset, stage, nets, cfg, device, budget):
     typer.echo(f"\n{preset}, stage {stage.name}, {where}: {each}")
     whole = f"{n_iters:,} iterations: about {duration(took * scale * n_iters)}"
     typer.echo(f"{whole}; reading data and checkpoints are not in it")
-    if nets.cfg != cfg:
+    if not all_of_it:
         typer.echo("the autoencoder's share is not in it either")
 
 # %% ../../nbs/shell/cli.ipynb #399a6bde
@@ -470,7 +471,7 @@ def cost(
     typer.echo(table(['network', 'parameters'], [*rows, ['all', f'{_count(nets):,}']]))
     for stage in known.stages:
         if stage.n_iters(cfg):
-            _tell_cost(preset, stage, nets, cfg, device, budget)
+            _tell_cost(preset, stage, nets, device, budget, nets.cfg == cfg)
 
 # %% ../../nbs/shell/cli.ipynb #ad4062b5
 def _bench_text(result, verdicts):
