@@ -49,7 +49,7 @@ def gen(seed=0):
 
 def train_in(folder, cfg, preset='digits-pre', **options):
     run = open_run('coopflow', preset, cfg, out=folder, device='cpu')
-    return train(coopflow, cfg, run, progress=False, **options)
+    return train(coopflow.SYSTEM, cfg, run, progress=False, **options)
 
 
 # --- the paper's presets
@@ -163,7 +163,7 @@ class Twist(nn.Module):  # E = |x|^2/2 - theta x1 x2
 def cooperate(energy, cfg, data, n_iters, rates):
     "Learned parameter of the energy, and s^2."
     nets, kept, ctx = nn.Module(), [], Context(1, 0.0, gen(3))
-    nets.energy = energy
+    nets.cfg, nets.energy = cfg, energy
     nets.flow = Stretch()
     opts = {
         name: torch.optim.Adam(getattr(nets, name).parameters(), rate)
@@ -171,7 +171,7 @@ def cooperate(energy, cfg, data, n_iters, rates):
     }
     for i in range(n_iters):
         batch = dict(x=data(cfg.batch, ctx.generator))
-        for name, loss, _ in coopflow.losses(nets, batch, cfg, ctx):
+        for name, loss, _ in coopflow.losses(nets, batch, ctx):
             for opt in opts.values():
                 opt.zero_grad()
             loss.backward()
@@ -250,10 +250,31 @@ def test_training_continues_to_the_last_bit(tmp_path):
 def test_rivals_train_and_are_measured(method, tmp_path):
     cfg = replace(TINY, method=method, infer_steps=1)
     nets = train_in(tmp_path, cfg)
-    assert np.isfinite(coopflow.evaluate(nets, cfg, n=200)['fid'][0])
+    assert np.isfinite(coopflow.evaluate(nets, n=200)['fid'][0])
     if method != 'flow':
-        got = coopflow.evaluate(nets, cfg, task='reconstruct', n=4, n_iters=3)
+        got = coopflow.evaluate(nets, task='reconstruct', n=4, n_iters=3)
         assert np.isfinite(got['mse'][0])
+
+
+@pytest.mark.parametrize(
+    'options,says',
+    [
+        (dict(task='bits', n_step=3), "'bits' of coopflow takes no option 'n_step'"),
+        (dict(task='bits', n_steps=3), 'the networks were trained with it'),
+        (dict(n_step=3), "did you mean 'n_steps'"),
+        (dict(task='reconstruct', extractor='digits'), "takes no option 'extractor'"),
+    ],
+)
+def test_what_a_task_does_not_read_is_refused(options, says):
+    with pytest.raises(TypeError, match=says):
+        coopflow.evaluate(coopflow.build(TINY), **options)
+
+
+@pytest.mark.parametrize('method', ['shortrun', 'coopnets'])
+def test_without_a_flow_there_are_no_bits(method):
+    nets = coopflow.build(replace(TINY, method=method))
+    with pytest.raises(ValueError, match='needs a flow'):
+        coopflow.evaluate(nets, task='bits')
 
 
 def test_settings_can_be_sent_to_another_process():  # workers and launchers pickle them
@@ -268,7 +289,7 @@ def test_every_claim_names_presets_and_metrics_that_exist():
 
 
 def numbers(nets):
-    got = coopflow.evaluate(nets, nets.cfg, n=4_000)
+    got = coopflow.evaluate(nets, n=4_000)
     return {name: value for name, (value, *_) in got.items()}
 
 

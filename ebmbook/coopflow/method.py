@@ -13,17 +13,18 @@ from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.utils import parametrize
 
 from .nets import Nets
-from .presets import Config
+from .presets import Config, has_energy, has_flow, has_generator
 from ..data.catalogue import flip_if, load
 from ..flows.flowpp import gains
-from ..learn.blocks import Flow
+from ..learn.blocks import ActNorm, Flow
 from ..learn.contract import Context, Group, Stage
 from ..learn.objectives import contrast
 from ..learn.rivals import coopnets_losses, from_noise, short_run_losses
+from ..learn.settings import strict
 from ..mcmc import Draws, Rates, frozen, in_chunks, langevin, normal
 
 # %% ../../nbs/04_coopflow.ipynb #c016
@@ -80,26 +81,26 @@ def noise_share(
     return noise_decay(step, cfg.decay, cfg.noise == 'printed')
 
 # %% ../../nbs/04_coopflow.ipynb #c028
-def _generate(nets, like, cfg, generator):
-    if cfg.method == 'coopnets':
-        return nets.generator(normal(like.new_empty(len(like), cfg.nz), generator))
+def _generate(nets, like, generator):
+    if has_generator(nets.cfg):
+        return nets.generator(normal(like.new_empty(len(like), nets.cfg.nz), generator))
     return nets.flow.decode(normal(like, generator))
 
 
 def propose(
     nets: Nets,  # With `flow` or `generator`, as the method asks
     like: Tensor,  # (B, ...) gives number, shape, type and device
-    cfg: Config,  # Uses method, shape, nz, bound
     generator: Draws = None,  # Source of the draws
 ) -> Tensor:  # (B, ...) starts of the chains, without graph
     """What the chains start from: the flow's proposal, the free generator's, or noise.
 
     Images are within [-1, 1], points within the bound.
     """
+    cfg = nets.cfg
     if cfg.method == 'shortrun':
         return from_noise(like, generator)
     with torch.no_grad(), parametrize.cached():
-        x = _generate(nets, like, cfg, generator)
+        x = _generate(nets, like, generator)
     # far in the tails a young flow overflows; such a chain starts in the middle
     x = x.nan_to_num(0.0, math.inf, -math.inf)
     if len(cfg.shape) == 3:
@@ -110,7 +111,6 @@ def propose(
 def refine(
     nets: Nets,  # With `energy`; without one the start is returned
     start: Tensor,  # (B, ...)
-    cfg: Config,  # Uses method, n_steps, delta, clip, bound
     *,
     n_steps: int | None = None,  # Updates; None is the preset's
     delta: float | None = None,  # Step; None is the preset's in training
@@ -125,7 +125,8 @@ def refine(
     By default its clamps act unless a graph is kept, as in the released scripts.
     Source: Zhu 2024, Algorithm 3, line 6.
     """
-    if cfg.method == 'flow':
+    cfg = nets.cfg
+    if not has_energy(cfg):
         return start
     if clamps is None:
         clamps = not differentiable
@@ -145,20 +146,20 @@ def refine(
 
 # %% ../../nbs/04_coopflow.ipynb #c031
 def init_norms(
-    flow: nn.Module,  # Any; one that is no `Flow` is left alone
+    nets: Nets,  # With `flow`; one that is no `Flow` is left alone
     x: Tensor,  # (B, ...) a batch, used if the data set is not there
-    cfg: Config,  # Uses data and batch
 ) -> None:
     """Set the flow's ActNorm layers from twenty batches, once.
 
     Every process sees the same examples.
     """
+    flow = nets.flow
     if not isinstance(flow, Flow):
         return
-    if all(layer.ready for layer in flow.modules() if hasattr(layer, 'ready')):
+    if all(layer.ready for layer in flow.modules() if isinstance(layer, ActNorm)):
         return
     try:
-        x = load(cfg.data).tensor(20 * cfg.batch).to(x)
+        x = load(nets.cfg.data).tensor(20 * nets.cfg.batch).to(x)
     except FileNotFoundError:
         pass  # `ebmbook cost` runs without the data
     flow.init(x, torch.Generator(x.device).manual_seed(0))
@@ -181,7 +182,6 @@ def flow_target(
 def losses(
     nets: Nets,  # The networks
     batch: dict[str, Tensor],  # x (B, ...)
-    cfg: Config,  # Resolved settings
     ctx: Context,  # Step and generator
 ) -> Iterator[tuple[str, Tensor, dict]]:  # 'flow' unless it rests, then 'energy'
     """One iteration of CoopFlow or of a rival, label `eq-coopflow-losses`.
@@ -189,30 +189,31 @@ def losses(
     A rival yields what its own losses yield.
     Source: Zhu 2024, Algorithm 3.
     """
-    generator = ctx.generator
+    cfg, generator = nets.cfg, ctx.generator
     noise = noise_share(cfg, ctx.step)
     x = flip_if(cfg.flip, batch['x'], generator)
 
     def chain(start):
-        return refine(nets, start, cfg, noise=noise, generator=generator)
+        return refine(nets, start, noise=noise, generator=generator)
 
     if cfg.method == 'shortrun':
         options: dict[str, Any] = dict(blur=cfg.blur, generator=generator)
         yield from short_run_losses(nets.energy, x, chain, **options)
     elif cfg.method == 'coopnets':
-        z = normal(x.new_empty(len(x), cfg.nz), generator)
+        z = ctx.normal(x.new_empty(len(x), cfg.nz))
         options = dict(sigma=cfg.sigma, generator=generator)
         options |= dict(infer_steps=cfg.infer_steps, infer_delta=cfg.infer_delta)
         yield from coopnets_losses(nets.energy, nets.generator, x, z, chain, **options)
     else:
-        yield from _coopflow_losses(nets, x, cfg, ctx, chain)
+        yield from _coopflow_losses(nets, x, ctx, chain)
 
 
-def _coopflow_losses(nets, x, cfg, ctx, chain):
+def _coopflow_losses(nets, x, ctx, chain):
+    cfg = nets.cfg
     if ctx.step == 0:
-        init_norms(nets.flow, x, cfg)
+        init_norms(nets, x)
     nets.flow.train(cfg.wet)
-    start = propose(nets, x, cfg, ctx.generator)
+    start = propose(nets, x, ctx.generator)
     fake = chain(start)
     since = ctx.step - cfg.warm
     if since >= 0 and since % cfg.flow_every == 0:
@@ -226,16 +227,15 @@ def _coopflow_losses(nets, x, cfg, ctx, chain):
 def flow_losses(
     nets: Nets,  # The networks
     batch: dict[str, Tensor],  # x (B, ...)
-    cfg: Config,  # Resolved settings
     ctx: Context,  # Step and generator
 ) -> Iterator[tuple[str, Tensor, dict]]:  # Yields ('flow', loss, logs)
     """The flow alone learns from data.
 
     Source: Zhu 2024, section 4.5.2, setting Pre, and the first arm of Table 4.7.
     """
-    x = flip_if(cfg.flip, batch['x'], ctx.generator)
+    x = flip_if(nets.cfg.flip, batch['x'], ctx.generator)
     if ctx.step == 0:
-        init_norms(nets.flow, x, cfg)
+        init_norms(nets, x)
     nets.flow.train()
     yield 'flow', -nets.flow.log_prob(x, generator=ctx.generator).mean(), {}
 
@@ -249,7 +249,8 @@ def _schedule(cfg, total):  # warm-up from exactly zero, and our optional cooldo
     return factor
 
 
-def _flow_group(net, lr, cfg, total):  # weight decay on weight-norm gains only
+def _flow_group(nets, lr, total):  # weight decay on weight-norm gains only
+    net, cfg = nets.flow, nets.cfg
     slow = gains(net)
     ids = {id(gain) for gain in slow}
     groups = [dict(params=[value for value in net.parameters() if id(value) not in ids])]
@@ -260,23 +261,22 @@ def _flow_group(net, lr, cfg, total):  # weight decay on weight-norm gains only
 
 def optimisers(
     nets: Nets,  # The networks
-    cfg: Config,  # Learning rates, warm-up, clipping
 ) -> dict[str, Group]:  # Group name -> Group
     """Adam, with little memory for the energy.
 
     Source: Zhu 2024, section 4.5.2; weight decay, clipping and warm-up from the released
     program.
     """
-    groups = {}
+    cfg, groups = nets.cfg, {}
     schedule = _schedule(cfg, cfg.n_iters)
-    if hasattr(nets, 'flow'):
-        groups['flow'] = _flow_group(nets.flow, cfg.lr_flow, cfg, cfg.n_iters)
-    if hasattr(nets, 'generator'):
+    if has_flow(cfg):
+        groups['flow'] = _flow_group(nets, cfg.lr_flow, cfg.n_iters)
+    if has_generator(cfg):
         adam = torch.optim.Adam(
             nets.generator.parameters(), cfg.lr_flow, betas=(0.5, 0.999)
         )
         groups['generator'] = Group(adam, schedule, cfg.flow_clip)
-    if hasattr(nets, 'energy'):
+    if has_energy(cfg):
         adam = torch.optim.Adam(nets.energy.parameters(), cfg.lr, betas=(0.5, 0.5))
         groups['energy'] = Group(adam, schedule, cfg.ebm_clip or None)
     return groups
@@ -291,12 +291,12 @@ def flow_steps(
 
 def flow_optimisers(
     nets: Nets,  # The networks
-    cfg: Config,  # Learning rate, warm-up, clipping
 ) -> dict[str, Group]:  # Group name -> Group; empty where there is no flow
     "For the flow alone."
-    if not hasattr(nets, 'flow'):
+    cfg = nets.cfg
+    if not has_flow(cfg):
         return {}
-    return dict(flow=_flow_group(nets.flow, cfg.lr_pre, cfg, flow_steps(cfg)))
+    return dict(flow=_flow_group(nets, cfg.lr_pre, flow_steps(cfg)))
 
 
 def _coop_steps(cfg):
@@ -309,11 +309,11 @@ STAGES = (
 )
 
 # %% ../../nbs/04_coopflow.ipynb #c045
+@strict
 @torch.no_grad()
 def sample(
     nets: Nets,  # Trained networks
     n: int,  # How many
-    cfg: Config,  # Resolved settings
     *,
     n_steps: int | None = None,  # Updates; None is the preset's, 0 is the proposal alone
     delta: float | None = None,  # Step; None is the preset's for sampling
@@ -326,24 +326,29 @@ def sample(
     The chain has noise only where the preset has it to the end (`noise='on'`).
     Source: Zhu 2024, eq. 4.6.
     """
-    like = next(nets.parameters())
-    options: dict[str, Any] = dict(generator=generator, on_step=on_step, n_steps=n_steps)
-    options['delta'] = cfg.delta_test if delta is None else delta
-    options['noise'] = float(cfg.noise == 'on')
+    cfg, like = nets.cfg, next(nets.parameters())
 
     def draw(many):
-        start = propose(nets, like.new_empty(many, *cfg.shape), cfg, generator)
-        return refine(nets, start, cfg, **options)
+        start = propose(nets, like.new_empty(many, *cfg.shape), generator)
+        return refine(
+            nets,
+            start,
+            n_steps=n_steps,
+            delta=cfg.delta_test if delta is None else delta,
+            noise=float(cfg.noise == 'on'),
+            generator=generator,
+            on_step=on_step,
+        )
 
     with frozen(nets):
         x = in_chunks(draw, n, chunk)
     return x.clamp(-1, 1) if len(cfg.shape) == 3 else x
 
 # %% ../../nbs/04_coopflow.ipynb #1464ddbe
+@strict
 def energy(
     nets: Nets,  # Trained networks with an energy
     x: Tensor,  # (B, ...) images in [-1, 1], or points
-    cfg: Config | None = None,  # Not used; every system's `energy` has it
 ) -> Tensor:  # (B,) nats; with a noise-free chain no log-density
     "The learned energy."
     with torch.no_grad(), frozen(nets.energy):
@@ -432,36 +437,58 @@ def reconstruct(
 def explain(
     nets: Nets,  # Trained networks
     x: Tensor,  # (B, C, H, W) images in [-1, 1]
-    cfg: Config,  # Resolved settings
     *,
     generator: Draws = None,  # Source of the first proposals
     n_steps: int | None = None,  # Updates of the chain; None is the preset's
     clamps: bool = False,  # Keep the chain's clamps; the released scripts drop them
-    **options: Any,  # Arguments of `reconstruct`
+    n_iters: int = 200,  # Steps of gradient descent
+    lr: float = 0.05,  # gamma_0
+    decay: float = 1.0,  # rho
+    mask: Tensor | None = None,  # (1 or B, 1, H, W) bool, True where known; None is all
+    safe: bool = False,  # Whether steps are taken back and halved; not in the paper
 ) -> Found:
     "Explain images by trained networks, with the step of training."
-    chain: dict[str, Any] = dict(n_steps=n_steps, differentiable=True, clamps=clamps)
+
+    def make(start):
+        return refine(nets, start, n_steps=n_steps, differentiable=True, clamps=clamps)
+
     with frozen(nets):
-        start = propose(nets, x, cfg, generator)
-        return reconstruct(lambda s: refine(nets, s, cfg, **chain), start, x, **options)
+        start = propose(nets, x, generator)
+        return reconstruct(
+            make, start, x, n_iters=n_iters, lr=lr, decay=decay, mask=mask, safe=safe
+        )
 
 # %% ../../nbs/04_coopflow.ipynb #731d19a2
 def inpaint(
     nets: Nets,  # Trained networks
     x: Tensor,  # (B, C, H, W) images in [-1, 1]; what the mask hides is not used
     mask: Tensor,  # (1 or B, 1, H, W) bool, True where known
-    cfg: Config,  # Resolved settings
     *,
     generator: Draws = None,  # Source of the first proposals; others give other fillings
-    **options: Any,  # Replaces arguments of `reconstruct`
+    n_steps: int | None = None,  # Updates of the chain; None is the preset's
+    clamps: bool = False,  # Keep the chain's clamps; the released scripts drop them
+    n_iters: int = 201,  # Steps of gradient descent
+    lr: float = 0.03,  # gamma_0
+    decay: float = 0.99,  # rho
+    safe: bool = False,  # Whether steps are taken back and halved; not in the paper
 ) -> Tensor:  # (B, C, H, W) with the known pixels as they were
     """Fill what is hidden.
 
     Source: Zhu 2024, section 4.4.3; 201 steps of 0.03 x 0.99^j from the released script.
     """
-    options = dict(n_iters=201, lr=0.03, decay=0.99) | options
     known = torch.where(mask, x, 0.0)
-    found = explain(nets, known, cfg, generator=generator, mask=mask, **options)
+    found = explain(
+        nets,
+        known,
+        generator=generator,
+        n_steps=n_steps,
+        clamps=clamps,
+        n_iters=n_iters,
+        lr=lr,
+        decay=decay,
+        mask=mask,
+        safe=safe,
+    )
     return torch.where(mask, x, found.image.clamp(-1, 1))
 
 # %% ../../nbs/04_coopflow.ipynb #12b795d7
@@ -469,7 +496,6 @@ def interpolate(
     nets: Nets,  # Trained networks with a flow
     first: Tensor,  # (B, C, H, W) first proposals, e.g. `Found.start`
     last: Tensor,  # (B, C, H, W) last proposals
-    cfg: Config,  # Resolved settings
     n: int = 21,  # Images in a row, ends included
 ) -> Tensor:  # (B, n, C, H, W)
     """Refined images along a straight line between two latents.
@@ -482,5 +508,5 @@ def interpolate(
         z1 = flow.encode(last.clamp(-1, 1), v=0.5)[0]
         shares = torch.linspace(0, 1, n).tolist()
         z = torch.stack([z0 + (z1 - z0) * share for share in shares], 1).flatten(0, 1)
-        x = refine(nets, flow.decode(z).clamp(-1, 1), cfg).clamp(-1, 1)
+        x = refine(nets, flow.decode(z).clamp(-1, 1)).clamp(-1, 1)
     return x.view(len(first), n, *first.shape[1:])

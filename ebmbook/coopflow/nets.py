@@ -11,7 +11,13 @@ import torch.nn.functional as F
 from huggingface_hub import PyTorchModelHubMixin
 from torch import Tensor, nn
 
-from .presets import Config, check_config
+from ebmbook.coopflow.presets import (
+    Config,
+    check_config,
+    has_energy,
+    has_flow,
+    has_generator,
+)
 from ..flows.flowpp import FlowPP, PointFlowPP
 from ..foundations.method import PlaneEnergy
 from ..learn.blocks import Flow
@@ -107,11 +113,11 @@ class Nets(nn.Module, PyTorchModelHubMixin):
     ) -> None:
         super().__init__()
         self.cfg = check_config(cfg)
-        if cfg.method != 'flow':
+        if has_energy(cfg):
             self.energy = _energy_of(cfg)
-        if cfg.method in ('coopflow', 'flow'):
+        if has_flow(cfg):
             self.flow = flow_of(cfg)
-        if cfg.method == 'coopnets':
+        if has_generator(cfg):
             self.generator = _generator_of(cfg)
 
 
