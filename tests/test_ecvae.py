@@ -20,7 +20,7 @@ from ebmbook import ecvae
 from ebmbook.learn.settings import choose
 from ebmbook.learn.blocks import count, settle_norms
 from ebmbook.learn.runs import load_checkpoint, open_run
-from ebmbook.learn.contract import Diverged
+from ebmbook.learn.contract import Context, Diverged
 from ebmbook.learn.log import read_log
 from ebmbook.learn.loop import train
 from ebmbook.learn.step import averaged
@@ -50,11 +50,11 @@ def run_of(cfg, folder):
 
 
 def trained(cfg, folder, **options):
-    return train(ecvae, cfg, run_of(cfg, folder), progress=False, **options)
+    return train(ecvae.SYSTEM, cfg, run_of(cfg, folder), progress=False, **options)
 
 
 def context():
-    return SimpleNamespace(step=0, frac=0.0, generator=gen(), state={}, ema=None)
+    return Context(step=0, frac=0.0, generator=gen())
 
 
 # --- the paper's presets
@@ -99,7 +99,7 @@ def test_networks_of_the_paper(name, monkeypatch):
         assert nets.decoder.latent == 128
     if energy:
         assert round(count(nets.energy) / 1e6, 2) == energy
-    assert hasattr(nets, 'prior') == (prior == 'flow')
+    assert (nets.prior is not None) == (prior == 'flow')
 
 
 @pytest.mark.parametrize(
@@ -171,9 +171,7 @@ def outcomes(cfg, monkeypatch, target=None, seed=0):
         ecvae.method, 'evidence', lambda *args: seen.setdefault('parts', evidence(*args))
     )
     ctx = context()
-    found = {
-        name: (loss, logs) for name, loss, logs in ecvae.losses(nets, dict(x=x), cfg, ctx)
-    }
+    found = {name: (loss, logs) for name, loss, logs in ecvae.losses(nets, dict(x=x), ctx)}
     return nets, x, found, seen.get('parts'), ctx
 
 
@@ -234,9 +232,7 @@ def test_flips_reach_the_losses(monkeypatch):
     torch.manual_seed(0)
     nets = ecvae.build(replace(TINY, method='vae'))
     # a generator one draw behind changes z, not the data
-    want = (
-        ecvae.evidence(nets.train(), torch.zeros(8, 1, 8, 8), TINY, gen())[0].mean().item()
-    )
+    want = ecvae.evidence(nets.train(), torch.zeros(8, 1, 8, 8), gen())[0].mean().item()
     assert abs(error - want) < 0.5 * want
     assert error < load('digits').tensor(8).square().flatten(1).sum(1).mean() / 2
 
@@ -271,7 +267,7 @@ def test_temperature_does_not_matter_to_adam():
         torch.manual_seed(0)
         nets, x = ecvae.build(TINY), load('digits').tensor(8)
         start = flat(nets.energy)
-        adam = ecvae.optimisers(nets, TINY)['energy'].optimiser
+        adam = ecvae.optimisers(nets)['energy'].optimiser
         for group in adam.param_groups:
             group['eps'] = 1e-20  # the number under the root is what a scale does change
         for i in range(3):
@@ -382,7 +378,7 @@ def test_parts_equal_the_whole(change, tmp_path):
         rates = dict(lr_dual=10.0, lr_vae=1e-4, lr=1e-4)
         cfg = replace(TINY, n_iters=8, micro=micro, **rates, **change)
         run = run_of(cfg, tmp_path / str(micro))
-        train(ecvae, cfg, run, progress=False)
+        train(ecvae.SYSTEM, cfg, run, progress=False)
         start = torch.tensor([cfg.lam0, cfg.z_lam])
         lam = load_checkpoint(run.folder)['state']['lam'] - start
         logs.append([read_log(run, 'recon')[1][-1], *lam.tolist()[: 1 + cfg.posterior]])
@@ -407,9 +403,9 @@ RIVALS = [
 def test_rivals_train_and_are_measured(change, tmp_path):
     cfg = replace(TINY, n_iters=2, **change)
     nets = trained(cfg, tmp_path)
-    assert np.isfinite(ecvae.evaluate(nets, cfg, n=200)['fid'][0])
-    if hasattr(nets, 'decoder'):
-        assert np.isfinite(ecvae.evaluate(nets, cfg, task='posterior', n=8)['elbo'][0])
+    assert np.isfinite(ecvae.evaluate(nets, n=200)['fid'].value)
+    if nets.decoder is not None:
+        assert np.isfinite(ecvae.evaluate(nets, task='posterior', n=8)['elbo'].value)
 
 
 def test_perceptual_distance_is_added_in_units_of_pixels(monkeypatch):
@@ -424,12 +420,11 @@ def test_perceptual_distance_is_added_in_units_of_pixels(monkeypatch):
     ecvae._lpips.cache_clear()
     plain, x = replace(PRESETS['shapes'], batch=8, n_steps=2), load('shapes').tensor(8)
     cfg = replace(plain, distance='lpips')
-    error, other = (ecvae.reconstruction_error(x, 0 * x, one) for one in (cfg, plain))
+    error, other = (ecvae.reconstruction_error(x, 0 * x, kind) for kind in ('lpips', 'mse'))
     assert torch.allclose(error, 2 * other)
     torch.manual_seed(0)
     logged = {
-        name: logs
-        for name, _, logs in ecvae.losses(ecvae.build(cfg), dict(x=x), cfg, context())
+        name: logs for name, _, logs in ecvae.losses(ecvae.build(cfg), dict(x=x), context())
     }
     ecvae._lpips.cache_clear()
     # fresh chains are noise: what the margin is compared with knows nothing of the added part
@@ -461,7 +456,7 @@ def measured(name, tmp_path_factory, **change):
     "A preset's own settings but for what is changed: networks, settings, scores."
     cfg = replace(PRESETS[name], **change)
     nets = trained(cfg, tmp_path_factory.mktemp(name))
-    scores = {key: score[0] for key, score in ecvae.evaluate(nets, cfg).items()}
+    scores = {key: score.value for key, score in ecvae.evaluate(nets).items()}
     return nets, cfg, scores
 
 

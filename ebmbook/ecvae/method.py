@@ -6,7 +6,7 @@
 __all__ = ['STAGES', 'Nets', 'build', 'spread', 'calibrate', 'noise_floor', 'margin', 'drift_to_noise', 'dual_ascent',
            'reconstruction_error', 'evidence', 'refine_latents', 'likelihood_loss', 'plain_losses', 'calibrated_losses',
            'critic_losses', 'separate_losses', 'noise_losses', 'losses', 'optimisers', 'settle', 'sample', 'energy',
-           'restore']
+           'chain_energy', 'restore']
 
 # %% ../../nbs/07_ecvae.ipynb #c005
 import math
@@ -14,7 +14,6 @@ from collections.abc import Callable
 from functools import cache
 
 import torch
-import torch.distributed as dist
 from huggingface_hub import PyTorchModelHubMixin
 from torch import Tensor, nn
 
@@ -26,10 +25,11 @@ from ..measure.restoration import Operator, project
 from ..learn.contract import Group, Stage
 from ..data.catalogue import load
 from .nets import PRIOR_BLOCKS, SIZES, networks
-from ..mcmc import Slice, frozen, in_chunks, langevin, normal, ula
+from ..mcmc import frozen, in_chunks, langevin, normal, ula
 from .presets import Config
 from .presets import check_config
 from ..learn.contract import Context
+from ..learn.settings import strict
 from ..mcmc import Draws
 from collections.abc import Iterator
 from ..data.catalogue import flip_if
@@ -61,7 +61,7 @@ def _parts(cfg):
 
 # %% ../../nbs/07_ecvae.ipynb #c016
 class Nets(nn.Module, PyTorchModelHubMixin):
-    """Encoder, decoder, prior and energy, or a flow and an energy.
+    """Encoder, decoder, prior and energy, or a flow and an energy; None is what is missing.
 
     `save_pretrained` and `from_pretrained` keep them with their settings.
     """
@@ -72,8 +72,9 @@ class Nets(nn.Module, PyTorchModelHubMixin):
     ) -> None:
         super().__init__()
         self.cfg = check_config(cfg)
-        for name, part in _parts(cfg).items():
-            setattr(self, name, part)
+        parts = _parts(cfg)
+        for name in ('flow', 'encoder', 'decoder', 'prior', 'energy'):
+            setattr(self, name, parts.get(name))
 
     def draw(
         self,
@@ -83,23 +84,23 @@ class Nets(nn.Module, PyTorchModelHubMixin):
     ) -> Tensor:  # Latent numbers of the prior (n, latent), or noise of a flow (n, ...)
         "What `decode` makes an example of."
         like = next(self.parameters())
-        shape = self.flow.shape if hasattr(self, 'flow') else (self.decoder.latent,)
+        shape = (self.decoder.latent,) if self.flow is None else self.flow.shape
         noise = temp * normal(like.new_empty(n, *shape), generator)
-        return self.prior.decode(noise) if hasattr(self, 'prior') else noise
+        return noise if self.prior is None else self.prior.decode(noise)
 
     def decode(
         self,
         z: Tensor,  # From `draw`
     ) -> Tensor:  # (B, ...) examples
         "One pass of the decoder, or of the flow."
-        return self.flow.decode(z) if hasattr(self, 'flow') else self.decoder(z)
+        return self.decoder(z) if self.flow is None else self.flow.decode(z)
 
     def log_prior(
         self,
         z: Tensor,  # (B, latent)
     ) -> Tensor:  # (B,) nats
         "Log-density of latent numbers under the prior."
-        return self.prior.log_prob(z) if hasattr(self, 'prior') else log_normal(z)
+        return log_normal(z) if self.prior is None else self.prior.log_prob(z)
 
 # %% ../../nbs/07_ecvae.ipynb #c018
 def build(
@@ -107,7 +108,7 @@ def build(
 ) -> Nets:  # Fresh networks from torch's global seed; a flow sees data before it starts
     "Networks of a preset."
     nets = settle_norms(Nets(cfg))
-    if hasattr(nets, 'flow'):
+    if nets.flow is not None:
         generator = torch.Generator().manual_seed(0)
         try:
             nets.flow.init(load(cfg.data).tensor(256), generator=generator)
@@ -153,6 +154,16 @@ def _tether(x, cfg, n_steps):
         return _demo_tether(x, n_steps)
     return lambda moved: 0.0
 
+
+def _conditional(energy, x, cfg, n_steps):
+    "What a chain of n_steps updates from its start x descends, in nats."
+    tether = _tether(x, cfg, n_steps)
+
+    def conditional(moved):
+        return energy(moved) / cfg.tau + tether(moved)
+
+    return conditional
+
 # %% ../../nbs/07_ecvae.ipynb #fd077ccd
 def calibrate(
     energy: Callable,  # f(x) -> (B,); the energy is f/tau
@@ -167,11 +178,7 @@ def calibrate(
     Source: Luo et al. 2024, eq. 3; the tether 'demo' is that of the released program.
     """
     x = x.detach()
-    tether = _tether(x, cfg, n_steps)
-
-    def conditional(moved):
-        return energy(moved) / cfg.tau + tether(moved)
-
+    conditional = _conditional(energy, x, cfg, n_steps)
     options = dict(generator=generator, on_step=on_step)
     return langevin(conditional, x, ula(cfg.eta / 2), n_steps, **options)
 
@@ -241,14 +248,14 @@ def _lpips(device):  # the package fetches its network once
 def reconstruction_error(
     x: Tensor,  # (B, ...) what a decoder draws
     y: Tensor,  # Like x, what it should draw: data, or a target
-    cfg: Config,  # Uses distance
+    distance: str,  # As in the settings
 ) -> Tensor:  # (B,) summed squared distance, and for 'lpips' the perceptual one added
     """How far images or points are from what they should be, in units of squared pixels.
 
     That LPIPS counts once for each number of an image is ours.
     """
     error = _squared_norm(x - y)
-    if cfg.distance == 'mse':
+    if distance == 'mse':
         return error
     in_colour = [images.expand(-1, 3, -1, -1) for images in (x, y)]
     return error + x[0].numel() * _lpips(x.device)(*in_colour).flatten()
@@ -257,8 +264,9 @@ def reconstruction_error(
 def evidence(
     nets: Nets,  # Networks with an encoder
     x: Tensor,  # (B, ...) data
-    cfg: Config,  # Uses kl, distance
     generator: Draws = None,  # Source of the draw
+    *,
+    distance: str | None = None,  # Of x and its reconstruction; None is as in the settings
 ) -> tuple:  # Reconstruction error and divergence (B,); z, mean, log-variance (B, latent)
     """Both parts of the evidence bound for one draw, with graph.
 
@@ -266,20 +274,20 @@ def evidence(
     """
     mu, log_var = nets.encoder(x)
     z = mu + (log_var / 2).exp() * normal(mu, generator)
-    if hasattr(nets, 'prior'):
+    if nets.prior is None:
+        divergence = (mu.square() + log_var.exp() - 1 - log_var).sum(1) / 2
+    else:
         with frozen(nets.prior):
             log_q = log_normal((z - mu) / (log_var / 2).exp()) - log_var.sum(1) / 2
             divergence = log_q - nets.prior.log_prob(z)
-    else:
-        divergence = (mu.square() + log_var.exp() - 1 - log_var).sum(1) / 2
-    return reconstruction_error(nets.decoder(z), x, cfg), divergence, z, mu, log_var
+    error = reconstruction_error(nets.decoder(z), x, distance or nets.cfg.distance)
+    return error, divergence, z, mu, log_var
 
 # %% ../../nbs/07_ecvae.ipynb #c032
 def refine_latents(
     nets: Nets,  # Networks with an encoder
     x: Tensor,  # (B, ...) data
     z: Tensor,  # (B, latent) where the chains start
-    cfg: Config,  # Uses kl, z_eta, z_pull, z_steps, distance
     n_steps: int | None = None,  # Updates; None is as in the settings
     generator: Draws = None,  # Source of the noise
 ) -> Tensor:  # (B, latent) without graph
@@ -287,11 +295,11 @@ def refine_latents(
 
     Source: Luo et al. 2024, section 4.1.
     """
-    start = z.detach()
+    cfg, start = nets.cfg, z.detach()
     weight = cfg.z_pull / (cfg.z_eta * cfg.z_steps)  # 1/(2 sigma_z^2)
 
     def potential(z):
-        misfit = reconstruction_error(nets.decoder(z), x, cfg) / cfg.kl
+        misfit = reconstruction_error(nets.decoder(z), x, cfg.distance) / cfg.kl
         return misfit - nets.log_prior(z) + weight * (z - start).square().sum(1)
 
     n_steps = cfg.z_steps if n_steps is None else n_steps
@@ -303,19 +311,19 @@ def likelihood_loss(
     nets: Nets,  # Networks that draw
     x: Tensor,  # (B, ...) data
     lam: Tensor,  # (2,) multipliers of decoder and encoder
-    cfg: Config,  # Resolved settings
     ctx: Context,  # Source of draws
 ) -> tuple:  # Loss with graph, what to log, and z (B, latent) of the encoder or None
     "What data teach encoder and decoder, or a flow; a part of label `eq-ecvae-saddle`."
-    if hasattr(nets, 'flow'):
+    cfg = nets.cfg
+    if nets.flow is not None:
         nll = -nets.flow.log_prob(x, generator=ctx.generator).mean()
         # on the same scale as the autoencoder's bound; ours
         return nll * cfg.kl, dict(nll=nll.detach()), None
-    error, divergence, z, *_ = evidence(nets, x, cfg, ctx.generator)
+    error, divergence, z, *_ = evidence(nets, x, ctx.generator)
     loss = (error + cfg.kl * divergence).mean()
     logs = dict(recon=error.detach().mean(), divergence=divergence.detach().mean())
     if cfg.posterior:
-        refined = refine_latents(nets, x, z, cfg, generator=ctx.generator)
+        refined = refine_latents(nets, x, z, generator=ctx.generator)
         distance = (z - refined).square().sum(1).mean()
         loss = loss + lam[1] * distance
         logs['z_distance'] = distance.detach()
@@ -332,37 +340,33 @@ def _with_multipliers(logs, lam, cfg):
     return logs | dict(z_lam=lam[1].clone()) if cfg.posterior else logs
 
 
-def _ascend(lam, i, distance, limit, rate, cfg, generator):
+def _ascend(lam, i, distance, limit, rate, cap, ctx):
     "Dual ascent once for the batch, whatever the number of processes and of parts."
-    total = distance.clone()
-    world = dist.get_world_size() if dist.is_initialized() else 1
-    if world > 1:
-        dist.all_reduce(total)
-    parts = generator.parts // world if isinstance(generator, Slice) else 1
-    lam[i] = dual_ascent(lam[i], total / world, limit, rate / parts, cfg.lam_max)
+    parts = ctx.parts // ctx.processes
+    lam[i] = dual_ascent(lam[i], ctx.mean(distance), limit, rate / parts, cap)
 
 
-def _prior_losses(nets, z, logs, lam, cfg, ctx):
+def _prior_losses(nets, z, logs, lam, ctx):
     "What follows a step of encoder and decoder: the encoder's multiplier, and the prior."
+    cfg = nets.cfg
     if cfg.dual and cfg.posterior:
         floor = noise_floor(cfg.z_steps, cfg.z_eta, z.shape[1], cfg.z_pull)
         limit, rate = (1 + cfg.slack) * floor, cfg.z_lr_dual
-        _ascend(lam, 1, logs['z_distance'], limit, rate, cfg, ctx.generator)
-    if hasattr(nets, 'prior'):
+        _ascend(lam, 1, logs['z_distance'], limit, rate, cfg.lam_max, ctx)
+    if nets.prior is not None:
         yield 'prior', -nets.prior.log_prob(z).mean(), {}
 
 # %% ../../nbs/07_ecvae.ipynb #49961b10
 def plain_losses(
     nets: Nets,  # Encoder and decoder, or a flow
     x: Tensor,  # (B, ...) data
-    cfg: Config,  # Resolved settings
     ctx: Context,  # Step, generator, state
 ) -> Iterator:  # Yields ('model', loss, logs), and ('prior', ...) where it is learned
     "One iteration of a VAE or a flow, by data alone."
-    lam = _multipliers(cfg, x, ctx)
-    loss, logs, z = likelihood_loss(nets, x, lam, cfg, ctx)
-    yield 'model', loss, _with_multipliers(logs, lam, cfg)
-    yield from _prior_losses(nets, z, logs, lam, cfg, ctx)
+    lam = _multipliers(nets.cfg, x, ctx)
+    loss, logs, z = likelihood_loss(nets, x, lam, ctx)
+    yield 'model', loss, _with_multipliers(logs, lam, nets.cfg)
+    yield from _prior_losses(nets, z, logs, lam, ctx)
 
 # %% ../../nbs/07_ecvae.ipynb #8559feab
 def _inside(x, cfg):
@@ -379,21 +383,20 @@ def _decode(nets, z):  # without graph, by the decoder as it is now
         return nets.decode(z)
 
 
-def _targets(nets, x, cfg, generator):  # calibrated samples x, without graph
+def _targets(nets, x, generator):  # calibrated samples x, without graph
     with frozen(nets.energy):
-        return calibrate(nets.energy, x, cfg, cfg.n_steps, generator)
+        return calibrate(nets.energy, x, nets.cfg, nets.cfg.n_steps, generator)
 
 
-def _energy_loss(nets, x, made, target, cfg):
+def _energy_loss(nets, x, made, target):
     "The energy's loss on data against targets, and how far they are from their samples."
-    loss, logs = contrast(nets.energy, x, _inside(target, cfg))
+    loss, logs = contrast(nets.energy, x, _inside(target, nets.cfg))
     return loss, logs | dict(moved=_squared_norm(target - made.detach()).mean())
 
 # %% ../../nbs/07_ecvae.ipynb #09c5c4d7
 def calibrated_losses(
     nets: Nets,  # Encoder, decoder and energy, or a flow and an energy
     x: Tensor,  # (B, ...) data
-    cfg: Config,  # Resolved settings
     ctx: Context,  # Step, generator, state
 ) -> (
     Iterator
@@ -402,30 +405,30 @@ def calibrated_losses(
 
     Source: Luo et al. 2024, section 3; the released program.
     """
+    cfg = nets.cfg
     lam = _multipliers(cfg, x, ctx)
     latents = _draw_latents(nets, x, ctx)
     made = nets.decode(latents)
-    target = _targets(nets, made, cfg, ctx.generator)
-    loss, logs, z = likelihood_loss(nets, x, lam, cfg, ctx)
-    error = reconstruction_error(made, _inside(target, cfg), cfg).mean()
+    target = _targets(nets, made, ctx.generator)
+    loss, logs, z = likelihood_loss(nets, x, lam, ctx)
+    error = reconstruction_error(made, _inside(target, cfg), cfg.distance).mean()
     # before the clamp, as the margin; `excess` is without what noise alone would make
     distance = _squared_norm(made.detach() - target).mean()
     excess = distance - margin(cfg) / (1 + cfg.slack)
     logs |= dict(distance=distance, excess=excess)
     yield 'model', loss + lam[0] * error, _with_multipliers(logs, lam, cfg)
     if cfg.dual:
-        _ascend(lam, 0, distance, margin(cfg), cfg.lr_dual, cfg, ctx.generator)
-    yield from _prior_losses(nets, z, logs, lam, cfg, ctx)
+        _ascend(lam, 0, distance, margin(cfg), cfg.lr_dual, cfg.lam_max, ctx)
+    yield from _prior_losses(nets, z, logs, lam, ctx)
     if not cfg.reuse:
         made = _decode(nets, latents)
-        target = _targets(nets, made, cfg, ctx.generator)
-    yield 'energy', *_energy_loss(nets, x, made, target, cfg)
+        target = _targets(nets, made, ctx.generator)
+    yield 'energy', *_energy_loss(nets, x, made, target)
 
 # %% ../../nbs/07_ecvae.ipynb #e35edab3
 def critic_losses(
     nets: Nets,  # Encoder, decoder and energy
     x: Tensor,  # (B, ...) data
-    cfg: Config,  # Resolved settings
     ctx: Context,  # Step, generator, state
 ) -> (
     Iterator
@@ -434,45 +437,44 @@ def critic_losses(
 
     That `lam0` weighs the critic is ours.
     """
+    cfg = nets.cfg
     lam = _multipliers(cfg, x, ctx)
     latents = _draw_latents(nets, x, ctx)
     made = nets.decode(latents)
-    loss, logs, z = likelihood_loss(nets, x, lam, cfg, ctx)
+    loss, logs, z = likelihood_loss(nets, x, lam, ctx)
     with frozen(nets.energy):
         loss = loss + cfg.lam0 * nets.energy(made).mean()
     yield 'model', loss, _with_multipliers(logs, lam, cfg)
-    yield from _prior_losses(nets, z, logs, lam, cfg, ctx)
+    yield from _prior_losses(nets, z, logs, lam, ctx)
     made = _decode(nets, latents)
-    yield 'energy', *_energy_loss(nets, x, made, made, cfg)
+    yield 'energy', *_energy_loss(nets, x, made, made)
 
 # %% ../../nbs/07_ecvae.ipynb #29301542
 def separate_losses(
     nets: Nets,  # Encoder, decoder and energy
     x: Tensor,  # (B, ...) data
-    cfg: Config,  # Resolved settings
     ctx: Context,  # Step, generator, state
 ) -> (
     Iterator
 ):  # Yields ('model', loss, logs), ('prior', ...) where it is learned, ('energy', ...)
     "One iteration of a VAE and of an energy on x, whose chains start at the VAE's samples."
-    lam = _multipliers(cfg, x, ctx)
+    lam = _multipliers(nets.cfg, x, ctx)
     latents = _draw_latents(nets, x, ctx)
-    loss, logs, z = likelihood_loss(nets, x, lam, cfg, ctx)
-    yield 'model', loss, _with_multipliers(logs, lam, cfg)
-    yield from _prior_losses(nets, z, logs, lam, cfg, ctx)
+    loss, logs, z = likelihood_loss(nets, x, lam, ctx)
+    yield 'model', loss, _with_multipliers(logs, lam, nets.cfg)
+    yield from _prior_losses(nets, z, logs, lam, ctx)
     made = _decode(nets, latents)
-    target = _targets(nets, made, cfg, ctx.generator)
-    yield 'energy', *_energy_loss(nets, x, made, target, cfg)
+    target = _targets(nets, made, ctx.generator)
+    yield 'energy', *_energy_loss(nets, x, made, target)
 
 # %% ../../nbs/07_ecvae.ipynb #0f02c8ac
 def noise_losses(
     nets: Nets,  # An energy
     x: Tensor,  # (B, ...) data
-    cfg: Config,  # Resolved settings
     ctx: Context,  # Step, generator, state
 ) -> Iterator:  # Yields ('energy', loss, logs)
     "One iteration of an energy whose chains start at noise."
-    target = _targets(nets, from_noise(x, ctx.generator), cfg, ctx.generator)
+    target = _targets(nets, from_noise(x, ctx.generator), ctx.generator)
     yield 'energy', *contrast(nets.energy, x, target)
 
 # %% ../../nbs/07_ecvae.ipynb #b31631ad
@@ -490,43 +492,41 @@ _ALGORITHMS = {
 def losses(
     nets: Nets,  # The networks
     batch: dict,  # x (B, ...)
-    cfg: Config,  # Resolved settings
     ctx: Context,  # Step, generator, state
 ) -> Iterator:  # Yields the losses of the algorithm that `cfg.method` names
     "One iteration of any algorithm, on flipped images where the settings ask for it."
-    x = flip_if(cfg.flip, batch['x'], ctx.generator)
+    x = flip_if(nets.cfg.flip, batch['x'], ctx.generator)
     nets.train()
-    yield from _ALGORITHMS[cfg.method](nets, x, cfg, ctx)
+    yield from _ALGORITHMS[nets.cfg.method](nets, x, ctx)
 
 # %% ../../nbs/07_ecvae.ipynb #c039
 def optimisers(
     nets: Nets,  # The networks
-    cfg: Config,  # Learning rates
 ) -> dict:  # Group name -> Group
     """Adam at constant rates, without weight decay.
 
     Source: released program of Luo et al. 2024.
     """
+    cfg = nets.cfg
 
     def adam(lr, *parts):
         params = [param for part in parts for param in part.parameters()]
         return Group(torch.optim.Adam(params, lr, betas=(cfg.beta1, 0.9)))
 
     out = {}
-    if hasattr(nets, 'flow'):
+    if nets.flow is not None:
         out['model'] = adam(cfg.lr_vae, nets.flow)
-    elif hasattr(nets, 'encoder'):
+    elif nets.encoder is not None:
         out['model'] = adam(cfg.lr_vae, nets.encoder, nets.decoder)
-    if hasattr(nets, 'prior'):
+    if nets.prior is not None:
         out['prior'] = adam(cfg.lr_prior, nets.prior)
-    if hasattr(nets, 'energy'):
+    if nets.energy is not None:
         out['energy'] = adam(cfg.lr, nets.energy)
     return out
 
 # %% ../../nbs/07_ecvae.ipynb #a1806e6a
 def settle(
     nets: Nets,  # Trained networks, changed in place
-    cfg: Config,  # Uses data
     generator: Draws = None,  # Source of the draws
     n: int = 4_096,  # Examples
     chunk: int = 128,  # Examples at once
@@ -537,7 +537,7 @@ def settle(
     """
 
     def show():
-        own, data = next(nets.parameters()), load(cfg.data)
+        own, data = next(nets.parameters()), load(nets.cfg.data)
         order = torch.Generator().manual_seed(0)
         for indices in torch.randint(len(data), (n,), generator=order).split(chunk):
             nets.encoder(data.batch(indices.tolist())['x'].to(own))
@@ -559,18 +559,18 @@ def _updates(cfg, n_steps):
     return cfg.n_steps if cfg.method in ('ebm', 'ebm-vae') else 0
 
 
-def _first_draw(nets, n, cfg, generator, temp):
-    if cfg.method == 'ebm':
-        like = next(nets.parameters()).new_empty(n, *cfg.shape)
+def _first_draw(nets, n, generator, temp):
+    if nets.cfg.method == 'ebm':
+        like = next(nets.parameters()).new_empty(n, *nets.cfg.shape)
         return from_noise(like, generator)
     return nets.decode(nets.draw(n, generator, temp))
 
 # %% ../../nbs/07_ecvae.ipynb #c043
+@strict
 @torch.no_grad()
 def sample(
     nets: Nets,  # Trained networks
     n: int,  # How many
-    cfg: Config,  # Resolved settings
     *,
     n_steps: int | None = None,  # Updates after the decoder; None is as in the settings
     temp: float = 1.0,  # Scale of the first normal numbers; 1 wherever numbers are reported
@@ -581,16 +581,18 @@ def sample(
     """Draw from the model, or from what it is compared with.
 
     Below 1, `temp` is for pictures only.
-    Raises `ValueError` for updates without an energy.
+    Raises `ValueError` for updates without an energy, `TypeError` for an option that it
+    does not have.
     """
-    if n_steps and not hasattr(nets, 'energy'):
+    cfg = nets.cfg
+    if n_steps and nets.energy is None:
         problem = f"have no energy to run {n_steps} updates on"
         raise ValueError(f"networks of method {cfg.method!r} {problem}")
     n_steps = _updates(cfg, n_steps)
 
     def draw(size):
         with frozen(nets):
-            x = _first_draw(nets, size, cfg, generator, temp)
+            x = _first_draw(nets, size, generator, temp)
             if not n_steps:
                 return x
             return calibrate(nets.energy, x, cfg, n_steps, generator, on_step)
@@ -599,14 +601,32 @@ def sample(
     return x.clamp(-1, 1) if len(cfg.shape) == 3 else x
 
 # %% ../../nbs/07_ecvae.ipynb #8b057f07
+def _energy_of(nets):
+    if nets.energy is None:
+        raise ValueError("these networks have no energy")
+    return nets.energy
+
+
+@strict
 def energy(
     nets: Nets,  # Trained networks with an energy
     x: Tensor,  # (B, ...) images in [-1, 1], or points
-    cfg: Config,  # Uses tau
 ) -> Tensor:  # (B,) nats
-    "The learned energy E = f/tau."
-    with torch.no_grad(), frozen(nets.energy):
-        return nets.energy(x) / cfg.tau
+    "The learned energy E = f/tau. Raises `ValueError` for networks without an energy."
+    with torch.no_grad(), frozen(_energy_of(nets)):
+        return nets.energy(x) / nets.cfg.tau
+
+# %% ../../nbs/07_ecvae.ipynb #60673df5
+def chain_energy(
+    nets: Nets,  # Networks with an energy
+    x: Tensor,  # (B, ...) samples, where a chain starts
+) -> Callable[[Tensor], Tensor]:  # (B, ...) -> (B,) nats, differentiable
+    """What a chain of training descends from x, label `eq-ecvae-conditional`.
+
+    The tether of the demo ends with the chain's last update.
+    Raises `ValueError` for networks without an energy.
+    """
+    return _conditional(_energy_of(nets), x.detach(), nets.cfg, nets.cfg.n_steps)
 
 # %% ../../nbs/07_ecvae.ipynb #c046
 def restore(
@@ -631,7 +651,7 @@ def restore(
     z = nets.draw(len(known), generator)
     if eta is None:
         eta = 0.008 * z[0].numel() / known[0].numel()
-    weight = weight if hasattr(nets, 'energy') else 0
+    weight = 0 if nets.energy is None else weight
 
     def potential(z):
         x = nets.decode(z)
