@@ -68,19 +68,26 @@ def run_of(cfg, folder):
 
 
 def trained(cfg, folder, **options):
-    return train(liebm, cfg, run_of(cfg, folder), progress=False, **options)
+    return train(liebm.SYSTEM, cfg, run_of(cfg, folder), progress=False, **options)
 
 
 def built(cfg, seed=0):
     "Networks whose encoder's batch norms have seen images, so that modes and ranges matter."
     torch.manual_seed(seed)
     nets = liebm.build(cfg)
-    if hasattr(nets, 'h'):
+    if liebm.has_encoder(cfg):
         x = load('digits').tensor(64)
         with torch.no_grad():
             for contrast in (0.3, 0.5, 0.8):
                 nets.h.encoder.train()(x * contrast)
     return nets
+
+
+def under(nets, cfg):
+    "The same networks under other settings."
+    other = copy.copy(nets)
+    other.cfg = cfg
+    return other
 
 
 # --- the paper's presets
@@ -152,7 +159,7 @@ def test_rates_of_the_paper():
     nets = built(replace(SHORT, method='erm'))
     for name, beta2, rate in (('cifar10', 0.999, 2e-4), ('celebahq256', 0.9, 1e-4)):
         cfg = replace(PRESETS[name], method='erm', net='digits')
-        groups = liebm.optimisers(nets, cfg)
+        groups = liebm.optimisers(under(nets, cfg))
         sets = [
             (name, adam['lr'], adam['betas'], adam['weight_decay'])
             for name, group in groups.items()
@@ -166,8 +173,7 @@ def test_rates_of_the_paper():
         for group in groups.values():
             assert group.schedule(10**6) == 1 and group.clip is None
     # trained along, the encoder's rate neither rises nor falls
-    cfg = replace(SHORT, encoder='joint')
-    along = liebm.optimisers(built(cfg), cfg)['encoder']
+    along = liebm.optimisers(built(replace(SHORT, encoder='joint')))['encoder']
     assert [along.schedule(step) for step in (0, 10**6)] == [1, 1]
 
 
@@ -358,11 +364,11 @@ def test_an_iteration_is_the_one_written_out(change):
     cfg = replace(STRONG, **change)
     nets, x = built(cfg), load('digits').tensor(8)
     hand, generator, here = copy.deepcopy(nets), gen(), ctx()
-    groups, by_hand = liebm.optimisers(nets, cfg), liebm.optimisers(hand, cfg)
+    groups, by_hand = liebm.optimisers(nets), liebm.optimisers(hand)
     # the second iteration sees what the first has changed; with 'joint', Adam's first step
     # turns the noise of biases without effect into steps, and h notices
     for i in range(1 if cfg.encoder == 'joint' else 2):
-        steps = liebm.losses(nets, dict(x=x), cfg, here)
+        steps = liebm.losses(nets, dict(x=x), here)
         wanted = iteration_by_hand(hand, x, cfg, generator)
         for (name, loss, _), (other, value) in itertools.zip_longest(steps, wanted):
             assert name == other
@@ -383,7 +389,7 @@ def test_inference_model_of_a_finished_generator_written_out():
     cfg = replace(STRONG, n_infer=2, unit=True)
     nets, x, generator = built(cfg), load('digits').tensor(8), gen()
     before = copy.deepcopy(nets.state_dict())
-    for name, loss, _ in liebm.inference_losses(nets, dict(x=x), cfg, ctx()):
+    for name, loss, _ in liebm.inference_losses(nets, dict(x=x), ctx()):
         u = (x + 1) / 2
         z = place(nets, wide(viewed(u, cfg, generator), cfg))
         mu, log_var = nets.q(u)
@@ -415,14 +421,14 @@ def test_samples_and_scores_written_out(top):
         value, head = likely(nets, (x + 1) / 2)
     # whatever mode they are in, networks are used as they stand
     before = copy.deepcopy(nets.train().state_dict())
-    samples = liebm.sample(nets, 6, cfg, n_steps=5, generator=gen())
+    samples = liebm.sample(nets, 6, n_steps=5, generator=gen())
     assert torch.allclose(samples, want, atol=1e-4)
-    assert torch.allclose(-liebm.energy(nets, x, cfg), value, atol=1e-5)
-    assert torch.allclose(liebm.score(nets, x, cfg, alone=True), value, atol=1e-5)
+    assert torch.allclose(-liebm.energy(nets, x), value, atol=1e-5)
+    assert torch.allclose(liebm.score(nets, x, alone=True), value, atol=1e-5)
     for gamma in (None, 0.0, 3.0):
         weight = cfg.gamma_ood if gamma is None else gamma
         want = value + weight * cosine(head, place(nets, x))
-        assert torch.allclose(liebm.score(nets, x, cfg, gamma=gamma), want, atol=1e-5)
+        assert torch.allclose(liebm.score(nets, x, gamma=gamma), want, atol=1e-5)
     assert all(net.training for net in nets.modules())
     assert same(dict(nets.state_dict()), dict(before))
 
@@ -431,9 +437,9 @@ def test_area_of_the_chapters_scores():
     "Unseen test images against out-of-distribution ones, ties count half."
     cfg = replace(STRONG, unit=True)
     nets, inside = built(cfg).eval(), load('digits', split='test').tensor(40)
-    scores = liebm.evaluate(nets, cfg, task='ood', n=40)
+    scores = liebm.evaluate(nets, task='ood', n=40)
     for name, x in ood_sets('digits', 40, gen()).items():
-        own, other = (liebm.score(nets, images, cfg)[:, None] for images in (inside, x))
+        own, other = (liebm.score(nets, images)[:, None] for images in (inside, x))
         area = ((own > other.T).double() + 0.5 * (own == other.T)).mean().item()
         assert scores['auroc_' + name] == (pytest.approx(area, abs=1e-9), 40, '')
 
@@ -442,13 +448,13 @@ def test_what_is_measured():
     "The generator alone where that is asked for; the autoencoder on the scale from 0 to 1."
     cfg = replace(STRONG, unit=True, method='erm', noise=0.3)
     nets, x = built(cfg).eval(), load('digits', split='test').tensor(20)
-    alone = liebm.evaluate(nets, cfg, n=200, n_steps=0)
-    assert alone == liebm.evaluate(nets, replace(cfg, n_steps=0), n=200)
-    assert alone['fid'][0] != liebm.evaluate(nets, cfg, n=200)['fid'][0]
+    alone = liebm.evaluate(nets, n=200, n_steps=0)
+    assert alone == liebm.evaluate(under(nets, replace(cfg, n_steps=0)), n=200)
+    assert alone['fid'][0] != liebm.evaluate(nets, n=200)['fid'][0]
     u = (x + 1) / 2
     with torch.no_grad():
         want = (nets.generator(nets.q(u)[0]) - u).square().mean().item()
-    error = liebm.evaluate(nets, cfg, task='rebuild', n=20)['mse'][0]
+    error = liebm.evaluate(nets, task='rebuild', n=20)['mse'][0]
     assert error == pytest.approx(want, rel=1e-4)
 
 
@@ -471,7 +477,7 @@ def test_sampling_a_class_written_out():
         # Y starts anew in each turn
         u = base + ascend(value, torch.zeros_like(base), cfg, generator, clamp=False)
     options = dict(gamma=4.0, rounds=2, generator=gen())
-    made = liebm.conditional(nets.train(), code, start, cfg, **options)
+    made = liebm.conditional(nets.train(), code, start, **options)
     assert torch.allclose(made, (2 * u - 1).clamp(-1, 1), atol=1e-4)
 
 
@@ -504,7 +510,7 @@ def test_restoration_written_out(unit):
     zero = torch.zeros_like(base)
     Y = ascend(lambda Y: value(base + Y), zero, slow, generator, **options)
     options = dict(sigma=sigma, eta=0.01, eta_y=0.02, noise_y=0.05, n_steps=3, n_steps_y=3)
-    got = liebm.restore(nets.train(), op, y, cfg, **options, generator=gen())
+    got = liebm.restore(nets.train(), op, y, **options, generator=gen())
     with torch.no_grad():
         want = (nets.eval().generator(first), base, base + Y)
     for mine, u in zip(got, want, strict=True):
@@ -515,7 +521,7 @@ def test_classes_have_their_own_codes(monkeypatch):
     "Labels and images stay together, in either range."
     cfg = replace(STRONG, unit=True)
     nets, data = built(cfg).eval(), load('digits')
-    codes, means = liebm.class_codes(nets, cfg, n_views=30, n=50, generator=gen())
+    codes, means = liebm.class_codes(nets, n_views=30, n=50, generator=gen())
     x = [data.tensor()[data.y == label][:50] for label in range(10)]
     for label in range(10):
         z = place(nets, x[label]).mean(0)
@@ -525,7 +531,7 @@ def test_classes_have_their_own_codes(monkeypatch):
     lacking = SimpleNamespace(y=torch.where(data.y == 3, 4, data.y), batch=data.batch)
     monkeypatch.setattr('ebmbook.liebm.uses.load', lambda *_, **__: lacking)
     with pytest.raises(ValueError, match="class 3 of 'digits' has no training image"):
-        liebm.class_codes(nets, cfg, n_views=1, n=5)
+        liebm.class_codes(nets, n_views=1, n=5)
 
 
 @pytest.mark.parametrize('enc', ['digits', 'digits-byol', 'digits-wmse'])
@@ -660,8 +666,8 @@ def test_a_posterior_sees_mirrored_images_where_the_preset_mirrors():
     nets, batch = built(replace(SHORT, mirror=True)), dict(x=load('digits').tensor(64))
 
     def first(cfg):
-        cfg = replace(cfg, view='dequantise')
-        return next(liebm.posterior_losses(nets, batch, cfg, ctx()))[1].item()
+        other = under(nets, replace(cfg, view='dequantise'))
+        return next(liebm.posterior_losses(other, batch, ctx()))[1].item()
 
     assert first(SHORT) != first(replace(SHORT, mirror=True))
 
@@ -676,7 +682,7 @@ def half_averaged(tmp_path):
 
 def test_what_a_training_leaves(half_averaged, tmp_path):
     "Averaged weights, averages of the batch norms from samples alone, an encoder as it was."
-    cfg, nets, seen = half_averaged
+    _, nets, seen = half_averaged
     for name, value in nets.h.state_dict().items():  # as the last step of its stage left it
         assert torch.equal(value, seen[3]['h.' + name])
     mean = load_checkpoint(tmp_path)['ema']
@@ -690,7 +696,7 @@ def test_what_a_training_leaves(half_averaged, tmp_path):
     for norm in norms:  # 4,096 samples in parts of 128
         assert norm.num_batches_tracked == 32 and norm.momentum == 0.1
     again = copy.deepcopy(nets)
-    liebm.settle(again, cfg, gen())
+    liebm.settle(again, gen())
     for name, value in again.generator.named_buffers():
         own = nets.generator.get_buffer(name)
         assert torch.allclose(own, value, rtol=1e-4, atol=1e-5), name
@@ -708,21 +714,21 @@ def test_the_files_of_a_training(half_averaged, tmp_path):
             if hasattr(layer, 'parametrizations'):
                 top = torch.linalg.matrix_norm(layer.eval().weight.flatten(1), 2)
                 assert top.item() == pytest.approx(1, abs=0.02)
-    shipped = liebm.sample(half.eval(), 5, cfg, generator=gen())
-    assert torch.allclose(shipped, liebm.sample(nets, 5, cfg, generator=gen()), atol=0.05)
+    shipped = liebm.sample(half.eval(), 5, generator=gen())
+    assert torch.allclose(shipped, liebm.sample(nets, 5, generator=gen()), atol=0.05)
 
 
-def steps(cfg, nets, n=1, groups=None, seed=0):
+def steps(nets, n=1, groups=None, seed=0):
     "Logs of steps through the loop's own step."
-    context, accelerator = ctx(seed), make_accelerator(cfg, 'cpu')
-    groups = groups or liebm.optimisers(nets, cfg)
+    context, accelerator = ctx(seed), make_accelerator(nets.cfg, 'cpu')
+    groups = groups or liebm.optimisers(nets)
     for group in groups.values():
         for adam in group.optimiser.param_groups:
             adam.setdefault('initial_lr', adam['lr'])
     logs = []
     for _ in range(n):
-        batch = dict(x=load('digits').tensor(cfg.batch))
-        parts = ([batch], cfg, [context], groups, accelerator)
+        batch = dict(x=load('digits').tensor(nets.cfg.batch))
+        parts = ([batch], [context], groups, accelerator)
         logs.append(optimiser_step(liebm.STAGES[2], nets, *parts))
     return logs
 
@@ -734,7 +740,7 @@ CHOICES = [{}, dict(method='ejm'), dict(method='erm'), dict(encoder='joint')]
 def test_a_step_moves_its_own_group(change):
     cfg = replace(SHORT, **change)
     nets, moved = built(cfg), []
-    groups = liebm.optimisers(nets, cfg)
+    groups = liebm.optimisers(nets)
     own = dict(generator={'generator'}, energy={'energy'}, encoder={'h'})
     if cfg.method == 'erm':
         own['generator'] = {'generator', 'q'}
@@ -757,7 +763,7 @@ def test_a_step_moves_its_own_group(change):
 
     for name, group in groups.items():
         group.optimiser.step = watched(name, group.optimiser.step)
-    steps(cfg, nets, 2, groups)
+    steps(nets, 2, groups)
     assert moved == 2 * list(groups)
     assert all(weight.grad is None for weight in nets.parameters())
     if cfg.encoder == 'frozen':  # not even an average
@@ -790,7 +796,7 @@ def test_every_choice_trains():
         if n % 5 and bias:
             continue  # biases and views have little to do with the rest
         torch.manual_seed(n)
-        logs = steps(cfg, liebm.build(cfg), 2)[-1]
+        logs = steps(liebm.build(cfg), 2)[-1]
         assert logs['ok'] and all(math.isfinite(value) for value in logs.values()), cfg
         assert {'gap', 'level', 'moved', 'spread'} <= set(logs)
         assert ('match' in logs) == (encoder != 'none')
@@ -832,7 +838,7 @@ def test_switches_train(change, tmp_path):
     assert (moved[-1] == 0) == (cfg.n_steps == 0)
     normed = any(hasattr(layer, 'parametrizations') for layer in nets.energy.modules())
     assert normed == cfg.norm
-    assert math.isfinite(liebm.evaluate(nets, cfg, n=200)['fid'][0])
+    assert math.isfinite(liebm.evaluate(nets, n=200)['fid'][0])
 
 
 @pytest.mark.parametrize('change', [dict(max_gap=1e-9), dict(lr=float('inf'))], ids=str)

@@ -55,7 +55,7 @@ def views(n=64, d=8, seed=0):
 
 def trained(cfg, folder, **options):
     run = open_run('selfsup', 'digits', cfg, out=folder, device='cpu')
-    return train(selfsup, cfg, run, progress=False, **options)
+    return train(selfsup.SYSTEM, cfg, run, progress=False, **options)
 
 
 # --- against lightly
@@ -164,7 +164,7 @@ def test_full_network_learns_from_one_batch():
     torch.manual_seed(0)
     nets, x = selfsup.build(cfg), 2 * torch.rand(8, 3, 32, 32, generator=gen()) - 1
     ctx = Context(step=0, frac=0.0, generator=gen())
-    name, loss, logs = next(selfsup.losses(nets, dict(x=x), cfg, ctx))
+    name, loss, logs = next(selfsup.losses(nets, dict(x=x), ctx))
     loss.backward()
     assert name == 'encoder' and math.isfinite(loss.item())
     assert loss.item() < math.log(15) + 2 and 0 <= logs['spread'] <= 1
@@ -271,7 +271,7 @@ def test_h_within_a_chain(tmp_path):
 def test_training_beats_random_weights(tmp_path):
     cfg = replace(PRESETS['digits'], n_iters=60, drops=(12, 6))
     torch.manual_seed(0)
-    random = selfsup.evaluate(selfsup.build(cfg), cfg, n_epochs=50)
-    after = selfsup.evaluate(trained(cfg, tmp_path), cfg, n_epochs=50)
+    random = selfsup.evaluate(selfsup.build(cfg), n_epochs=50)
+    after = selfsup.evaluate(trained(cfg, tmp_path), n_epochs=50)
     assert after['knn'][0] > random['knn'][0]
     assert after['top1'][0] > random['top1'][0] + 0.05

@@ -18,7 +18,13 @@ from torch import Tensor, nn
 from ..learn.blocks import settle_norms
 from . import selfsup
 from .nets import SIZES, networks
-from .presets import Config, check_config, encoder_config
+from ebmbook.liebm.presets import (
+    Config,
+    check_config,
+    encoder_config,
+    has_encoder,
+    has_inference,
+)
 from ..mcmc import Draws, normal
 
 # %% ../../nbs/08_liebm/joint.ipynb #c018
@@ -129,6 +135,7 @@ class Energy(nn.Module):
 class Nets(nn.Module, PyTorchModelHubMixin):
     """Encoder, energy, generator and inference model, as far as the preset has them.
 
+    The encoder has settings of its own, `h.cfg`.
     `save_pretrained` and `from_pretrained` keep them with their settings.
     """
 
@@ -143,14 +150,14 @@ class Nets(nn.Module, PyTorchModelHubMixin):
             **size,
             linear=cfg.top == 'linear' and cfg.posterior != 'cebm',
             n_out=size['z'] * (2 if cfg.posterior == 'gaussian' else 1),
-            infer=cfg.method == 'erm' or cfg.n_infer > 0,
+            infer=has_inference(cfg),
             sn=cfg.norm,
             unit=cfg.unit,
             bias=cfg.bias,
         )
-        if cfg.encoder != 'none':
+        if has_encoder(cfg):
             self.h = selfsup.Nets(encoder_config(cfg))
-        head = made['g'] if cfg.encoder != 'none' else None
+        head = made['g'] if has_encoder(cfg) else None
         self.energy = Energy(made['f'], head, made.get('F'), cfg.posterior)
         self.generator = made['generator']
         if 'q' in made:

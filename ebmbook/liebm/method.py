@@ -11,7 +11,6 @@ __all__ = ['STAGES', 'inward', 'outward', 'view', 'disturb', 'chain_rates', 'cla
 # %% ../../nbs/08_liebm.ipynb #c005
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -22,9 +21,10 @@ from ..data.catalogue import flip_if, load
 from ..learn.blocks import collect_norms
 from ..learn.contract import Context, Group, Stage
 from ..learn.objectives import contrast
+from ..learn.settings import strict
 from . import selfsup
 from .joint import Energy, Nets, log_posterior
-from .presets import Config, encoder_config
+from .presets import Config, encoder_config, has_encoder
 from .selfsup import latent, place
 from .views import augment, dequantise
 from ..mcmc import Draws, Rates, frozen, in_chunks, langevin, normal, uniform
@@ -103,7 +103,6 @@ def _clipped(gradient, cfg):
 def refine(
     nets: Nets,  # Networks with an energy
     u: Tensor,  # (B, C, H, W) where chains start, in the preset's range; left unmodified
-    cfg: Config,  # Uses n_steps, step, noise, literal, clip, clamp, unit, gamma
     n_steps: int | None = None,  # Updates; None is the preset's T
     *,
     joint: bool = False,  # Chains of E(x, h(x)), eq. 10
@@ -114,6 +113,7 @@ def refine(
 
     Source: LIEBM, eq. 9 and 10; drift and noise apart as in the programs that it reuses.
     """
+    cfg = nets.cfg
 
     def joint_energy(u):
         return nets.energy.joint(u, latent(nets.h, outward(u, cfg)), cfg.gamma)
@@ -131,10 +131,10 @@ def refine(
         )
 
 # %% ../../nbs/08_liebm.ipynb #c034
-def _posterior_part(net, head, z, cfg):
+def _posterior_part(net, head, z, gamma):
     "The posterior's part of the loss, and what to log."
     match = F.cosine_similarity(head[:, : z.shape[1]], z).detach().mean()
-    return -log_posterior(net.kind, head, z, cfg.gamma).mean(), dict(match=match)
+    return -log_posterior(net.kind, head, z, gamma).mean(), dict(match=match)
 
 
 def energy_loss(
@@ -142,7 +142,9 @@ def energy_loss(
     u: Tensor,  # (B, C, H, W) data
     z: Tensor | None,  # (B, d) their places; None has no posterior
     fake: Tensor,  # (B, C, H, W) ends of chains, without graph
-    cfg: Config,  # Uses gamma, reg
+    *,
+    gamma: float,  # Concentration
+    reg: float = 0.0,  # Weight of the squared energies of both batches
 ) -> tuple[Tensor, dict[str, Tensor]]:  # Loss, and what to log
     """Label `eq-liebm-energy`.
 
@@ -155,12 +157,12 @@ def energy_loss(
         return parts['value']
 
     loss, logs = contrast(energy, u, fake)
-    if cfg.reg:
+    if reg:
         values = parts['value'].split([len(u), len(fake)])
-        loss = loss + cfg.reg * sum(value.square().mean() for value in values)
+        loss = loss + reg * sum(value.square().mean() for value in values)
     if z is None:
         return loss, logs
-    posterior, match = _posterior_part(net, parts['head'][: len(u)], z, cfg)
+    posterior, match = _posterior_part(net, parts['head'][: len(u)], z, gamma)
     return loss + posterior, logs | match
 
 # %% ../../nbs/08_liebm.ipynb #c039
@@ -176,7 +178,6 @@ def bound(
     nets: Nets,  # Networks with an inference model
     u: Tensor,  # (B, C, H, W) data, in the range of the preset
     z: Tensor | None,  # (B, d) their places; None leaves the cosine out
-    cfg: Config,  # Uses tau2, rho, unit
     *,
     pixels: bool = True,  # With the squared error; appendix A.6 leaves it out
     generator: Draws = None,  # Source of the draw
@@ -185,6 +186,7 @@ def bound(
 
     Source: LIEBM, eq. 14 and appendix A.6.
     """
+    cfg = nets.cfg
     mu, log_var = nets.q(u)
     made = nets.generator(mu + (log_var / 2).exp() * normal(mu, generator))
     near = squared_distance(made, u).mean()
@@ -202,32 +204,33 @@ def generator_loss(
     u: Tensor,  # (B, C, H, W) data, in the range of the preset
     z: Tensor | None,  # (B, d) their places, or None
     made: Tensor,  # (B, C, H, W) images of the generator, with graph
-    cfg: Config,  # Uses method, tau2, w_match, w_data
     generator: Draws = None,  # Source of the draws
 ) -> tuple[Tensor, dict[str, Tensor]]:  # Loss with graph, what to log
     """Labels `eq-liebm-match` and `eq-liebm-bound`.
 
     Source: LIEBM, eq. 8 to 14.
     """
+    cfg = nets.cfg
     joint = cfg.method == 'ejm'
-    aim = refine(nets, made.detach(), cfg, joint=joint, generator=generator)
+    aim = refine(nets, made.detach(), joint=joint, generator=generator)
     moved = squared_distance(made, aim).mean()
     loss, logs = moved / (2 * cfg.tau2), dict(moved=moved.detach())
     if cfg.method != 'erm':
         return loss, logs
-    data, more = bound(nets, u, z, cfg, generator=generator)
+    data, more = bound(nets, u, z, generator=generator)
     return cfg.w_match * loss + cfg.w_data * data, logs | more
 
 # %% ../../nbs/08_liebm.ipynb #c042
-def _with_places(nets, batch, cfg, generator):
+def _with_places(nets, batch, generator):
     """Images, mirrored where the preset mirrors; the same in its range; their places.
 
     The places are those of random views, or None without an encoder.
     """
+    cfg = nets.cfg
     x = flip_if(cfg.mirror, batch['x'], generator)
     u = inward(x, cfg)
     nets.train()
-    if cfg.encoder == 'none':
+    if not has_encoder(cfg):
         return x, u, None
     return x, u, place(nets.h, outward(view(u, cfg, generator), cfg))
 
@@ -235,63 +238,61 @@ def _with_places(nets, batch, cfg, generator):
 def losses(
     nets: Nets,  # The networks
     batch: dict[str, Tensor],  # x (B, C, H, W)
-    cfg: Config,  # Resolved settings
     ctx: Context,  # Generator
 ) -> Iterator[tuple[str, Tensor, dict[str, Tensor]]]:  # Group, loss, logs
     """One iteration: 'generator', 'energy', and 'encoder' where it learns along.
 
     Source: LIEBM, Algorithm 1.
     """
-    generator = ctx.generator
-    x, u, z = _with_places(nets, batch, cfg, generator)
+    cfg, generator = nets.cfg, ctx.generator
+    x, u, z = _with_places(nets, batch, generator)
     m = nets.draw(len(x), generator)
-    yield 'generator', *generator_loss(nets, u, z, nets.generator(m), cfg, generator)
+    yield 'generator', *generator_loss(nets, u, z, nets.generator(m), generator)
     with torch.no_grad():
         made = nets.generator(m)
     start = disturb(made, cfg, generator)
-    fake = refine(nets, start, cfg, generator=generator)
-    loss, logs = energy_loss(nets.energy, u, z, fake, cfg)
+    fake = refine(nets, start, generator=generator)
+    options = dict(gamma=cfg.gamma, reg=cfg.reg)
+    loss, logs = energy_loss(nets.energy, u, z, fake, **options)
     yield 'energy', loss, logs | dict(spread=fake.std())
     if cfg.encoder == 'joint':
-        enc, fake = encoder_config(cfg), outward(fake, cfg)
-        yield 'encoder', selfsup.clel_loss(nets.h, x, fake, enc, generator), {}
+        fake = outward(fake, cfg)
+        yield 'encoder', selfsup.clel_loss(nets.h, x, fake, generator), {}
 
 # %% ../../nbs/08_liebm.ipynb #c042s
 def encoder_losses(
     nets: Nets,  # The networks
     batch: dict[str, Tensor],  # x (B, C, H, W)
-    cfg: Config,  # Resolved settings
     ctx: Context,  # Generator
 ) -> Iterator[tuple[str, Tensor, dict[str, Tensor]]]:  # Group, loss, logs
     "The first stage: the encoder alone."
-    yield from selfsup.losses(nets.h, batch, encoder_config(cfg), ctx)
+    yield from selfsup.losses(nets.h, batch, ctx)
 
 
 def posterior_losses(
     nets: Nets,  # The networks
     batch: dict[str, Tensor],  # x (B, C, H, W)
-    cfg: Config,  # Resolved settings
     ctx: Context,  # Generator
 ) -> Iterator[tuple[str, Tensor, dict[str, Tensor]]]:  # Group, loss, logs
     "The second stage, where the preset has one: the posterior alone, without a chain."
-    _, u, z = _with_places(nets, batch, cfg, ctx.generator)
+    _, u, z = _with_places(nets, batch, ctx.generator)
     head = nets.energy.parts(u)[1]
-    yield 'posterior', *_posterior_part(nets.energy, head, z, cfg)
+    yield 'posterior', *_posterior_part(nets.energy, head, z, nets.cfg.gamma)
 
 
 def inference_losses(
     nets: Nets,  # The networks
     batch: dict[str, Tensor],  # x (B, C, H, W)
-    cfg: Config,  # Resolved settings
     ctx: Context,  # Generator
 ) -> Iterator[tuple[str, Tensor, dict[str, Tensor]]]:  # Group, loss, logs
     "The last stage, where the preset has one: the inference model alone."
+    cfg = nets.cfg
     nets.eval()
     nets.q.train()
     u = inward(batch['x'], cfg)
     z = place(nets.h, outward(view(u, cfg, ctx.generator), cfg))
     with frozen(nets.generator):
-        out = bound(nets, u, z, cfg, pixels=False, generator=ctx.generator)
+        out = bound(nets, u, z, pixels=False, generator=ctx.generator)
     yield 'inference', *out
 
 # %% ../../nbs/08_liebm.ipynb #c044
@@ -301,12 +302,12 @@ def _adam(parameters, rate, beta2=0.9):
 
 def optimisers(
     nets: Nets,  # The networks
-    cfg: Config,  # Learning rates
 ) -> dict[str, Group]:  # By name
     """Adam at constant rates.
 
     Source: LIEBM, Table 12.
     """
+    cfg = nets.cfg
     sets = [dict(params=list(nets.generator.parameters()), lr=cfg.lr_gen)]
     if cfg.method == 'erm':
         sets.append(dict(params=list(nets.q.parameters()), lr=cfg.lr_inf))
@@ -315,24 +316,22 @@ def optimisers(
         energy=Group(_adam(nets.energy.parameters(), cfg.lr, cfg.beta2)),
     )
     if cfg.encoder == 'joint':
-        enc = replace(encoder_config(cfg), warm=0, drops=())
-        groups['encoder'] = selfsup.optimisers(nets.h, enc)['encoder']
+        groups |= selfsup.optimisers(nets.h, constant=True)
     return groups
 
 
 def encoder_optimisers(
     nets: Nets,  # The networks
-    cfg: Config,  # Learning rates
 ) -> dict[str, Group]:  # By name
     "Of the first stage."
-    return selfsup.optimisers(nets.h, encoder_config(cfg)) if hasattr(nets, 'h') else {}
+    return selfsup.optimisers(nets.h) if has_encoder(nets.cfg) else {}
 
 
 def posterior_optimisers(
     nets: Nets,  # The networks
-    cfg: Config,  # Learning rates
 ) -> dict[str, Group]:  # By name
     "Of the second stage: features and head of the energy."
+    cfg = nets.cfg
     if not cfg.n_post:
         return {}
     g: Any = nets.energy.g  # there, or it would have been refused
@@ -342,9 +341,9 @@ def posterior_optimisers(
 
 def inference_optimisers(
     nets: Nets,  # The networks
-    cfg: Config,  # Learning rates
 ) -> dict[str, Group]:  # By name
     "Of the last stage."
+    cfg = nets.cfg
     if not cfg.n_infer:
         return {}
     return dict(inference=Group(_adam(nets.q.parameters(), cfg.lr_inf)))
@@ -352,7 +351,6 @@ def inference_optimisers(
 # %% ../../nbs/08_liebm.ipynb #c044s
 def settle(
     nets: Nets,  # Trained networks, changed in place
-    cfg: Config,  # Uses encoder, data
     generator: Draws = None,  # Source of the draws
     n: int = 4_096,  # Images
     chunk: int = 128,  # Images at once
@@ -368,15 +366,15 @@ def settle(
             nets.generator(nets.draw(chunk, generator))
 
     collect_norms(nets.generator, show_samples)
-    if cfg.encoder != 'joint':
+    if nets.cfg.encoder != 'joint':
         return
-    data, like, enc = load(cfg.data), next(nets.parameters()), encoder_config(cfg)
+    data, like = load(nets.cfg.data), next(nets.parameters())
 
     def show_views():
         for _ in range(n // chunk):
             numbers = (uniform(chunk, like, generator) * len(data)).long().tolist()
             x = data.batch(numbers)['x'].to(like)
-            selfsup.codes(nets.h, [augment(x, enc, generator)])
+            selfsup.codes(nets.h, [augment(x, nets.h.cfg, generator)])
 
     collect_norms(nets.h, show_views)
 
@@ -432,11 +430,11 @@ def at_once(
     return max(1, min(512, 512 * 32 * 32 // math.prod(cfg.shape[1:])))
 
 
+@strict
 @torch.no_grad()
 def sample(
     nets: Nets,  # Trained networks
     n: int,  # How many
-    cfg: Config,  # Resolved settings
     *,
     n_steps: int | None = None,  # Updates; None is the preset's, 0 the generator alone
     generator: Draws = None,  # Source of every draw
@@ -447,30 +445,30 @@ def sample(
 
     A `chunk` of None is 512 up to 32 pixels, and fewer of larger images.
     """
+    cfg = nets.cfg
 
     def draw(n):
         with frozen(nets.generator):
             u = nets.generator(nets.draw(n, generator))
-        end = refine(nets, u, cfg, n_steps, generator=generator, on_step=on_step)
+        end = refine(nets, u, n_steps, generator=generator, on_step=on_step)
         return outward(end, cfg)
 
     return in_chunks(draw, n, chunk or at_once(cfg)).clamp(-1, 1)
 
 # %% ../../nbs/08_liebm.ipynb #c047e
+@strict
 def energy(
     nets: Nets,  # Trained networks
     x: Tensor,  # (B, C, H, W) in [-1, 1]
-    cfg: Config,  # Uses unit
 ) -> Tensor:  # (B,) nats
     "The marginal energy E(x)."
     with torch.no_grad(), frozen(nets.energy):
-        return nets.energy(inward(x, cfg))
+        return nets.energy(inward(x, nets.cfg))
 
 
 def score(
     nets: Nets,  # Trained networks
     x: Tensor,  # (B, C, H, W) in [-1, 1]
-    cfg: Config,  # Uses gamma_ood, unit
     *,
     gamma: float | None = None,  # Weight of the cosine; None is the preset's
     alone: bool = False,  # The marginal energy alone
@@ -479,6 +477,7 @@ def score(
 
     Source: LIEBM, eq. 15.
     """
+    cfg = nets.cfg
     with torch.no_grad(), frozen(nets.energy):
         value, head = nets.energy.parts(inward(x, cfg))
         if alone or head is None:

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PRESETS', 'DEFAULT_PRESET', 'SwitchFields', 'DataFields', 'StageFields', 'ChainFields', 'LossFields', 'OptimFields',
-           'Config', 'encoder_config', 'check_config']
+           'Config', 'encoder_config', 'has_encoder', 'has_inference', 'check_config']
 
 # %% ../../nbs/08_liebm/presets.ipynb #8373d2b9
 from dataclasses import dataclass, replace
@@ -202,6 +202,20 @@ def _encoder_iters(cfg, full):
     if cfg.encoder == 'none' or (cfg.encoder == 'frozen' and cfg.enc_weights):
         return 0
     return full if cfg.encoder == 'joint' or cfg.n_enc < 0 else cfg.n_enc
+
+# %% ../../nbs/08_liebm/presets.ipynb #5e7c1a10
+def has_encoder(
+    cfg: Config,  # Uses encoder
+) -> bool:
+    "Whether there is an encoder, and with it a posterior."
+    return cfg.encoder != 'none'
+
+
+def has_inference(
+    cfg: Config,  # Uses method, n_infer
+) -> bool:
+    "Whether there is an inference model: in ERM, or trained afterwards."
+    return cfg.method == 'erm' or cfg.n_infer > 0
 
 # %% ../../nbs/08_liebm/presets.ipynb #c011c
 _WORDS = dict(

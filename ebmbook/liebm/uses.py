@@ -22,7 +22,7 @@ from ebmbook.liebm.method import (
     squared_distance,
     view,
 )
-from .presets import Config
+from .presets import has_encoder
 from .selfsup import latent, place
 from ..mcmc import Draws, Rates, frozen, langevin, normal
 from ..measure.restoration import Operator
@@ -31,7 +31,6 @@ from ..measure.restoration import Operator
 @torch.no_grad()
 def class_codes(
     nets: Nets,  # Trained networks with an encoder
-    cfg: Config,  # Uses data
     *,
     n_views: int = 4,  # Augmented images of each datum behind the means
     n: int = 500,  # Training images of each class, or as many as there are
@@ -42,6 +41,7 @@ def class_codes(
     Raises `ValueError` if the data have no classes, or a class has no image.
     Source: LIEBM, section 4.3.
     """
+    cfg = nets.cfg
     data, like = load(cfg.data), next(nets.parameters())
     if data.y is None or data.y.ndim != 1:
         raise ValueError(f"the data set {cfg.data!r} has no classes")
@@ -63,7 +63,6 @@ def conditional(
     nets: Nets,  # Trained networks with an inference model
     code: Tensor,  # (B, d) places on the sphere
     start: Tensor,  # (B, C, H, W) in [-1, 1], first guess of the image
-    cfg: Config,  # Uses n_steps, step, noise
     *,
     gamma: float = 1.0,  # Concentration
     rounds: int = 3,  # Turns of Y and m
@@ -74,6 +73,7 @@ def conditional(
 
     Source: LIEBM, section 4.3; number of turns and concentration ours.
     """
+    cfg = nets.cfg
     n_steps = cfg.n_steps if n_steps is None else n_steps
     u = inward(start, cfg)
     with frozen(nets):
@@ -90,13 +90,14 @@ def conditional(
     return outward(u, cfg).clamp(-1, 1)
 
 # %% ../../nbs/08_liebm/uses.ipynb #c055
-def _measured_energy(nets, op, known, cfg, sigma):
+def _measured_energy(nets, op, known, sigma):
     "E(u, h(u)) and the misfit to a measurement whose pseudo-inverse is `known`."
+    cfg = nets.cfg
 
     def energy(u):
         x = outward(u, cfg)
         misfit = squared_distance(known, op.A_dagger(op.A(x))) / (2 * sigma**2)
-        if not hasattr(nets, 'h'):
+        if not has_encoder(cfg):
             return misfit + nets.energy(u)
         return misfit + nets.energy.joint(u, latent(nets.h, x), cfg.gamma)
 
@@ -108,7 +109,6 @@ def restore(
     nets: Nets,  # Trained networks with an inference model
     op: Operator,  # What was done to the images
     y: Tensor,  # (B, ...) measurements
-    cfg: Config,  # Uses gamma, unit
     *,
     sigma: float = 0.05,  # Of the measurement, in units of x in [-1, 1]
     eta: float = 5e-4,  # Step of the chain on m: drift eta/2, noise sqrt(eta)
@@ -123,11 +123,12 @@ def restore(
     Images of more than 768 numbers get less than `eta`, in proportion.
     Source: LIEBM, eq. 16 and 17; all numbers ours.
     """
+    cfg = nets.cfg
     # more numbers make the likelihood steeper
     eta = eta * min(1.0, 768 / math.prod(cfg.shape))
     half = 0.5 if cfg.unit else 1.0  # a range of half the length
     known = op.A_dagger(y)
-    energy = _measured_energy(nets, op, known, cfg, sigma)
+    energy = _measured_energy(nets, op, known, sigma)
 
     def energy_of_m(m):
         return energy(nets.generator(m)) + m.square().sum(1) / 2
