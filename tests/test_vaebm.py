@@ -33,7 +33,7 @@ def gen(seed=0):
 
 def trained(cfg, folder, preset='digits', **options):
     run = open_run('vaebm', preset, cfg, out=folder, device='cpu')
-    return train(vaebm, cfg, run, progress=False, **options)
+    return train(vaebm.SYSTEM, cfg, run, progress=False, **options)
 
 
 def copy_of(state):
@@ -180,7 +180,7 @@ def test_rivals_train_and_are_measured(change, tmp_path):
     nets = trained(cfg, tmp_path, on_step=watch)
     # nothing stays frozen, in however many parts a batch came
     assert all(param.requires_grad for param in nets.parameters())
-    assert np.isfinite(vaebm.evaluate(nets, cfg, n=200)['fid'][0])
+    assert np.isfinite(vaebm.evaluate(nets, n=200)['fid'].value)
     now = nets.vae.named_parameters()
     changed = {
         key.split('.')[0] for key, value in now if old and not torch.equal(value, old[key])
@@ -203,11 +203,10 @@ def test_badly_scaled_energies_are_stopped(tmp_path):
 def test_energy_of_data_falls_below_that_of_the_autoencoder(tmp_path):
     cfg = replace(PRESETS['gaussians25'], n_vae=1_000, n_iters=300)
     nets = trained(cfg, tmp_path, 'gaussians25')
-    alone = replace(cfg, method='vae')
     samples = dict(
         data=load('gaussians25', split='test').tensor(2_000),
-        autoencoder=vaebm.sample(nets, 2_000, alone, generator=gen()),
-        chain=vaebm.sample(nets, 2_000, cfg, n_steps=20, generator=gen()),
+        autoencoder=vaebm.sample(nets, 2_000, alone=True, generator=gen()),
+        chain=vaebm.sample(nets, 2_000, n_steps=20, generator=gen()),
     )
     heights = {name: vaebm.energy(nets, x).mean().item() for name, x in samples.items()}
     print(heights)

@@ -20,6 +20,7 @@ from ..data.catalogue import flip_if, load
 from ..learn.contract import Context, Group, Stage
 from ..learn.objectives import contrast
 from ..learn.rivals import from_noise
+from ..learn.settings import strict
 from ebmbook.mcmc import (
     Draws,
     frozen,
@@ -34,7 +35,7 @@ from ebmbook.mcmc import (
 from ..measure.likelihood import iwae
 from .elbo import learning_rate, reduce_bits, spectral_sum, vae_loss
 from .nets import Nets, data_init
-from .presets import Config
+from .presets import Config, has_energy
 from .vae import VAE, log_gauss, prior_pass
 
 # %% ../../nbs/06_vaebm.ipynb #c019
@@ -129,7 +130,8 @@ def _where(take, new, old):  # by chain
     return torch.where(take.view(-1, *[1] * (new.ndim - 1)), new, old)
 
 # %% ../../nbs/06_vaebm.ipynb #b613d1bd
-def _noise_chains(nets, eps, cfg, n_steps, options):  # jumps first, then steps
+def _noise_chains(nets, eps, n_steps, options):  # jumps first, then steps
+    cfg = nets.cfg
     if cfg.n_jumps:
         eps, _ = jumps(nets, eps, cfg.n_jumps, options['generator'])
     target = potential(nets, cfg.potential)
@@ -141,20 +143,21 @@ def _noise_chains(nets, eps, cfg, n_steps, options):  # jumps first, then steps
 def chains(
     nets: Nets,  # Autoencoder and energy
     eps: tuple[Tensor, ...],  # Start: noise of x, then of each group
-    cfg: Config,  # Uses method, space, potential, sampler, n_jumps, eta
     n_steps: int,  # K updates; 0 returns the start's sample
     generator: Draws = None,  # Source of the noise
     on_step: Callable[..., Any] | None = None,  # As in `langevin`
 ) -> tuple[Tensor | None, tuple[Tensor, ...] | None]:  # x, or noise that `render` takes
-    """Run Langevin chains on the target of the preset.
+    """Run Langevin chains on the target of the settings.
 
+    These are method, space, potential, sampler, n_jumps and eta.
     Source: Xiao et al. 2021, eq. 9 and appendix B.
     """
+    cfg = nets.cfg
     options: dict[str, Any] = dict(generator=generator, on_step=on_step)
     rates = ula(cfg.eta / 2)
     with frozen(nets):
         if cfg.method == 'vaebm' and cfg.space == 'eps':
-            return None, _noise_chains(nets, eps, cfg, n_steps, options)
+            return None, _noise_chains(nets, eps, n_steps, options)
         with torch.no_grad():
             state = unroll(nets.vae, eps)
         if cfg.method == 'vaebm':
@@ -173,13 +176,13 @@ def recall_share(
 
 
 def starts(
-    vae: VAE,  # The autoencoder
+    nets: Nets,  # Autoencoder and energy
     n: int,  # Chains
-    cfg: Config,  # Uses p_max, p_rise, buffer, keep_x
     ctx: Context,  # Step, generator, state
 ) -> tuple[tuple[Tensor, ...], Callable]:  # Noise; `keep(eps)`, which stores the ends
     "Fresh noise of x, and latent noise that is fresh or goes on from the buffer."
-    eps = fresh_noise(vae, n, ctx.generator)
+    cfg = nets.cfg
+    eps = fresh_noise(nets.vae, n, ctx.generator)
     if not cfg.p_max:
         return eps, lambda eps: None
     first = 0 if cfg.keep_x else 1
@@ -211,24 +214,22 @@ def slope_penalty(
     return grad.flatten(1).square().sum(1).mean()
 
 # %% ../../nbs/06_vaebm.ipynb #e3049901
-def _pixel_chains(
-    nets, x, cfg, n_steps, generator
-):  # the energy alone, in x, pixels in range
+def _pixel_chains(nets, x, n_steps, generator):  # the energy alone, in x, pixels in range
     with frozen(nets.energy):
         options = dict(constrain=lambda x: x.clamp(-1, 1), generator=generator)
-        return langevin(nets.energy, x, ula(cfg.eta / 2), n_steps, **options)
+        return langevin(nets.energy, x, ula(nets.cfg.eta / 2), n_steps, **options)
 
 
-def _noise(nets, n, cfg, generator):  # where the chains of 'ebm' start
-    return from_noise(next(nets.parameters()).new_empty(n, *cfg.shape), generator)
+def _noise(nets, n, generator):  # where the chains of 'ebm' start
+    return from_noise(next(nets.parameters()).new_empty(n, *nets.cfg.shape), generator)
 
 
-def _continued_pixels(nets, n, cfg, ctx):  # chains of 'ebm', which go on from a buffer
+def _continued_pixels(nets, n, ctx):  # chains of 'ebm', which go on from a buffer
     if 'x' not in ctx.state:
-        ctx.state['x'] = _noise(nets, cfg.buffer, cfg, None)
-    fresh = _noise(nets, n, cfg, ctx.generator)
+        ctx.state['x'] = _noise(nets, nets.cfg.buffer, None)
+    fresh = _noise(nets, n, ctx.generator)
     x, rows = recall(ctx.state['x'], fresh, 0.05, ctx.generator)
-    x = _pixel_chains(nets, x, cfg, cfg.n_steps, ctx.generator)
+    x = _pixel_chains(nets, x, nets.cfg.n_steps, ctx.generator)
     ctx.state['x'][rows] = x
     return x
 
@@ -236,17 +237,17 @@ def _continued_pixels(nets, n, cfg, ctx):  # chains of 'ebm', which go on from a
 def negatives(
     nets: Nets,  # Autoencoder and energy
     n: int,  # How many
-    cfg: Config,  # Resolved settings
     ctx: Context,  # Step, generator, state
 ) -> Tensor:  # (n, ...) samples without graph
     "Samples of the model, or of what it is compared with."
+    cfg = nets.cfg
     if cfg.method == 'ebm':
-        return _continued_pixels(nets, n, cfg, ctx)
-    eps, keep = starts(nets.vae, n, cfg, ctx)
+        return _continued_pixels(nets, n, ctx)
+    eps, keep = starts(nets, n, ctx)
     if cfg.method == 'wgan':
         with torch.no_grad(), frozen(nets.vae):
             return nets.vae.decode(eps[1:])[0]
-    x, end = chains(nets, eps, cfg, cfg.n_steps, ctx.generator)
+    x, end = chains(nets, eps, cfg.n_steps, ctx.generator)
     if x is not None:
         return x
     assert end is not None
@@ -270,10 +271,10 @@ def as_seen(
 def vae_losses(
     nets: Nets,  # The networks
     batch: dict[str, Tensor],  # x (B, ...)
-    cfg: Config,  # Resolved settings
     ctx: Context,  # Fraction of the stage done, generator, state
 ) -> Iterator[tuple[str, Tensor, dict]]:  # Yields ('vae', loss, logs)
     "Stage one: the autoencoder alone, label `eq-nvae-loss`."
+    cfg = nets.cfg
     x = as_seen(batch['x'], cfg, ctx.generator)
     nets.vae.train()
     options: dict[str, Any] = dict(
@@ -293,7 +294,8 @@ def _first_images(x, cfg):  # of the training set, for the start of the energy's
     return reduce_bits(x, cfg.bits) if cfg.bits < 8 else x
 
 
-def _energy_loss(nets, x, fake, cfg, ctx):  # label `eq-vaebm-loss`, and what to log
+def _energy_loss(nets, x, fake, ctx):  # label `eq-vaebm-loss`, and what to log
+    cfg = nets.cfg
     # closed before the loss is yielded: the next part of a batch must not find it open
     with parametrize.cached():
         loss, logs = contrast(nets.energy, x, fake)
@@ -310,7 +312,8 @@ def _energy_loss(nets, x, fake, cfg, ctx):  # label `eq-vaebm-loss`, and what to
     return loss, logs | dict(spread=fake.std())
 
 
-def _decoder_loss(nets, n, cfg, generator):  # label `eq-vaebm-decoder`
+def _decoder_loss(nets, n, generator):  # label `eq-vaebm-decoder`
+    cfg = nets.cfg
     eps = fresh_noise(nets.vae, n, generator)
     # a WGAN's critic has seen means, the energy of VAEBM what `negative` says
     if cfg.method == 'wgan' or cfg.negative == 'mean':
@@ -324,21 +327,21 @@ def _decoder_loss(nets, n, cfg, generator):  # label `eq-vaebm-decoder`
 def losses(
     nets: Nets,  # The networks
     batch: dict[str, Tensor],  # x (B, ...)
-    cfg: Config,  # Resolved settings
     ctx: Context,  # Step, generator, state
 ) -> Iterator[tuple[str, Tensor, dict]]:  # 'energy', then 'decoder' where that learns too
     """Stage two, label `eq-vaebm-loss`, or a rival of Table 4 where the preset says so.
 
     Source: Xiao et al. 2021, Algorithm 1.
     """
+    cfg = nets.cfg
     x = as_seen(batch['x'], cfg, ctx.generator)
     nets.vae.eval()
     if ctx.step == 0 and cfg.data_init:
         data_init(nets.energy, _first_images(x, cfg))
-    fake = negatives(nets, len(x), cfg, ctx)
-    yield 'energy', *_energy_loss(nets, x, fake, cfg, ctx)
+    fake = negatives(nets, len(x), ctx)
+    yield 'energy', *_energy_loss(nets, x, fake, ctx)
     if cfg.method == 'wgan' or cfg.decoder:
-        yield 'decoder', _decoder_loss(nets, len(x), cfg, ctx.generator), {}
+        yield 'decoder', _decoder_loss(nets, len(x), ctx.generator), {}
 
 # %% ../../nbs/06_vaebm.ipynb #c037
 @torch.no_grad()
@@ -361,13 +364,12 @@ def cautious(
 # %% ../../nbs/06_vaebm.ipynb #4fb56ae3
 def vae_optimisers(
     nets: Nets,  # The networks
-    cfg: Config,  # Learning rates
 ) -> dict[str, Group]:  # Group name -> Group
     """Adamax with a large epsilon for NVAE, Adam for points.
 
     Source: released code of Vahdat and Kautz 2020.
     """
-    params = nets.vae.parameters()
+    cfg, params = nets.cfg, nets.vae.parameters()
     opt: torch.optim.Optimizer
     if len(cfg.shape) == 1:
         opt = torch.optim.Adam(params, cfg.lr_vae)
@@ -382,13 +384,13 @@ def vae_optimisers(
 # %% ../../nbs/06_vaebm.ipynb #2e3e4a9f
 def optimisers(
     nets: Nets,  # The networks
-    cfg: Config,  # Learning rates
 ) -> dict[str, Group]:  # Group name -> Group
     """Adam with a long memory, constant rate.
 
     Source: Xiao et al. 2021, appendix E; betas from the released code.
     """
-    if not hasattr(nets, 'energy'):
+    cfg = nets.cfg
+    if not has_energy(cfg):
         return {}
     betas = (0.99, 0.999) if cfg.cautious else (0.9, 0.999)
     params = nets.energy.parameters()
@@ -414,18 +416,19 @@ STAGES = (
         'energy',
         losses,
         optimisers,
-        n_iters=lambda cfg: 0 if cfg.method == 'vae' else cfg.n_iters,
+        n_iters=lambda cfg: cfg.n_iters if has_energy(cfg) else 0,
     ),
 )
 
 # %% ../../nbs/06_vaebm.ipynb #c040
+@strict
 @torch.no_grad()
 def sample(
     nets: Nets,  # Trained networks
     n: int,  # How many
-    cfg: Config,  # Resolved settings
     *,
-    n_steps: int | None = None,  # Updates; None is the preset's, 0 the autoencoder alone
+    n_steps: int | None = None,  # Updates; None is the settings', 0 leaves the start
+    alone: bool = False,  # Draw from the autoencoder without its energy
     temp: float = 1.0,  # Scale of the first noise; below 1 for pictures, never for numbers
     generator: Draws = None,  # Source of every draw
     on_step: Callable[..., Any] | None = None,  # As in `langevin`
@@ -435,16 +438,17 @@ def sample(
 
     Source: Xiao et al. 2021, appendix E; the decoder's mean from the released program.
     """
+    cfg = nets.cfg
     points = len(cfg.shape) == 1
     updates = cfg.n_steps_test if n_steps is None else n_steps
 
     def draw(n):
-        if cfg.method == 'ebm':
-            start = _noise(nets, n, cfg, generator)
-            return _pixel_chains(nets, start, cfg, updates, generator)
+        if cfg.method == 'ebm' and not alone:
+            start = _noise(nets, n, generator)
+            return _pixel_chains(nets, start, updates, generator)
         end = tuple(temp * block for block in fresh_noise(nets.vae, n, generator))
-        if updates and cfg.method not in ('vae', 'wgan'):
-            x, end = chains(nets, end, cfg, updates, generator, on_step)
+        if updates and not alone and cfg.method not in ('vae', 'wgan'):
+            x, end = chains(nets, end, updates, generator, on_step)
             if end is None:
                 return x
         with frozen(nets.vae):
@@ -454,10 +458,10 @@ def sample(
     return x if points else x.clamp(-1, 1)
 
 # %% ../../nbs/06_vaebm.ipynb #c042
+@strict
 def energy(
     nets: Nets,  # Trained networks with an energy
     x: Tensor,  # (B, ...) images in [-1, 1], or points
-    cfg: Config | None = None,  # Not used; every system's `energy` has it
 ) -> Tensor:  # (B,) nats; the factor exp(-E) multiplies the autoencoder's density
     "The learned energy."
     with torch.no_grad(), frozen(nets.energy):
@@ -469,6 +473,7 @@ def log_score(
     x: Tensor,  # (B, ...) images or points
     *,
     k: int = 20,  # Draws behind the autoencoder's bound
+    alone: bool = False,  # Ask the autoencoder without its energy: log p_theta(x)
     generator: Draws = None,  # Source of the draws
 ) -> Tensor:  # (B,) nats: log p_theta(x) - E(x), without log Z
     """How ordinary an example is to the model, up to one constant.
@@ -479,4 +484,4 @@ def log_score(
     with torch.no_grad(), frozen(nets.vae):
         weights = [nets.vae.log_weight(x, generator) for _ in range(k)]
         log_p = iwae(torch.stack(weights, -1)).to(x)
-    return log_p - energy(nets, x) if hasattr(nets, 'energy') else log_p
+    return log_p if alone or not has_energy(nets.cfg) else log_p - energy(nets, x)

@@ -14,7 +14,7 @@ from torch.nn.utils import parametrize
 
 from ..learn.blocks import full, mlp, wnorm
 from .nvae import NVAE
-from .presets import Config, check_config
+from .presets import Config, check_config, has_energy
 from .vae import VAE, PointVAE
 
 # %% ../../nbs/06_vaebm/nets.ipynb #c006
@@ -227,7 +227,7 @@ class Nets(nn.Module, PyTorchModelHubMixin):
 
     cfg: Config  # Resolved settings
     vae: VAE  # Autoencoder
-    energy: nn.Module  # Energy of x, (B, ...) -> (B,) nats; not there for method 'vae'
+    energy: nn.Module  # Energy of x, (B, ...) -> (B,) nats; only if `has_energy`
 
     def __init__(
         self,
@@ -236,7 +236,7 @@ class Nets(nn.Module, PyTorchModelHubMixin):
         super().__init__()
         self.cfg = check_config(cfg)
         self.vae = _vae_of(cfg)
-        if cfg.method != 'vae':
+        if has_energy(cfg):
             self.energy = _energy_of(cfg)
 
 
