@@ -41,7 +41,7 @@ def _first_sentence(module):
     tree = ast.parse(path.read_text(encoding='utf-8'))
     return (ast.get_docstring(tree) or '').partition('\n')[0]
 
-
+# %% ../../nbs/shell/systems.ipynb #c013b
 def _is_ours(system):
     "Whether a system is one of the book, which a file may import to build on."
     path = SYSTEMS.get(system.name)
