@@ -189,9 +189,16 @@ def test_two_starts_one_answer():  # the likelihood is concave in theta
 # --- latent models in which everything is linear
 
 
+def settings(**changes):
+    line = dict(nz=2, sigma=0.5, prior_steps=30, prior_delta=0.6)
+    line |= dict(post_steps=30, post_delta=0.3)
+    return replace(f.PRESETS['digits'], **line | changes)
+
+
 class Linear(nn.Module):
-    def __init__(self, w, prec):
+    def __init__(self, w, prec, **changes):
         super().__init__()
+        self.cfg = settings(**changes)
         self.w = nn.Parameter(w.clone())
         self.prec = nn.Parameter(prec.clone())
 
@@ -200,21 +207,6 @@ class Linear(nn.Module):
 
     def decoder(self, z):
         return z @ self.w.T
-
-
-def settings(**kw):
-    return types.SimpleNamespace(
-        **dict(
-            nz=2,
-            sigma=0.5,
-            prior='energy',
-            prior_steps=30,
-            prior_delta=0.6,
-            post_steps=30,
-            post_delta=0.3,
-        )
-        | kw
-    )
 
 
 def points(mean, cov):  # 2d points (B, 2d, d) with exactly this mean and covariance
@@ -250,22 +242,20 @@ def test_gradient_of_the_marginal_likelihood():
 def test_learned_covariance():
     w = torch.tensor([[1.2, 0.0], [0.5, 0.8], [0.0, -0.6]])
     n = 20_000
-    cfg = settings(
-        sigma=0.5, prior_steps=30, prior_delta=0.4, post_steps=60, post_delta=0.17
-    )
+    changes = dict(prior_delta=0.4, post_steps=60, post_delta=0.17)
+    cfg = settings(**changes)
     x = torch.randn(n, 2, generator=gen()) * torch.tensor(
         [1.5, 0.7]
     ) @ w.T + cfg.sigma * torch.randn(n, 3, generator=gen(1))
-    nets = Linear(0.5 * torch.randn(3, 2, generator=gen(2)), torch.ones(2))
+    nets = Linear(0.5 * torch.randn(3, 2, generator=gen(2)), torch.ones(2), **changes)
     kept = []
     opts = dict(
         prior=torch.optim.SGD([nets.prec], 0.1), decoder=torch.optim.SGD([nets.w], 0.05)
     )
     ctx = types.SimpleNamespace(generator=gen(4))
     for i in range(200):
-        for name, loss, _ in f.losses(
-            nets, dict(x=x[torch.randint(n, (400,), generator=ctx.generator)]), cfg, ctx
-        ):
+        some = x[torch.randint(n, (400,), generator=ctx.generator)]
+        for name, loss, _ in f.losses(nets, dict(x=some), ctx):
             for opt in opts.values():
                 opt.zero_grad()
             loss.backward()
@@ -354,19 +344,17 @@ def test_noise_off_is_the_posterior_mean(kernel):
 
 def test_batch_size_never_changes_a_chain():
     torch.manual_seed(0)
-    nets = Linear(torch.randn(4, 2), torch.ones(2))
-    cfg = settings()
+    nets = Linear(torch.randn(4, 2), torch.ones(2), post_steps=0)
     x = torch.randn(6, 4)
     z = torch.randn(6, 2)
 
     def chains(n):
-        return langevin(
-            f.posterior_energy(nets, x[:n], cfg.sigma), z[:n], Rates(0.05, 0.0), 20
-        )
+        energy = f.posterior_energy(nets, x[:n], nets.cfg.sigma)
+        return langevin(energy, z[:n], Rates(0.05, 0.0), 20)
 
     with frozen(nets):
         assert torch.allclose(chains(6)[:2], chains(2), atol=1e-6)
-    whole = torch.cat([f.draw_posterior(nets, x, settings(post_steps=0), generator=gen())])
+    whole = f.draw_posterior(nets, x, generator=gen())
     assert torch.equal(whole, torch.randn(6, 2, generator=gen()))
 
 
@@ -442,10 +430,9 @@ def test_a_preset_trains_and_comes_back(tmp_path):
         post_steps=3,
         log_every=2,
     )
-    system = types.SimpleNamespace(build=f.build, STAGES=f.STAGES)
     runs = [
         train(
-            system,
+            f.SYSTEM,
             cfg,
             open_run(
                 'foundations',
@@ -463,18 +450,16 @@ def test_a_preset_trains_and_comes_back(tmp_path):
         assert torch.equal(a, b)
     back = f.Nets.from_pretrained(tmp_path / 'a' / 'weights').eval()
     assert torch.equal(
-        f.sample(back, 5, back.cfg, generator=gen()),
-        f.sample(runs[0], 5, cfg, generator=gen()),
+        f.sample(back, 5, generator=gen()),
+        f.sample(runs[0], 5, generator=gen()),
     )
 
 
 @pytest.mark.parametrize('preset', f.PRESETS)
 def test_presets_build(preset):
     cfg = f.PRESETS[preset]
-    assert f.sample(f.build(cfg), 2, cfg, n_steps=1, generator=gen()).shape == (
-        2,
-        *cfg.shape,
-    )
+    x = f.sample(f.build(cfg), 2, n_steps=1, generator=gen())
+    assert x.shape == (2, *cfg.shape)
 
 
 def test_claims_name_presets_that_exist():

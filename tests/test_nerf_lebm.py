@@ -62,7 +62,7 @@ def gen(seed=0):
 
 def trained(cfg, folder, **options):
     run = open_run('nerf_lebm', 'cars', cfg, out=folder, device='cpu')
-    return train(lebm, cfg, run, progress=False, **options)
+    return train(lebm.SYSTEM, cfg, run, progress=False, **options)
 
 
 def built(cfg, seed=0):
@@ -78,8 +78,8 @@ def cars(n=4, data='cars'):
     return load(data).batch(range(n))
 
 
-def first_loss(nets, batch, cfg, ctx):  # the loss of the first group, and its logs
-    _, loss, logs = next(lebm.losses(nets, batch, cfg, ctx))
+def first_loss(nets, batch, ctx):  # the loss of the first group, and its logs
+    _, loss, logs = next(lebm.losses(nets, batch, ctx))
     return loss, logs
 
 
@@ -113,7 +113,7 @@ def test_every_claim_names_presets_and_metrics_that_exist():
 @pytest.mark.parametrize('kind', ['amortised', 'mcmc', 'vmf'])
 def test_the_cost_of_a_preset_can_be_estimated(kind):
     cfg = replace(TINY, **KINDS[kind])
-    took, n = seconds_per_iteration(lebm.STAGES[0], built(cfg), cfg, 'cpu', budget=0.01)
+    took, n = seconds_per_iteration(lebm.STAGES[0], built(cfg), 'cpu', budget=0.01)
     assert took > 0 and n >= 1
 
 
@@ -206,7 +206,7 @@ def test_an_iteration_of_chains_written_out(noise):  # Algorithm 1
     start = dict(field='field', prior='e_')
     ours = {
         group: grads(nets, loss, start[group])
-        for group, loss, _ in lebm.losses(nets, batch, cfg, context(seed=1))
+        for group, loss, _ in lebm.losses(nets, batch, context(seed=1))
     }
     assert list(ours) == ['field', 'prior']
     value = painted(nets, cfg, batch['c2w'], batch['x'], generator)
@@ -234,7 +234,7 @@ def test_an_iteration_of_chains_written_out(noise):  # Algorithm 1
 def test_an_iteration_of_the_encoder_written_out():  # Algorithm 2
     cfg = replace(TINY, temp=40.0)
     nets, generator, batch = built(cfg), gen(1), cars()
-    loss, _ = first_loss(nets, batch, cfg, context(seed=1))
+    loss, _ = first_loss(nets, batch, context(seed=1))
     ours = grads(nets, loss)
     seen = nets.encoder(batch['x'])
     posterior = [
@@ -261,7 +261,7 @@ def test_sigma_is_wide_at_first(change):
     nets = built(cfg)
     misfit, logged = {}, {}
     for step in (0, 5, 10):
-        loss, logs = first_loss(nets, cars(), cfg, context(step, 3))
+        loss, logs = first_loss(nets, cars(), context(step, 3))
         misfit[step] = (loss - logs.get('cost', 0)).item()
         logged[step] = logs['mse'].item()
     ratios = [misfit[10] / misfit[step] for step in (0, 5)]
@@ -272,7 +272,7 @@ def test_sigma_is_wide_at_first(change):
 @pytest.mark.parametrize('n_fine', [0, 3])
 def test_the_squared_error_in_the_logs_is_of_one_field(n_fine):
     cfg = replace(TINY, inference='mcmc', n_fine=n_fine)
-    loss, logs = first_loss(built(cfg), cars(), cfg, context())
+    loss, logs = first_loss(built(cfg), cars(), context())
     square = loss.item() * 2 * cfg.sigma**2 * cfg.temp / 3072
     assert logs['mse'].item() == pytest.approx(square / (2 if n_fine else 1), rel=1e-5)
 
@@ -280,7 +280,7 @@ def test_the_squared_error_in_the_logs_is_of_one_field(n_fine):
 @pytest.mark.parametrize('warm,heads', [((0, 0), 0.1), ((10, 20), 1.0)])
 def test_rates_fall_by_ten_and_waiting_ones_do_not(warm, heads):
     cfg = replace(TINY, **KINDS['vmf'] | dict(warm=warm), decay=1000.0)
-    factors = lebm.optimisers(built(cfg), cfg)['field'].schedule(1000)
+    factors = lebm.optimisers(built(cfg))['field'].schedule(1000)
     assert factors == pytest.approx((0.1, 0.1, heads))
 
 
@@ -295,7 +295,8 @@ def test_codes_are_sought_in_good_pixels(task, monkeypatch):
 
     monkeypatch.setattr(lebm.tasks, 'codes_of', noted)
     for masked in (True, False):
-        lebm.evaluate(nets, replace(nets.cfg, masked=masked), n=2, task=task, n_steps=1)
+        nets.cfg = replace(nets.cfg, masked=masked)
+        lebm.evaluate(nets, n=2, task=task, n_steps=1)
     good = load('cars_masked', split='test')
     at = [0, 5, 10, 15] if task == 'views' else [0, 10, 20, 30]
     assert torch.equal(asked[0].flatten(0, 1), good.batch(at)['mask'].bool())
@@ -309,7 +310,7 @@ def test_a_loss_does_not_see_corrupted_pixels(masked):  # unless it is asked to
     cfg = replace(TINY, data='cars_masked', inference='mcmc', rays=200, masked=masked)
     nets = built(cfg)
     one, two = (
-        first_loss(nets, some, cfg, context(seed=3))[0].item() for some in (batch, other)
+        first_loss(nets, some, context(seed=3))[0].item() for some in (batch, other)
     )
     assert (one == two) == masked
 
@@ -320,10 +321,10 @@ def test_codes_that_persist_and_codes_that_are_sought_have_their_own_rates():
     nets, ctx = built(cfg), context()
     ctx.state |= new_table(torch.zeros(256, 24))
     batch = load('cars_masked').batch(range(0, 40, 10))
-    first_loss(nets, batch, cfg, ctx)
+    first_loss(nets, batch, ctx)
     assert torch.allclose(ctx.state['z'][:4].abs(), torch.full((4, 24), 0.01), rtol=1e-2)
     x, c2w = batch['x'][:, None], batch['c2w'][:, None]
-    found = torch.cat(lebm.find_codes(nets, x, c2w, cfg, n_steps=1, generator=gen()), 1)
+    found = torch.cat(lebm.find_codes(nets, x, c2w, n_steps=1, generator=gen()), 1)
     start = torch.cat(lebm.start_codes(4, cfg, found, gen()), 1)
     assert torch.allclose((found - start).abs(), torch.full((4, 24), 0.3), rtol=1e-2)
 
@@ -337,7 +338,7 @@ def test_prior_chains_are_divided_over_parts(monkeypatch):
 
     monkeypatch.setattr(lebm.method, 'draw_prior', noted)
     for generator in (gen(), Slice(gen(), 1, 2)):
-        list(lebm.losses(built(cfg), cars(), cfg, Context(0, 0.0, generator)))
+        list(lebm.losses(built(cfg), cars(), Context(0, 0.0, generator)))
     assert asked == [6, 3]
 
 
@@ -346,7 +347,7 @@ def test_the_camera_of_a_picture_learns(kind):
     # the gradient of the likelihood reaches the heads of the camera
     cfg = replace(TINY, **KINDS[kind])
     nets = built(cfg)
-    loss, _ = first_loss(nets, cars(), cfg, context())
+    loss, _ = first_loss(nets, cars(), context())
     got = grads(nets, loss, 'encoder.turn')
     for head in range(4):
         assert got[f'encoder.turn.{head}.weight'].abs().sum() > 0
@@ -363,8 +364,8 @@ def test_half_a_turn_and_bounds_of_the_elevation_hold_everywhere():
     for options in (dict(mode=True), dict(generator=gen())):
         up = lebm.posterior_cameras(seen, cfg, **options)[:, 2, 2].asin().rad2deg()
         assert 19.99 <= up.min() < up.max() <= 30.01
-    lebm.settle(nets, cfg, n=300)
-    up = lebm.draw_cameras(nets, 200, cfg, gen())[:, 2, 2].asin().rad2deg()
+    lebm.settle(nets, n=300)
+    up = lebm.draw_cameras(nets, 200, gen())[:, 2, 2].asin().rad2deg()
     assert 18 <= up.min() < up.max() <= 32  # a cell of the histogram has 1.8 degrees
 
 
@@ -381,12 +382,10 @@ def test_codes_wait_until_cameras_had_their_time(tmp_path):
 def test_depth_of_a_new_object_does_not_know_its_paint():
     cfg = replace(TINY, inference='mcmc')
     nets = built(cfg)
-    shape, colour = lebm.draw_prior(nets, 2, cfg, generator=gen())
+    shape, colour = lebm.draw_prior(nets, 2, generator=gen())
     shape = shape[:1].expand(2, -1)
     c2w = camera_to_world(torch.tensor([[0.3, 0.4], [0.3, 0.4]]))
-    one, two = (
-        lebm.draw_images(nets, (shape, c), c2w, cfg) for c in (colour, colour.flip(0))
-    )
+    one, two = (lebm.draw_images(nets, (shape, c), c2w) for c in (colour, colour.flip(0)))
     assert torch.equal(one[1], two[1]) and not torch.equal(one[0], two[0])
 
 
@@ -499,8 +498,8 @@ def test_without_energies_it_is_the_baseline(tmp_path):
                 weight.zero_()
     for name, value in base.state_dict().items():
         tilted.state_dict()[name].copy_(value)
-    one, _ = first_loss(base, cars(), cfg, context(seed=4))
-    two, _ = first_loss(tilted, cars(), with_energies, context(seed=4))
+    one, _ = first_loss(base, cars(), context(seed=4))
+    two, _ = first_loss(tilted, cars(), context(seed=4))
     assert torch.equal(one, two)
 
 
@@ -525,7 +524,7 @@ def test_switches_train(change, tmp_path):
     run = open_run('nerf_lebm', 'cars', cfg, out=tmp_path, device='cpu')
     mse = read_log(run, 'mse')[1]
     assert len(mse) == 4 and all(0 < value < 1 for value in mse)
-    assert torch.isfinite(lebm.sample(nets, 2, cfg, generator=gen())).all()
+    assert torch.isfinite(lebm.sample(nets, 2, generator=gen())).all()
 
 
 def test_a_training_that_leaves_its_bounds_is_stopped(tmp_path):

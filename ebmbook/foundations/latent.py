@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from .presets import Config, check_config
 from ..learn.contract import Context, Group, Stage
 from ..learn.objectives import cd_loss
+from ..learn.settings import strict
 from ..mcmc import Draws, frozen, in_chunks, langevin, normal, ula
 
 # %% ../../nbs/02_foundations/latent.ipynb #c077
@@ -106,12 +107,12 @@ def posterior_energy(
 def draw_prior(
     nets: Nets,  # With `tilt`
     n: int,  # How many
-    cfg: Config,  # Uses prior, nz, prior_steps, prior_delta
     *,
     generator: Draws = None,  # Source of every draw
     n_steps: int | None = None,  # Updates; None is the preset's
 ) -> Tensor:  # (n, nz)
     "Latents of the prior: a Langevin chain from N(0, I), or N(0, I) itself."
+    cfg = nets.cfg
     z = normal(next(nets.parameters()).new_zeros(n, cfg.nz), generator)
     if cfg.prior == 'gaussian':
         return z
@@ -124,13 +125,13 @@ def draw_prior(
 def draw_posterior(
     nets: Nets,  # With `tilt` and `decoder`
     x: Tensor,  # (B, ...) images
-    cfg: Config,  # Uses nz, sigma, post_steps, post_delta
     *,
     generator: Draws = None,  # Source of every draw
     n_steps: int | None = None,  # Updates; None is the preset's
     temp: float = 1.0,  # 0 descends to the most probable latent
 ) -> Tensor:  # (B, nz)
     "Latents that could have made the images: a Langevin chain from N(0, I)."
+    cfg = nets.cfg
     z = normal(x.new_zeros(len(x), cfg.nz), generator)
     n_steps = cfg.post_steps if n_steps is None else n_steps
     rates = ula(cfg.post_delta**2 / 2, temp)
@@ -142,7 +143,6 @@ def draw_posterior(
 def losses(
     nets: Nets,  # With `tilt` and `decoder`
     batch: dict[str, Tensor],  # x (B, ...)
-    cfg: Config,  # Resolved settings
     ctx: Context,  # Gives the generator
 ) -> Iterator[tuple[str, Tensor, dict]]:  # ('prior', loss, logs), then ('decoder', …)
     """One iteration of maximum likelihood with both chains.
@@ -150,10 +150,11 @@ def losses(
     Label `eq-foundations-latent-gradient`. A Gaussian prior has no loss.
     Source: Zhu 2024, eqs. 2.7 and 2.9.
     """
+    cfg = nets.cfg
     x = batch['x']
-    seen = draw_posterior(nets, x, cfg, generator=ctx.generator)
+    seen = draw_posterior(nets, x, generator=ctx.generator)
     if cfg.prior == 'energy':
-        dreamt = draw_prior(nets, len(x), cfg, generator=ctx.generator)
+        dreamt = draw_prior(nets, len(x), generator=ctx.generator)
         gap = cd_loss(nets.tilt, seen, dreamt)
         yield 'prior', gap, dict(gap=gap.detach(), spread=dreamt.square().mean())
     error = (x - nets.decoder(seen)).flatten(1).square()
@@ -163,9 +164,9 @@ def losses(
 # %% ../../nbs/02_foundations/latent.ipynb #f0ee81ad
 def optimisers(
     nets: Nets,  # The networks
-    cfg: Config,  # Learning rates and length
 ) -> dict[str, Group]:  # By name
     "Adam for both; rates fall to zero over the second half."
+    cfg = nets.cfg
 
     def fall(step):
         return min(1.0, 2 - 2 * step / cfg.n_iters)
@@ -181,11 +182,11 @@ def optimisers(
 STAGES = (Stage('latent', losses, optimisers, lambda cfg: cfg.n_iters),)
 
 # %% ../../nbs/02_foundations/latent.ipynb #c084
+@strict
 @torch.no_grad()
 def sample(
     nets: Nets,  # Trained networks
     n: int,  # How many
-    cfg: Config,  # Resolved settings
     *,
     prior: str = '',  # 'gaussian' draws latents from N(0, I); '' is the preset's prior
     n_steps: int | None = None,  # Updates of the prior's chain; None is those of training
@@ -197,25 +198,24 @@ def sample(
     'gaussian' also serves where an energy was learned. Raises `ValueError` for an unknown
     prior, and for an energy prior of a preset that has none.
     """
-    if prior not in ('', 'gaussian', cfg.prior):
+    own = nets.cfg.prior
+    if prior not in ('', 'gaussian', own):
         raise ValueError(
-            f"prior must be 'gaussian' or the preset's own, {cfg.prior!r}, got {prior!r}"
+            f"prior must be 'gaussian' or the preset's own, {own!r}, got {prior!r}"
         )
     if prior == 'gaussian':
         n_steps = 0  # a chain of no updates ends where it starts, in N(0, I)
 
     def draw(size):
-        return nets.decoder(
-            draw_prior(nets, size, cfg, generator=generator, n_steps=n_steps)
-        )
+        return nets.decoder(draw_prior(nets, size, generator=generator, n_steps=n_steps))
 
     return in_chunks(draw, n, chunk)
 
 
+@strict
 def energy(
     nets: Nets,  # Trained networks
     x: Tensor,  # (B, C, H, W) in [-1, 1]
-    cfg: Config,  # Resolved settings
     *,
     n_steps: int = 100,  # Updates of the descent
     generator: Draws = None,  # Draws the starts
@@ -224,6 +224,6 @@ def energy(
 
     The latent is what gradient descent finds. Source: Pang et al. 2020, on outliers.
     """
-    z = draw_posterior(nets, x, cfg, generator=generator, n_steps=n_steps, temp=0.0)
+    z = draw_posterior(nets, x, generator=generator, n_steps=n_steps, temp=0.0)
     with torch.no_grad():
-        return posterior_energy(nets, x, cfg.sigma)(z)
+        return posterior_energy(nets, x, nets.cfg.sigma)(z)

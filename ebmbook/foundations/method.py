@@ -262,7 +262,9 @@ def fit_texture(
 
     data, on_data = _texture_data(model, x, target, fresh, size, generator)
     lengths = dict(n_iters=n_iters, n_steps=n_steps, batch=n_chains)
-    forms = dict(chain=getattr(model, 'chain', None), on_data=on_data)
+    # a Frame has an analytic gradient
+    chain = model.chain if isinstance(model, Frame) else None
+    forms = dict(chain=chain, on_data=on_data)
     options = lengths | forms | dict(fresh=fresh, generator=generator, on_iter=after_step)
     return learn(model, data, opt, ula(delta**2 / 2), **options)
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..data.catalogue import check_shape
+from ..data.examples import Spec
 from ..learn.contract import Loop
 from ..learn.settings import check_words
 
@@ -78,6 +79,7 @@ DEFAULT_PRESET = {'digits': 'digits', 'mnist': 'mnist'}
 # %% ../../nbs/02_foundations/presets.ipynb #c074
 def check_config(
     cfg: Config,  # Resolved settings
+    spec: Spec | None = None,  # From `require`; None looks the name of the data set up
 ) -> Config:  # The same
     """Refuse settings that contradict each other.
 
@@ -86,5 +88,5 @@ def check_config(
     check_words(cfg, dict(prior=('energy', 'gaussian')))
     if not cfg.sigma > 0:
         raise ValueError(f"sigma must be positive, got {cfg.sigma}")
-    check_shape(cfg.data, cfg.shape)
+    check_shape(cfg.data, cfg.shape, spec)
     return cfg

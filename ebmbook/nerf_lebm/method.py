@@ -21,6 +21,7 @@ from ..data.scenes import camera_to_world
 from ..learn.contract import Context, Group, Stage
 from ..learn.latents import adam_rows, gather_rows, new_table
 from ..learn.objectives import contrast
+from ..learn.settings import strict
 from ..mcmc import Draws, Rates, frozen, langevin, normal, reflect, uniform
 from .angles import camera_angles, kl_uniform, von_mises
 from .nerf import image, render
@@ -35,9 +36,9 @@ Energy = Callable[[Tensor, Tensor], Tensor]  # (shape, colour) -> (B,) nats
 
 def prior_energy(
     nets: Nets,  # With e_shape and e_colour, unless the prior is normal
-    cfg: Config,  # Uses prior, reference
 ) -> Energy:  # (shape, colour) -> (B,) nats
     "Energy of both codes before a picture is seen, label `eq-nerf-lebm-prior`."
+    cfg = nets.cfg
 
     def energy(shape, colour):
         if cfg.reference == 'gaussian':
@@ -71,7 +72,6 @@ def start_codes(
 def misfit(
     nets: Nets,  # With a field
     seen: Rays,  # What the pictures show
-    cfg: Config,  # Uses sigma, temp
     *,
     widen: float = 1.0,  # Factor on sigma
     generator: Draws = None,  # Source of the depths
@@ -80,7 +80,8 @@ def misfit(
 
     It is the first term of label `eq-nerf-lebm-posterior`.
     """
-    options = dict(fine=getattr(nets, 'fine', None), generator=generator)
+    cfg = nets.cfg
+    options = dict(fine=nets.fine, generator=generator)
 
     def nll(shape, colour):
         out = render(
@@ -145,7 +146,6 @@ def ramped(
 def draw_prior(
     nets: Nets,  # With energies, unless the prior is normal
     n: int,  # How many
-    cfg: Config,  # Uses prior, reference, prior_*
     *,
     n_steps: int | None = None,  # Updates; None is the preset's
     generator: Draws = None,  # Source of every draw
@@ -154,11 +154,12 @@ def draw_prior(
 
     Without energies it is q_0 itself.
     """
+    cfg = nets.cfg
     z = start_codes(n, cfg, next(nets.parameters()), generator)
     if cfg.prior != 'ebm':
         return z
     n_steps = cfg.prior_steps if n_steps is None else n_steps
-    energy = prior_energy(nets, cfg)
+    energy = prior_energy(nets)
     with frozen(nets.e_shape, nets.e_colour):
         return run_chain(
             energy, z, cfg, cfg.prior_step, cfg.prior_noise, n_steps, generator=generator
@@ -169,13 +170,13 @@ def draw_posterior(
     nets: Nets,  # With a field
     nll: Energy,  # From `misfit`
     n: int,  # Objects
-    cfg: Config,  # Uses post_*, alternate
     *,
     n_steps: int | None = None,  # Updates; None is the preset's
     generator: Draws = None,  # Source of every draw
 ) -> Codes:  # (n, nz[0]) and (n, nz[1])
     "Codes that could have made what is seen: chains that start in q_0."
-    prior = prior_energy(nets, cfg)
+    cfg = nets.cfg
+    prior = prior_energy(nets)
     z = start_codes(n, cfg, next(nets.parameters()), generator)
 
     def energy(shape, colour):
@@ -202,13 +203,13 @@ def posterior_cameras(
 def amortised(
     nets: Nets,  # With an encoder
     views: dict[str, Tensor],  # From `with_views`
-    cfg: Config,  # Uses pose, prior
     generator: Draws = None,  # Source of the draws
 ) -> tuple[Codes, Tensor, Tensor]:  # Cameras (B, V, 3, 4); what they cost, (B,) nats
     """Codes from the encoder, the mean over views.
 
     Their cost is all but the first term of label `eq-nerf-lebm-elbo`.
     """
+    cfg = nets.cfg
     shape = views['x'].shape[:2]
     seen = nets.encoder(views['x'].flatten(0, 1))
     z = []
@@ -261,20 +262,20 @@ def find_codes(
     nets: Nets,  # With a field
     x: Tensor,  # (B, V, 3, S, S) views of objects, in [-1, 1]
     c2w: Tensor,  # (B, V, 3, 4) their cameras
-    cfg: Config,  # Uses rays, lr_find
     *,
     mask: Tensor | None = None,  # (B, V, 1, S, S) True where a pixel is good
     n_steps: int = 600,  # Steps of Adam
     generator: Draws = None,  # Source of every draw
 ) -> Codes:  # (n, nz[0]) and (n, nz[1])
     "The codes of unseen objects, from a fresh start. Source: thesis, section 3.5.6."
+    cfg = nets.cfg
     table = new_table(torch.cat(start_codes(len(x), cfg, x, generator), 1))
     rows = torch.arange(len(x), device=x.device)
-    prior = prior_energy(nets, cfg)
+    prior = prior_energy(nets)
     with frozen(nets):
         for _ in range(n_steps):
             seen = choose_rays(x, c2w, cfg, mask=mask, generator=generator)
-            nll = misfit(nets, seen, cfg, generator=generator)
+            nll = misfit(nets, seen, generator=generator)
             descend(table, rows, nll, prior, cfg, cfg.lr_find)
     return table['z'].split(list(cfg.nz), 1)
 
@@ -284,12 +285,13 @@ def _sigma_factor(cfg, step):  # how much larger sigma is than at the end
     return 1.0 if step >= n else first + (1 - first) * step / n
 
 
-def _misfit_now(nets, views, c2w, cfg, ctx):  # -> (shape, colour) -> (B,) nats
+def _misfit_now(nets, views, c2w, ctx):  # -> (shape, colour) -> (B,) nats
     "Misfit on pixels that are chosen anew, with the sigma of this iteration."
+    cfg = nets.cfg
     mask = views.get('mask') if cfg.masked else None
     seen = choose_rays(views['x'], c2w, cfg, mask=mask, generator=ctx.generator)
     widen = _sigma_factor(cfg, ctx.step)
-    return misfit(nets, seen, cfg, widen=widen, generator=ctx.generator)
+    return misfit(nets, seen, widen=widen, generator=ctx.generator)
 
 
 def _mse(error, views, cfg, ctx):  # (B,) nats of `_misfit_now` -> squared error of a colour
@@ -299,33 +301,34 @@ def _mse(error, views, cfg, ctx):  # (B,) nats of `_misfit_now` -> squared error
     return error.detach().mean() * 2 * sigma**2 * cfg.temp / n
 
 # %% ../../nbs/03_nerf_lebm.ipynb #375addb6
-def _persistent_step(nets, rows, nll, cfg, ctx):
+def _persistent_step(nets, rows, nll, ctx):
     "One step of the codes of these objects, which live in the training's state."
+    cfg = nets.cfg
     if 'z' not in ctx.state:
         n = len(objects_of(cfg.data)[2])
         # from the global seed, which all processes share
         codes = start_codes(n, cfg, next(nets.parameters()))
         ctx.state |= new_table(torch.cat(codes, 1))
-    prior = prior_energy(nets, cfg)
+    prior = prior_energy(nets)
     with frozen(nets):
         descend(ctx.state, rows, nll, prior, cfg, cfg.lr_code, shared=True)
     return ctx.state['z'][rows].split(list(cfg.nz), 1)
 
 
-def _codes_now(nets, rows, nll, cfg, ctx):  # codes of what is seen, without an encoder
+def _codes_now(nets, rows, nll, ctx):  # codes of what is seen, without an encoder
+    cfg = nets.cfg
     if cfg.inference == 'persistent':
-        return _persistent_step(nets, rows, nll, cfg, ctx)
+        return _persistent_step(nets, rows, nll, ctx)
     n_steps = ramped(cfg, cfg.post_steps, ctx.step)
-    return draw_posterior(
-        nets, nll, len(rows), cfg, n_steps=n_steps, generator=ctx.generator
-    )
+    return draw_posterior(nets, nll, len(rows), n_steps=n_steps, generator=ctx.generator)
 
 
-def _prior_loss(nets, z, cfg, ctx):  # loss of the energies, and what to log
-    n = max(1, cfg.n_neg // getattr(ctx.generator, 'parts', 1))
+def _prior_loss(nets, z, ctx):  # loss of the energies, and what to log
+    cfg = nets.cfg
+    n = max(1, cfg.n_neg // ctx.parts)
     n_steps = ramped(cfg, cfg.prior_steps, ctx.step)
     seen = [code.detach() for code in z]
-    drawn = draw_prior(nets, n, cfg, n_steps=n_steps, generator=ctx.generator)
+    drawn = draw_prior(nets, n, n_steps=n_steps, generator=ctx.generator)
     shape_loss, shape_logs = contrast(nets.e_shape, seen[0], drawn[0])
     colour_loss, colour_logs = contrast(nets.e_colour, seen[1], drawn[1])
     return shape_loss + colour_loss, dict(
@@ -338,28 +341,28 @@ def _prior_loss(nets, z, cfg, ctx):  # loss of the energies, and what to log
 def losses(
     nets: Nets,  # The networks
     batch: dict[str, Tensor],  # x (B, 3, S, S), and what is known of it
-    cfg: Config,  # Resolved settings
     ctx: Context,  # Step, generator, state
 ) -> Iterator[tuple[str, Tensor, dict[str, Tensor]]]:  # (group, loss, logs)
     """One iteration: 'field' once or several times, then 'prior' if there are energies.
 
     Source: thesis, Algorithms 1 and 2, section 3.4.4.
     """
+    cfg = nets.cfg
     nets.train()
     views = with_views(batch, cfg, ctx.generator)
     if cfg.inference == 'amortised':
-        z, c2w, cost = amortised(nets, views, cfg, ctx.generator)
-        error = _misfit_now(nets, views, c2w, cfg, ctx)(*z)
+        z, c2w, cost = amortised(nets, views, ctx.generator)
+        error = _misfit_now(nets, views, c2w, ctx)(*z)
         logs = dict(mse=_mse(error, views, cfg, ctx), cost=cost.detach().mean())
         yield 'field', (error + cost).mean(), logs
     else:
-        nll = _misfit_now(nets, views, views['c2w'], cfg, ctx)
-        z = _codes_now(nets, batch['object'], nll, cfg, ctx)
+        nll = _misfit_now(nets, views, views['c2w'], ctx)
+        z = _codes_now(nets, batch['object'], nll, ctx)
         for _ in range(cfg.gen_steps):
             error = nll(*z)
             yield 'field', error.mean(), dict(mse=_mse(error, views, cfg, ctx))
     if cfg.prior == 'ebm' and ctx.step >= cfg.ramp[0]:
-        yield 'prior', *_prior_loss(nets, z, cfg, ctx)
+        yield 'prior', *_prior_loss(nets, z, ctx)
 
 # %% ../../nbs/03_nerf_lebm.ipynb #7b9db191
 def _set_of(name):  # parameters of one name share a step size
@@ -372,12 +375,12 @@ def _set_of(name):  # parameters of one name share a step size
 
 def optimisers(
     nets: Nets,  # The networks
-    cfg: Config,  # Learning rates
 ) -> dict[str, Group]:  # By name
     """Adam; rates fall by powers of ten, but those that were warmed up do not, as released.
 
     Source: thesis, Table 3.3; the decay is the released program's.
     """
+    cfg = nets.cfg
     sets: dict[str, list[Tensor]] = {}
     for name, weight in nets.named_parameters():
         sets.setdefault(_set_of(name), []).append(weight)
@@ -422,7 +425,6 @@ def predicted_angles(
 @torch.no_grad()
 def settle(
     nets: Nets,  # Trained networks, changed in place
-    cfg: Config,  # Uses pose, data
     generator: Draws = None,  # Not used
     n: int = 10_000,  # Pictures
 ) -> None:
@@ -430,9 +432,9 @@ def settle(
 
     Source: thesis, section 3.5.8.
     """
-    if cfg.pose != 'vmf':
+    if nets.cfg.pose != 'vmf':
         return
-    angles = predicted_angles(nets, load(cfg.data), n)
+    angles = predicted_angles(nets, load(nets.cfg.data), n)
     for i in (0, 1):
         found = torch.histc(angles[:, i].float(), 200, -math.pi, math.pi)
         nets.angles[i] = found / len(angles)
@@ -454,11 +456,10 @@ STAGES = (
 def draw_cameras(
     nets: Nets,  # With `angles`, where cameras are unknown
     n: int,  # How many
-    cfg: Config,  # Uses pose, data
     generator: Draws = None,  # Source of the draw
 ) -> Tensor:  # (n, 3, 4)
     "Cameras like those of the training pictures."
-    like = next(nets.parameters())
+    cfg, like = nets.cfg, next(nets.parameters())
     if cfg.pose == 'known':
         # kept, since loading may decode every picture
         c2w = objects_of(cfg.data)[0].extra['c2w']
@@ -484,21 +485,19 @@ def draw_images(
     nets: Nets,  # With a field
     z: Codes,  # Codes (B, nz[0]) and (B, nz[1])
     c2w: Tensor,  # (B, 3, 4)
-    cfg: Config,  # Uses shape, data
     size: int | None = None,  # Pixels a side; None is the preset's
 ) -> tuple[Tensor, Tensor]:  # Pictures (B, 3, S, S) in [-1, 1], depths (B, 1, S, S)
     "What cameras see of objects. A field has no resolution of its own, so `size` is free."
-    size = size or cfg.shape[1]
-    fine = getattr(nets, 'fine', None)
+    camera, size = camera_of(nets.cfg), size or nets.cfg.shape[1]
     with frozen(nets.field):
-        return image(nets.field, c2w, size, *z, camera_of(cfg), nets.sampling, fine=fine)
+        return image(nets.field, c2w, size, *z, camera, nets.sampling, fine=nets.fine)
 
 # %% ../../nbs/03_nerf_lebm.ipynb #66145b05
+@strict
 @torch.no_grad()
 def sample(
     nets: Nets,  # Trained networks
     n: int,  # How many
-    cfg: Config,  # Resolved settings
     *,
     prior: str = '',  # 'gaussian' leaves learned energies out; '' is the preset's
     n_steps: int | None = None,  # Updates of the prior's chain; None is the preset's
@@ -509,15 +508,16 @@ def sample(
 
     Raises `ValueError` for an unknown prior, or one that the preset has not learned.
     """
-    if prior not in ('', 'gaussian', cfg.prior):
+    own = nets.cfg.prior
+    if prior not in ('', 'gaussian', own):
         raise ValueError(
-            f"prior must be 'gaussian' or the preset's own, {cfg.prior!r}, got {prior!r}"
+            f"prior must be 'gaussian' or the preset's own, {own!r}, got {prior!r}"
         )
     n_steps = 0 if prior == 'gaussian' else n_steps
-    shape, colour = draw_prior(nets, n, cfg, n_steps=n_steps, generator=generator)
-    c2w = draw_cameras(nets, n, cfg, generator)
+    shape, colour = draw_prior(nets, n, n_steps=n_steps, generator=generator)
+    c2w = draw_cameras(nets, n, generator)
     some = zip(shape.split(chunk), colour.split(chunk), c2w.split(chunk))
-    parts = [draw_images(nets, (form, paint), at, cfg)[0] for form, paint, at in some]
+    parts = [draw_images(nets, (form, paint), at)[0] for form, paint, at in some]
     return torch.cat(parts)
 
 # %% ../../nbs/03_nerf_lebm.ipynb #a40a36d8
@@ -526,28 +526,29 @@ def codes_of(
     nets: Nets,  # Trained networks
     x: Tensor,  # (B, V, 3, S, S) views of objects
     c2w: Tensor | None,  # (B, V, 3, 4); None where cameras are unknown
-    cfg: Config,  # Uses inference
     *,
-    by: str = '',  # 'encoder' or 'steps' (600 of Adam); '' is the encoder, if there is one
+    by: str = '',  # 'encoder' or 'steps' of Adam; '' is the encoder, if there is one
     mask: Tensor | None = None,  # (B, V, 1, S, S)
+    n_steps: int | None = None,  # Steps, where there are some; None is 600
     generator: Draws = None,  # Source of every draw
-    **options: Any,  # n_steps
 ) -> Codes:  # (n, nz[0]) and (n, nz[1])
     """Codes of unseen objects.
 
     Raises `ValueError` without an encoder, or without cameras, where they are needed.
     """
-    by = by or ('encoder' if cfg.inference == 'amortised' else 'steps')
+    inference = nets.cfg.inference
+    by = by or ('encoder' if inference == 'amortised' else 'steps')
     if by not in ('encoder', 'steps'):
         raise ValueError(f"by is 'encoder' or 'steps', got {by!r}")
-    if by == 'encoder' and not hasattr(nets, 'encoder'):
-        raise ValueError(f"inference={cfg.inference!r} has no encoder")
+    if by == 'encoder' and inference != 'amortised':
+        raise ValueError(f"inference={inference!r} has no encoder")
     if by == 'steps':
         if c2w is None:
             raise ValueError("steps down a likelihood need the cameras")
-        return find_codes(nets, x, c2w, cfg, mask=mask, generator=generator, **options)
-    if options:
-        raise ValueError(f"an encoder takes no {', '.join(options)}; by='steps' does")
+        n_steps = 600 if n_steps is None else n_steps
+        return find_codes(nets, x, c2w, mask=mask, n_steps=n_steps, generator=generator)
+    if n_steps is not None:
+        raise ValueError("an encoder takes no n_steps; by='steps' does")
     with frozen(nets.encoder):
         means = nets.encoder(x.flatten(0, 1)).mean
     shape, colour = (mean.unflatten(0, x.shape[:2]).mean(1) for mean in means)

@@ -144,8 +144,8 @@ class Nets(nn.Module, PyTorchModelHubMixin):
         super().__init__()
         self.cfg = check_config(cfg)
         self.field = _siren(cfg) if cfg.field == 'siren' else _nerf(cfg, cfg.mapping)
-        if cfg.n_fine:  # the second field shares the mapping nets
-            self.fine = _nerf(cfg, 0)
+        self.fine = _nerf(cfg, 0) if cfg.n_fine else None
+        if self.fine is not None:  # the second field shares the mapping nets
             self.fine.map_shape = self.field.map_shape
             self.fine.map_colour = self.field.map_colour
         if cfg.prior == 'ebm':
