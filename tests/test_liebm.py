@@ -538,9 +538,7 @@ def test_classes_have_their_own_codes(monkeypatch):
 def test_the_cost_of_every_encoder_can_be_measured(enc):
     "Losses that compare images need more than one."
     cfg = replace(SHORT, enc=enc, n_enc=5)
-    took, n = seconds_per_iteration(
-        liebm.STAGES[0], liebm.build(cfg), cfg, 'cpu', budget=0.01
-    )
+    took, n = seconds_per_iteration(liebm.STAGES[0], liebm.build(cfg), 'cpu', budget=0.01)
     least = liebm.encoder_config(cfg).w if enc.endswith('wmse') else 2
     assert took > 0 and n >= least
 

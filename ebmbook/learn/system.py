@@ -107,11 +107,11 @@ class System:
         if not named:
             known = list(dict.fromkeys(task.name for task in self.tasks))
             raise unknown(f'task of {self.name}', name, known)
-        reasons = [task.unfit(nets) for task in named]
-        for task, reason in zip(named, reasons):
+        for task in named:
+            reason = task.unfit(nets)
             if not reason:
                 return task
-        raise ValueError(f"task {named[-1].name!r} of {self.name} {reasons[-1]}")
+        raise ValueError(f"task {task.name!r} of {self.name} {reason}")
 
     def evaluate(
         self,
