@@ -340,9 +340,8 @@ def test_trace_sees_every_sampler():
 # --- persistent chains in a checkpoint
 
 
-def persistent_losses(
-    nets, batch, cfg, ctx
-):  # contrastive learning of points with a replay buffer
+def persistent_losses(nets, batch, ctx):
+    "Contrastive learning of points with a replay buffer."
     x = batch['x']
     if 'buffer' not in ctx.state:
         ctx.state['buffer'] = torch.randn(64, 2, generator=ctx.generator)
@@ -357,11 +356,11 @@ def persistent_losses(
 
 
 def test_persistent_chains_survive_a_stop(tmp_path):
-    def optimisers(nets, cfg):
+    def optimisers(nets):
         return dict(energy=Group(torch.optim.Adam(nets.energy.parameters(), 1e-3)))
 
     stage = Stage('persistent', persistent_losses, optimisers, lambda cfg: cfg.n_iters)
-    system = SimpleNamespace(build=cdrl.build, STAGES=(stage,))
+    system = SimpleNamespace(build=cdrl.build, stages=(stage,))
     over = dict(ch=8, init_ch=8, batch=16, n_iters=20, save_every=5, log_every=1, warmup=0)
     preset, cfg = choose(cdrl.PRESETS, cdrl.DEFAULT_PRESET, 'checkerboard', over=over)
 
