@@ -342,14 +342,19 @@ def crammed(root):
 
 
 def stranded(root):
-    "Comments that documentation gives to a neighbour: behind a bracket that closes a default."
+    """Comments that documentation gives to a neighbour or to nobody.
+
+    Behind a bracket that closes a default, or within one that the formatter put around it.
+    """
     behind = re.compile(r'[])}](?:,| =.*)  # |\]:  # ')
-    return [
-        f'{module}:{number}: shorten, so that {line.strip()} stays with its parameter'
-        for module, path in modules(root)
-        for number, line in enumerate(path.read_text(encoding='utf-8').splitlines(), 1)
-        if behind.match(line.strip())
-    ]
+    opened = re.compile(r'\w+: .* = \($')
+    bad = []
+    for module, path in modules(root):
+        lines = [line.strip() for line in path.read_text(encoding='utf-8').splitlines()]
+        for number, (line, after) in enumerate(zip(lines, [*lines[1:], '']), 1):
+            if behind.match(line) or opened.match(line) and '  # ' in after:
+                bad.append(f'{module}:{number}: shorten the documentation of {line}')
+    return bad
 
 
 def contract(root):
@@ -870,6 +875,8 @@ def test_stranded(tmp_path):
     assert stranded(module(tmp_path, 'mcmc', wide))
     result = 'def f() -> list[\n    str\n]:  # Names\n    ...'
     assert stranded(module(tmp_path, 'mcmc', result))
+    field = 'class A:\n    x: int = (\n        3  # Sides\n    )'
+    assert stranded(module(tmp_path, 'mcmc', field))
     assert not stranded(module(tmp_path, 'mcmc', 'def f(\n    n=(3, 4),  # Sides\n): ...'))
 
 

@@ -493,10 +493,7 @@ class Nets(nn.Module, PyTorchModelHubMixin):
     energy: LevelEnergy
     init: LevelProposal
 
-    def __init__(
-        self,
-        cfg: Config,  # Resolved settings
-    ) -> None:
+    def __init__(self, cfg: Config) -> None:  # Resolved settings
         super().__init__()
         self.cfg = check_config(cfg)
         if len(cfg.shape) == 1:

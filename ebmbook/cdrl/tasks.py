@@ -19,7 +19,8 @@ from .presets import DEFAULT_PRESET, PRESETS, Config, check_config
 from ..data.catalogue import DATASETS, load
 from ..data.procedural import edge, in_square
 from ..learn.settings import unknown
-from ..learn.system import Measured, System, Task
+from ..learn.ledger import Measured
+from ..learn.system import System, Task, images_only, points_only
 from ..mcmc import frozen, grid_log_z
 from ..measure.classes import attribute_accuracy, class_accuracy, class_spread
 from ..measure.extractors import extractor_id
@@ -148,14 +149,6 @@ def chain_energy(
     return nets.energy.at(lam, labels)
 
 
-def _points_only(nets):
-    return '' if len(nets.cfg.shape) == 1 else 'needs points'
-
-
-def _images_only(nets):
-    return '' if len(nets.cfg.shape) == 3 else 'needs images'
-
-
 def _two_attributes(nets):
     if nets.cfg.n_classes >= 4 and DATASETS[nets.cfg.data].attributes:
         return ''
@@ -165,22 +158,14 @@ def _two_attributes(nets):
 SYSTEM = System(
     name='cdrl',
     about="An energy for each noise level, and a network that proposes where its chain starts.",
-    config=Config,
-    presets=PRESETS,
-    default_preset=DEFAULT_PRESET,
-    check=check_config,
-    build=build,
-    stages=STAGES,
-    sample=sample,
-    energy=energy,
-    chain_energy=chain_energy,
-    label=attribute_label,
-    bare=lambda cfg: replace(cfg, vae=''),
+    config=Config, presets=PRESETS, default_preset=DEFAULT_PRESET, check=check_config,
+    build=build, stages=STAGES, sample=sample, energy=energy, chain_energy=chain_energy,
+    label=attribute_label, bare=lambda cfg: replace(cfg, vae=''),
     tasks=(
-        Task('sample', _measure_points, _points_only),
-        Task('sample', _measure_images, _images_only),
+        Task('sample', _measure_points, points_only),
+        Task('sample', _measure_images, images_only),
         Task('compose', _measure_composition, _two_attributes),
-        Task('inpaint', _measure_inpainting, _images_only),
+        Task('inpaint', _measure_inpainting, images_only),
     ),
-)
+)  # fmt: skip
 evaluate = SYSTEM.evaluate

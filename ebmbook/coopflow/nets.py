@@ -107,10 +107,7 @@ class Nets(nn.Module, PyTorchModelHubMixin):
     `save_pretrained` and `from_pretrained` keep them with their settings.
     """
 
-    def __init__(
-        self,
-        cfg: Config,  # Resolved settings
-    ) -> None:
+    def __init__(self, cfg: Config) -> None:  # Resolved settings
         super().__init__()
         self.cfg = check_config(cfg)
         if has_energy(cfg):

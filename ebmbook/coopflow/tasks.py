@@ -26,7 +26,8 @@ from ebmbook.coopflow.presets import (
 from ..data.catalogue import load
 from ..data.procedural import log_density
 from ..foundations.method import plane_scores
-from ..learn.system import Measured, System, Task
+from ..learn.ledger import Measured
+from ..learn.system import System, Task, images_only, points_only
 from ..mcmc import frozen
 from ..measure.images import image_report
 
@@ -102,8 +103,7 @@ def _measure_images(
     def draw(many):
         return sample(nets, many, generator=generator, **options)
 
-    report = image_report(draw, nets.cfg, n, extractor, thin=_few)[0]
-    return {name: Measured(*number) for name, number in report.items()}
+    return image_report(draw, nets.cfg, n, extractor, thin=_few)[0]
 
 
 def _measure_errors(
@@ -152,14 +152,6 @@ def chain_energy(
     return net
 
 
-def _no_points(nets):
-    return '' if len(nets.cfg.shape) == 1 else 'needs points'
-
-
-def _no_images(nets):
-    return '' if len(nets.cfg.shape) == 3 else 'needs images'
-
-
 def _no_flow(nets):
     return '' if has_flow(nets.cfg) else 'needs a flow'
 
@@ -168,20 +160,13 @@ SYSTEM = System(
     name='coopflow',
     about="A flow proposes, a short noise-free chain of an energy refines, "
     "each learns from the result.",
-    config=Config,
-    presets=PRESETS,
-    default_preset=DEFAULT_PRESET,
-    check=check_config,
-    build=build,
-    stages=STAGES,
-    sample=sample,
-    energy=energy,
-    chain_energy=chain_energy,
+    config=Config, presets=PRESETS, default_preset=DEFAULT_PRESET, check=check_config,
+    build=build, stages=STAGES, sample=sample, energy=energy, chain_energy=chain_energy,
     tasks=(
-        Task('sample', _measure_points, _no_points),
-        Task('sample', _measure_images, _no_images),
-        Task('reconstruct', _measure_errors, _no_images),
+        Task('sample', _measure_points, points_only),
+        Task('sample', _measure_images, images_only),
+        Task('reconstruct', _measure_errors, images_only),
         Task('bits', _measure_bits, _no_flow),
     ),
-)
+)  # fmt: skip
 evaluate = SYSTEM.evaluate

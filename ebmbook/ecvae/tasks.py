@@ -15,7 +15,8 @@ from ..data.procedural import STD25
 from .method import STAGES, Nets, _squared_norm, build, chain_energy, energy
 from .method import evidence, refine_latents, restore, sample
 from .presets import DEFAULT_PRESET, PRESETS, Config, check_config
-from ..learn.system import Measured, System, Task
+from ..learn.ledger import Measured
+from ..learn.system import System, Task, images_only, points_only
 from ..mcmc import frozen
 from ..measure.images import image_report
 
@@ -52,8 +53,7 @@ def measure_images(
     def draw(n):
         return sample(nets, n, n_steps=n_steps, temp=temp, generator=generator)
 
-    report = image_report(draw, nets.cfg, n, extractor)[0]
-    return {name: Measured(*found) for name, found in report.items()}
+    return image_report(draw, nets.cfg, n, extractor)[0]
 
 # %% ../../nbs/07_ecvae/tasks.ipynb #fa06c5d5
 def measure_posterior(
@@ -131,14 +131,6 @@ def measure_restoration(
     return measured
 
 # %% ../../nbs/07_ecvae/tasks.ipynb #c051
-def _no_points(nets):
-    return '' if len(nets.cfg.shape) == 1 else 'needs points'
-
-
-def _no_images(nets):
-    return '' if len(nets.cfg.shape) == 3 else 'needs images'
-
-
 def _no_decoder(nets):
     return 'needs a decoder' if nets.decoder is None else ''
 
@@ -152,20 +144,13 @@ SYSTEM = System(
     name='ecvae',
     about='A variational autoencoder that learns from its own samples, which short chains '
     'on a learned energy correct.',
-    config=Config,
-    presets=PRESETS,
-    default_preset=DEFAULT_PRESET,
-    check=check_config,
-    build=build,
-    stages=STAGES,
-    sample=sample,
-    energy=energy,
-    chain_energy=chain_energy,
+    config=Config, presets=PRESETS, default_preset=DEFAULT_PRESET, check=check_config,
+    build=build, stages=STAGES, sample=sample, energy=energy, chain_energy=chain_energy,
     tasks=(
-        Task('sample', measure_points, _no_points),
-        Task('sample', measure_images, _no_images),
+        Task('sample', measure_points, points_only),
+        Task('sample', measure_images, images_only),
         Task('posterior', measure_posterior, _no_decoder),
         Task('restore', measure_restoration, _no_decoder_of_images),
     ),
-)
+)  # fmt: skip
 evaluate = SYSTEM.evaluate

@@ -55,10 +55,7 @@ class Nets(nn.Module, PyTorchModelHubMixin):
     `save_pretrained` and `from_pretrained` store both with their settings.
     """
 
-    def __init__(
-        self,
-        cfg: Config,  # Resolved settings
-    ) -> None:
+    def __init__(self, cfg: Config) -> None:  # Resolved settings
         super().__init__()
         self.cfg = check_config(cfg)
         self.tilt = Tilt(cfg.nz, cfg.prior_width) if cfg.prior == 'energy' else Flat()

@@ -8,7 +8,7 @@ __all__ = ['SYSTEM', 'evaluate']
 # %% ../../nbs/02_foundations/tasks.ipynb #e7c79a9a
 from .latent import STAGES, build, energy, sample
 from .presets import DEFAULT_PRESET, PRESETS, Config, check_config
-from ..learn.system import Measured, System, Task
+from ..learn.system import System, Task
 from ..measure.images import image_report
 
 # %% ../../nbs/02_foundations/tasks.ipynb #e4f0abe6
@@ -18,21 +18,14 @@ def _measure_images(nets, generator, *, n=1_000, prior='', n_steps=None):
     def draw(size):
         return sample(nets, size, prior=prior, n_steps=n_steps, generator=generator)
 
-    report = image_report(draw, nets.cfg, n)[0]
-    return {name: Measured(*found) for name, found in report.items()}
+    return image_report(draw, nets.cfg, n)[0]
 
 
 SYSTEM = System(
     name='foundations',
     about="A decoder of images and an energy of its latents, learned by maximum likelihood.",
-    config=Config,
-    presets=PRESETS,
-    default_preset=DEFAULT_PRESET,
-    check=check_config,
-    build=build,
-    stages=STAGES,
-    sample=sample,
-    energy=energy,
+    config=Config, presets=PRESETS, default_preset=DEFAULT_PRESET, check=check_config,
+    build=build, stages=STAGES, sample=sample, energy=energy,
     tasks=(Task('sample', _measure_images),),
-)
+)  # fmt: skip
 evaluate = SYSTEM.evaluate

@@ -9,6 +9,7 @@ __all__ = ['unknown', 'WrongOption', 'check_options', 'strict', 'read_over', 'ch
 import difflib
 import functools
 import inspect
+import os
 import types
 import typing
 from collections.abc import Callable, Collection, Iterable, Mapping
@@ -18,14 +19,26 @@ from typing import Any
 import yaml
 
 # %% ../../nbs/learn/settings.ipynb #c005
+def _nearest(name, known):
+    "The known name that was probably meant, or ''."
+    near = difflib.get_close_matches(name, list(known), 3, 0.5)
+    # of equally near ones the one that begins alike: n_step means n_steps, not on_step
+    return max(near, key=lambda word: _likeness(name, word), default='')
+
+
+def _likeness(name, word):
+    matcher = difflib.SequenceMatcher(None, word, name)
+    return matcher.ratio(), len(os.path.commonprefix([name, word]))
+
+
 def unknown(
     kind: str,  # What was named, for example 'preset'
     name: object,  # The name that does not exist
     known: Collection[str],  # The names that do
 ) -> KeyError:  # To be raised
     "The error for a wrong name; its message offers the nearest right one."
-    near = difflib.get_close_matches(str(name), list(known), 1, 0.5)
-    hint = f"; did you mean {near[0]!r}?" if near else ""
+    near = _nearest(str(name), known)
+    hint = f"; did you mean {near!r}?" if near else ""
     return KeyError(f"unknown {kind} {name!r}{hint} Known: {', '.join(sorted(known))}")
 
 # %% ../../nbs/learn/settings.ipynb #5d1b7c22
@@ -44,9 +57,9 @@ def check_options(
         if name in known:
             continue
         text = f"{what} takes no option {name!r}"
-        near = difflib.get_close_matches(name, list(known), 1, 0.5)
+        near = _nearest(name, known)
         if near:
-            text += f"; did you mean {near[0]!r}?"
+            text += f"; did you mean {near!r}?"
         if name in fixed:
             text += "; the networks were trained with it, and it stays as it was"
         raise WrongOption(f"{text}; it takes: {', '.join(known) or 'none'}")

@@ -23,7 +23,8 @@ from ..data.catalogue import load
 from ..data.examples import Examples
 from ..learn.blocks import full
 from ..learn.contract import Context, Group, Stage
-from ..learn.system import Measured, System, Task
+from ..learn.ledger import Measured
+from ..learn.system import System, Task, seed_of
 from .selfsup_presets import DEFAULT_PRESET as DEFAULT_PRESET
 from .selfsup_presets import PRESETS as PRESETS
 from .selfsup_presets import Config, check_config
@@ -243,10 +244,7 @@ class Nets(nn.Module, PyTorchModelHubMixin):
     `save_pretrained` and `from_pretrained` keep them with their settings.
     """
 
-    def __init__(
-        self,
-        cfg: Config,  # Resolved settings
-    ) -> None:
+    def __init__(self, cfg: Config) -> None:  # Resolved settings
         super().__init__()
         self.cfg = check_config(cfg)
         self.encoder = Encoder(
@@ -496,7 +494,7 @@ def measure_labels(
     attributes, it is their mean.
     Raises `ValueError` if the data set has no labels.
     """
-    data, seed = nets.cfg.data, generator.initial_seed() - 10_000
+    data, seed = nets.cfg.data, seed_of(generator)
     known, test = load(data, split='train'), load(data, split='test')
     if known.y is None:
         raise ValueError(
@@ -520,12 +518,8 @@ SYSTEM = System(
     about="Networks that learn without labels what two views of one image have in common "
     "(SimCLR, BYOL, W-MSE), the views, and the frozen map from an image to a point of the "
     "sphere.",
-    config=Config,
-    presets=PRESETS,
-    default_preset=DEFAULT_PRESET,
-    check=check_config,
-    build=build,
-    stages=STAGES,
+    config=Config, presets=PRESETS, default_preset=DEFAULT_PRESET, check=check_config,
+    build=build, stages=STAGES,
     tasks=(Task('labels', measure_labels),),
-)
+)  # fmt: skip
 evaluate = SYSTEM.evaluate

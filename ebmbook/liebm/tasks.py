@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from ..data.catalogue import load
-from ..learn.system import Measured, System, Task
+from ..learn.ledger import Measured
+from ..learn.system import System, Task
 from . import selfsup
 from .joint import Nets, build
 from .method import STAGES, at_once, energy, inward, outward, sample, score
@@ -28,10 +29,6 @@ from .uses import restore
 from ..mcmc import frozen
 
 # %% ../../nbs/08_liebm/tasks.ipynb #c058
-def _measured(report):
-    return {name: Measured(*number) for name, number in report.items()}
-
-
 def _measure_images(nets, generator, *, n=None, extractor='', n_steps=None, chunk=None):
     from ebmbook.measure.images import image_report
 
@@ -39,7 +36,7 @@ def _measure_images(nets, generator, *, n=None, extractor='', n_steps=None, chun
         return sample(nets, n, n_steps=n_steps, chunk=chunk, generator=generator)
 
     kinds = ('fid', 'is', 'prc')
-    return _measured(image_report(draw, nets.cfg, n, extractor, kinds=kinds)[0])
+    return image_report(draw, nets.cfg, n, extractor, kinds=kinds)[0]
 
 
 def _measure_ood(nets, generator, *, n=None, gamma=None, alone=False):
@@ -52,7 +49,7 @@ def _measure_ood(nets, generator, *, n=None, gamma=None, alone=False):
     def ordinary(x):
         return score(nets, x.to(like), gamma=gamma, alone=alone)
 
-    return _measured(auroc_ood(ordinary, data, n or (300 if few else 10_000)))
+    return auroc_ood(ordinary, data, n or (300 if few else 10_000))
 
 
 def _measure_encoder(nets, generator, *, n=None, n_epochs=500):
@@ -167,15 +164,8 @@ SYSTEM = System(
     name='liebm',
     about="LIEBM: a frozen self-supervised encoder tells the energy where each image lies "
     "on a sphere of meanings, a generator starts the chains, and the two teach each other.",
-    config=Config,
-    presets=PRESETS,
-    default_preset=DEFAULT_PRESET,
-    check=check_config,
-    build=build,
-    stages=STAGES,
-    sample=sample,
-    energy=energy,
-    chain_energy=chain_energy,
+    config=Config, presets=PRESETS, default_preset=DEFAULT_PRESET, check=check_config,
+    build=build, stages=STAGES, sample=sample, energy=energy, chain_energy=chain_energy,
     tasks=(
         Task('sample', _measure_images),
         Task('ood', _measure_ood),
@@ -184,5 +174,5 @@ SYSTEM = System(
         Task('rebuild', _measure_rebuild, _needs_inference),
         Task('restore', _measure_restoration, _needs_inference),
     ),
-)
+)  # fmt: skip
 evaluate = SYSTEM.evaluate

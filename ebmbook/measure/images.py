@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ..data.catalogue import load
 from ..data.examples import Examples
+from ..learn.ledger import Measured
 from .distances import check_counts, compare, register
 from ebmbook.measure.extractors import (
     Classifier,
@@ -161,11 +162,10 @@ def image_report(
     *,
     kinds: tuple[str, ...] = ('fid', 'prc'),  # As in `evaluate_images`
     thin: Callable[..., Images] | None = None,  # Shortens a reference that is too long
-) -> tuple[dict[str, tuple], Tensor, str]:  # Numbers, samples on the CPU, extractor
+) -> tuple[dict[str, Measured], Tensor, str]:  # Numbers, samples on the CPU, extractor
     """Draw samples of a preset and compare them with images.
 
-    A number is (value, n, extractor with its hash). What would fail afterwards fails before
-    anything is drawn.
+    What would fail afterwards fails before anything is drawn.
     """
     name, n, reference = protocol(cfg, n, extractor)
     x = draw(n).cpu()
@@ -174,7 +174,8 @@ def image_report(
     names = {metric: key for kind in kinds for metric, key in _REPORTED[kind].items()}
     values = {metric: report[key] for metric, key in names.items()}
     ident = report['extractor']
-    return {key: (value, n, ident) for key, value in values.items()}, x, name
+    found = {key: Measured(value, n, ident) for key, value in values.items()}
+    return found, x, name
 
 # %% ../../nbs/measure/images.ipynb #c041
 _SHOWN = {  # how a metric is printed

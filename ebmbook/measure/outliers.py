@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ..data.catalogue import load
 from ..data.outliers import ood_sets
+from ..learn.ledger import Measured
 
 # %% ../../nbs/measure/outliers.ipynb #c053
 def auroc(
@@ -51,7 +52,7 @@ def auroc_ood(
     n: int,  # Test images, and out-of-distribution images of each kind
     *,
     chunk: int = 100,  # Images at once
-) -> dict[str, tuple]:  # auroc_KIND -> (area, number of test images, ''), as in ledgers
+) -> dict[str, Measured]:  # auroc_KIND -> area, of so many test images
     """How well a score detects out-of-distribution images.
 
     The kinds are those of `ebmbook.data.ood_sets`.
@@ -64,6 +65,6 @@ def auroc_ood(
     inside = scores(x)
     kinds = ood_sets(data, n, torch.Generator().manual_seed(0))
     return {
-        f'auroc_{kind}': (auroc(inside, scores(images)), len(x), '')
+        f'auroc_{kind}': Measured(auroc(inside, scores(images)), len(x))
         for kind, images in kinds.items()
     }

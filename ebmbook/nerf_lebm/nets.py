@@ -137,10 +137,7 @@ class Nets(nn.Module, PyTorchModelHubMixin):
 
     angles: Tensor  # (2, 200) shares of azimuths and elevations; pose is 'vmf'
 
-    def __init__(
-        self,
-        cfg: Config,  # Resolved settings
-    ) -> None:
+    def __init__(self, cfg: Config) -> None:  # Resolved settings
         super().__init__()
         self.cfg = check_config(cfg)
         self.field = _siren(cfg) if cfg.field == 'siren' else _nerf(cfg, cfg.mapping)

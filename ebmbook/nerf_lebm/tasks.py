@@ -13,7 +13,8 @@ import torch
 from ..data.catalogue import load
 from ..data.scenes import render_cars
 from ..learn.runs import waiter
-from ..learn.system import Measured, System, Task
+from ..learn.ledger import Measured
+from ..learn.system import System, Task
 from ..measure.images import image_report
 from ..measure.pairs import psnr
 from .angles import turn_error
@@ -38,8 +39,7 @@ def _measure_images(nets, generator, *, n=None, prior='', n_steps=None, extracto
     def draw(n):
         return sample(nets, n, prior=prior, n_steps=n_steps, generator=generator)
 
-    report = image_report(draw, nets.cfg, n, extractor)[0]
-    return {name: Measured(*found) for name, found in report.items()}
+    return image_report(draw, nets.cfg, n, extractor)[0]
 
 # %% ../../nbs/03_nerf_lebm/tasks.ipynb #86b6afb1
 def _views_of(data, name, at, like):  # examples at (N, V) -> (N, V, ...)
@@ -197,18 +197,13 @@ def _true_cameras(nets):
 SYSTEM = System(
     name='nerf_lebm',
     about="Energies as priors of a radiance field's codes, and three ways to find the codes.",
-    config=Config,
-    presets=PRESETS,
-    default_preset=DEFAULT_PRESET,
-    check=check_config,
-    build=build,
-    stages=STAGES,
-    sample=sample,
+    config=Config, presets=PRESETS, default_preset=DEFAULT_PRESET, check=check_config,
+    build=build, stages=STAGES, sample=sample,
     tasks=(
         Task('sample', _measure_images),
         Task('views', _measure_views, _several_views),
         Task('swap', _measure_swap, _true_cars),
         Task('pose', _measure_pose, _true_cameras),
     ),
-)
+)  # fmt: skip
 evaluate = SYSTEM.evaluate

@@ -423,7 +423,7 @@ def _count(net):
     return sum(param.numel() for param in net.parameters())
 
 
-def _tell_cost(preset, stage, nets, device, budget, all_of_it):
+def _tell_cost(preset, stage, nets, device, budget):
     "Print how long one stage of a preset would take."
     cfg = nets.cfg
     import torch
@@ -441,8 +441,6 @@ def _tell_cost(preset, stage, nets, device, budget, all_of_it):
     typer.echo(f"\n{preset}, stage {stage.name}, {where}: {each}")
     whole = f"{n_iters:,} iterations: about {duration(took * scale * n_iters)}"
     typer.echo(f"{whole}; reading data and checkpoints are not in it")
-    if not all_of_it:
-        typer.echo("the autoencoder's share is not in it either")
 
 # %% ../../nbs/shell/cli.ipynb #399a6bde
 @app.command(cls=Command)
@@ -471,7 +469,11 @@ def cost(
     typer.echo(table(['network', 'parameters'], [*rows, ['all', f'{_count(nets):,}']]))
     for stage in known.stages:
         if stage.n_iters(cfg):
-            _tell_cost(preset, stage, nets, device, budget, nets.cfg == cfg)
+            _tell_cost(preset, stage, nets, device, budget)
+    if nets.cfg != cfg:
+        typer.echo(
+            "work outside the networks, as of a pretrained autoencoder, is not in it"
+        )
 
 # %% ../../nbs/shell/cli.ipynb #ad4062b5
 def _bench_text(result, verdicts):

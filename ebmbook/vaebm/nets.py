@@ -229,10 +229,7 @@ class Nets(nn.Module, PyTorchModelHubMixin):
     vae: VAE  # Autoencoder
     energy: nn.Module  # Energy of x, (B, ...) -> (B,) nats; only if `has_energy`
 
-    def __init__(
-        self,
-        cfg: Config,  # Resolved settings
-    ) -> None:
+    def __init__(self, cfg: Config) -> None:  # Resolved settings
         super().__init__()
         self.cfg = check_config(cfg)
         self.vae = _vae_of(cfg)

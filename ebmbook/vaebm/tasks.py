@@ -16,7 +16,8 @@ from torch import Tensor
 
 from ..data.catalogue import load
 from ..data.procedural import log_density
-from ..learn.system import Measured, System, Task
+from ..learn.ledger import Measured
+from ..learn.system import System, Task, images_only, points_only
 from ..mcmc import Draws, frozen, grid, grid_log_z
 from ..measure.classes import modes_kl
 from ..measure.extractors import extractor_for
@@ -134,8 +135,7 @@ def measure_images(
     def draw(n):
         return sample(nets, n, generator=generator, **how)
 
-    report, made, _ = image_report(draw, nets.cfg, n or stacked, extractor)
-    out = {name: Measured(*found) for name, found in report.items()}
+    out, made, _ = image_report(draw, nets.cfg, n or stacked, extractor)
     if not stacked:
         return out
     modes = modes_kl(made, extractor_for(data))  # of digits, whatever measures the rest
@@ -158,36 +158,21 @@ def measure_ood(
     def score(x):
         return log_score(nets, x.to(like), k=k, alone=alone, generator=generator)
 
-    report = auroc_ood(score, nets.cfg.data, n or 300)
-    return {name: Measured(*found) for name, found in report.items()}
+    return auroc_ood(score, nets.cfg.data, n or 300)
 
 # %% ../../nbs/06_vaebm/tasks.ipynb #c050
-def _no_points(nets):
-    return '' if len(nets.cfg.shape) == 1 else 'needs points'
-
-
-def _no_images(nets):
-    return '' if len(nets.cfg.shape) == 3 else 'needs images'
-
-
 SYSTEM = System(
     name='vaebm',
     about='A variational autoencoder covers all the data and a little too much, an energy '
     'takes the surplus away, and chains run in the space of the autoencoder\'s noise.',
-    config=Config,
-    presets=PRESETS,
-    default_preset=DEFAULT_PRESET,
-    check=check_config,
-    build=build,
-    stages=STAGES,
-    sample=sample,
-    energy=energy,
+    config=Config, presets=PRESETS, default_preset=DEFAULT_PRESET, check=check_config,
+    build=build, stages=STAGES, sample=sample, energy=energy,
     tasks=(
-        Task('sample', measure_points, _no_points),
-        Task('sample', measure_images, _no_images),
-        Task('ood', measure_ood, _no_images),
+        Task('sample', measure_points, points_only),
+        Task('sample', measure_images, images_only),
+        Task('ood', measure_ood, images_only),
     ),
-)
+)  # fmt: skip
 evaluate = SYSTEM.evaluate
 
 # %% ../../nbs/06_vaebm/tasks.ipynb #c067
