@@ -455,7 +455,7 @@ def show_docs(old, new):
     gone = intended.get('gone') or {}
     for line in changed:
         print(f'changed {line}')
-    bad = [o for o in bad if o.removesuffix(': gone') not in gone]
+    bad = [o for o in bad if o.removesuffix(': gone').rstrip("'") not in gone]
     for line in bad:
         print(f'LOST {line}')
     print(
