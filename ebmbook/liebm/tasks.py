@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..data.catalogue import load
 from ..learn.ledger import Measured
+from ..learn.settings import unknown
 from ..learn.system import System, Task
 from . import selfsup
 from .joint import Nets, build
@@ -82,6 +83,9 @@ def _measure_rebuild(nets, generator, *, n=None):
     return dict(mse=Measured(((made - x) / 2).square().mean().item(), len(x)))
 
 # %% ../../nbs/08_liebm/tasks.ipynb #c060r
+_STAGES_OF_RESTORING = ('inverse', 'start', 'latent', 'both')
+
+
 def _restored(nets, op, y, generator, stage, options):
     "Images of each stage by name; what comes after the stage asked for is not made."
     made = dict(inverse=op.A_dagger(y).clamp(-1, 1))
@@ -133,6 +137,8 @@ def _measure_restoration(
     """
     from ebmbook.measure.restoration import operator
 
+    if stage and stage not in _STAGES_OF_RESTORING:
+        raise unknown('stage', stage, _STAGES_OF_RESTORING)
     options = dict(sigma=sigma, eta=eta, eta_y=eta_y, noise_y=noise_y)
     options |= dict(n_steps=n_steps, n_steps_y=n_steps_y)
     cfg = nets.cfg

@@ -14,6 +14,7 @@ from ..data.catalogue import load
 from ..data.scenes import render_cars
 from ..learn.runs import waiter
 from ..learn.ledger import Measured
+from ..learn.settings import unknown
 from ..learn.system import System, Task
 from ..measure.images import image_report
 from ..measure.pairs import psnr
@@ -84,12 +85,16 @@ def _measure_views(nets, generator, *, n=None, given=(), of='other', by='', n_st
     others too, with the mean training picture in the place of what is drawn.
     """
     cfg = nets.cfg
+    if of not in ('other', 'given', 'mean'):
+        raise unknown('views', of, ['other', 'given', 'mean'])
     corrupted = load(cfg.data, split='test')
     clean_name = cfg.data.replace('masked', 'views')
     whole = load(clean_name, split='test')
     srn = cfg.data == 'srn_cars'
     given = list(given or ((64, 104) if srn else (0, 5)))  # the usual choice for SRN's cars
     n_views = int(torch.bincount(whole.extra['object']).min())
+    if not set(given) <= set(range(n_views)):
+        raise ValueError(f"given names views 0 to {n_views - 1}, got {given}")
     other = [i for i in range(n_views) if i not in given]
     n_objects = n or (len(whole) // n_views if srn else 32)
     at = torch.arange(n_objects)[:, None] * n_views + torch.arange(n_views)
