@@ -150,7 +150,8 @@ def chain_energy(
 
 
 def _two_attributes(nets):
-    if nets.cfg.n_classes >= 4 and DATASETS[nets.cfg.data].attributes:
+    spec = DATASETS.get(nets.cfg.data)  # a folder of images is not listed
+    if spec is not None and spec.attributes and nets.cfg.n_classes >= 4:
         return ''
     return 'needs a preset with two attributes'
 
