@@ -158,7 +158,7 @@ def _two_attributes(nets):
 
 SYSTEM = System(
     name='cdrl',
-    about="An energy for each noise level, and a network that proposes where its chain starts.",
+    about="An energy for each noise level, and a network that proposes starts of chains.",
     config=Config, presets=PRESETS, default_preset=DEFAULT_PRESET, check=check_config,
     build=build, stages=STAGES, sample=sample, energy=energy, chain_energy=chain_energy,
     label=attribute_label, bare=lambda cfg: replace(cfg, vae=''),

@@ -23,7 +23,7 @@ def _measure_images(nets, generator, *, n=1_000, prior='', n_steps=None):
 
 SYSTEM = System(
     name='foundations',
-    about="A decoder of images and an energy of its latents, learned by maximum likelihood.",
+    about="A decoder of images and an energy of its latents, by maximum likelihood.",
     config=Config, presets=PRESETS, default_preset=DEFAULT_PRESET, check=check_config,
     build=build, stages=STAGES, sample=sample, energy=energy,
     tasks=(Task('sample', _measure_images),),

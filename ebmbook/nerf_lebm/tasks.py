@@ -201,7 +201,7 @@ def _true_cameras(nets):
 
 SYSTEM = System(
     name='nerf_lebm',
-    about="Energies as priors of a radiance field's codes, and three ways to find the codes.",
+    about="Energies as priors of a radiance field's codes, and ways to find the codes.",
     config=Config, presets=PRESETS, default_preset=DEFAULT_PRESET, check=check_config,
     build=build, stages=STAGES, sample=sample,
     tasks=(
