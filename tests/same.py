@@ -402,8 +402,32 @@ def start(tree, out, arguments):
     return subprocess.Popen(command, cwd=tree, env=env)
 
 
+def only_this_tree():
+    """Forget an editable installation.
+
+    Its finder would offer modules of the other tree where this one has none of their name.
+    """
+    sys.meta_path = [
+        o for o in sys.meta_path if '__editable__' not in str(vars(o).get('__module__'))
+    ]
+
+
+def strangers():
+    "Modules of the package that were imported from elsewhere."
+    here = Path.cwd().resolve()
+    files = {
+        name: module.__file__
+        for name, module in sys.modules.items()
+        if name.split('.')[0] == 'ebmbook'
+    }
+    return [
+        name for name, file in files.items() if here not in Path(file).resolve().parents
+    ]
+
+
 def work(out, base, chosen, quick, docs):
     "The worker: results go into a JSON file."
+    only_this_tree()
     import ebmbook
 
     here = Path(ebmbook.__file__).resolve().parents[1]
@@ -423,6 +447,8 @@ def work(out, base, chosen, quick, docs):
         return
     for system in chosen:
         recipe(system, quick, Path(base), report)
+    if strangers():
+        raise SystemExit(f"imported from another tree: {', '.join(strangers())}")
 
 
 def both(arguments, base):
