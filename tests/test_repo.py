@@ -17,6 +17,7 @@ ROOT = Path(__file__).resolve().parents[1]
 # The plan of the house: imports go strictly to lower floors. A room that is not listed is an error.
 SYSTEMS = ['nerf_lebm', 'coopflow', 'cdrl', 'vaebm', 'ecvae', 'liebm']
 FLOORS = {
+    'checks': -1,
     'mcmc': 0,
     'plot': 0,
     'data': 1,
