@@ -23,6 +23,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -100,6 +101,20 @@ def takes_cfg(function):
     return 'cfg' in inspect.signature(function).parameters
 
 
+def of(module, cfg):
+    "What trains and draws: the rival that the settings name, the system, or the module."
+    system = getattr(module, 'SYSTEM', module)
+    return system.of(cfg) if hasattr(system, 'of') else module
+
+
+def shortened(module, cfg, short):
+    found = of(module, cfg)
+    if hasattr(found, 'stages'):
+        return replace(found, stages=[short(o) for o in found.stages], rivals={})
+    stages = [short(o) for o in found.STAGES]
+    return SimpleNamespace(build=found.build, STAGES=stages, stages=stages)
+
+
 def trained(module, name, preset, cfg, steps, folder):
     "Networks after a few iterations of each stage, and what their training logged."
     open_run = first('ebmbook.learn.runs:open_run', 'ebmbook.core.runs:open_run')
@@ -108,8 +123,7 @@ def trained(module, name, preset, cfg, steps, folder):
     def short(stage):
         return stage._replace(n_iters=lambda c: min(steps, stage.n_iters(c)))
 
-    stages = [short(o) for o in module.STAGES]
-    system = SimpleNamespace(build=module.build, STAGES=stages, stages=stages)
+    system = shortened(module, cfg, short)
     run = open_run(name, preset, cfg, out=folder, device='cpu')
     nets = train(system, cfg, run, progress=False)
     lines = [json.loads(o) for o in (run.folder / 'log.jsonl').read_text().splitlines()]
@@ -122,11 +136,12 @@ def drawn(module, nets):
     "Hash of a few samples."
     import torch
 
-    if not hasattr(module, 'sample'):
+    sample = getattr(of(module, nets.cfg), 'sample', None)
+    if sample is None:
         return 'draws nothing'
-    settings = (nets.cfg,) if takes_cfg(module.sample) else ()
+    settings = (nets.cfg,) if takes_cfg(sample) else ()
     generator = torch.Generator().manual_seed(1)
-    return digest(module.sample(nets, SAMPLES, *settings, generator=generator))
+    return digest(sample(nets, SAMPLES, *settings, generator=generator))
 
 
 def measurable(module, nets, at):

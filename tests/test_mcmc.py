@@ -1,7 +1,7 @@
 """Samplers against laws that are known by integration, and chains that survive a checkpoint."""
 
 import math
-from types import SimpleNamespace
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -769,7 +769,7 @@ def test_persistent_chains_survive_a_stop(tmp_path):
         return dict(energy=Group(torch.optim.Adam(nets.energy.parameters(), 1e-3)))
 
     stage = Stage('persistent', persistent_losses, optimisers, lambda cfg: cfg.n_iters)
-    system = SimpleNamespace(build=cdrl.build, stages=(stage,))
+    system = replace(cdrl.SYSTEM, stages=(stage,))
     over = dict(ch=8, init_ch=8, batch=16, n_iters=20, save_every=5, log_every=1, warmup=0)
     preset, cfg = choose(cdrl.PRESETS, cdrl.DEFAULT_PRESET, 'checkerboard', over=over)
 

@@ -16,7 +16,7 @@ import sys
 import time
 import warnings
 from pathlib import Path
-from types import SimpleNamespace
+from dataclasses import replace
 
 import pytest
 import torch
@@ -57,10 +57,8 @@ def poisoned(at):  # CDRL whose energy loss is not a number at one step
                 logs,
             )
 
-    return SimpleNamespace(
-        build=cdrl.build,
-        stages=(Stage('cdrl', losses, cdrl.optimisers, lambda cfg: cfg.n_iters),),
-    )
+    stage = Stage('cdrl', losses, cdrl.optimisers, lambda cfg: cfg.n_iters)
+    return replace(cdrl.SYSTEM, stages=(stage,))
 
 
 def die_while_writing(number):  # power cut with a checkpoint half written

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from .presets import Config
+from ..checks import ordinary
 
 # %% ../../nbs/05_cdrl/ladder.ipynb #59a240d9
 # log signal-to-noise ratios at the ends of the cosine schedule
@@ -88,4 +89,5 @@ def schedule(
     Source: Zhu 2024, eq. 5.14, 5.17, 5.18 and the text after eq. 5.4; label
     `eq-cdrl-schedule`.
     """
-    return _constants(cfg.schedule, cfg.n_levels, cfg.step, cfg.step_sbar, str(device))
+    with ordinary():  # they are kept, and must serve a training too
+        return _constants(cfg.schedule, cfg.n_levels, cfg.step, cfg.step_sbar, str(device))

@@ -29,6 +29,7 @@ from .draws import random_states, seed_all, set_random_states
 from .log import Log, watch
 from .runs import Run, load_checkpoint, save_checkpoint
 from .step import Steps, averaged, optimiser_step, use_average
+from .system import System
 from ..mcmc import Slice
 from typing import Any
 
@@ -352,7 +353,7 @@ def _steps_of(stages, cfg, saved):
 
 # %% ../../nbs/learn/loop.ipynb #c026
 def train(
-    system: Any,  # Its `build` and `stages` are used
+    system: System,  # Its `build` and `stages`, or those of the rival that `cfg` names
     cfg: Any,  # Resolved settings
     run: Run,  # From `open_run`
     examples: Any = None,  # As in `as_examples`; None loads the data set of the settings
@@ -370,6 +371,7 @@ def train(
     Raises `Diverged` when a number leaves its bounds, `ValueError` for a batch that does
     not divide, or into too small parts, and for networks without these settings.
     """
+    system = system.of(cfg)
     accelerator, stages = make_accelerator(cfg, run.device), system.stages
     _check_batches(stages, cfg, accelerator.num_processes)
     seed_all(run.seed)

@@ -9,7 +9,7 @@ __all__ = ['Task', 'points_only', 'images_only', 'generator_of', 'seed_of', 'Sam
 # %% ../../nbs/learn/system.ipynb #a1f03c02
 import inspect
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import torch
@@ -121,6 +121,14 @@ class System:
     chain_energy: ChainEnergy | None = None  # What `ebmbook bench` times
     label: Callable[[int, int], int] | None = None  # Label of (attribute, value)
     bare: Callable[[Any], Any] = _unchanged  # Without work outside the networks
+    rivals: Mapping[str, 'System'] = field(default_factory=dict)  # By `cfg.method`
+
+    def of(
+        self,
+        cfg: Any,  # Resolved settings
+    ) -> 'System':
+        "Itself, or the rival that the settings name; the only place that looks at it."
+        return self.rivals.get(vars(cfg).get('method', ''), self)
 
     def task(
         self,
@@ -128,6 +136,8 @@ class System:
         name: str = '',  # Its name; '' takes the first that fits
     ) -> Task:
         "Find a task. Raises `KeyError` for a wrong name, `ValueError` if none fits."
+        if self.rivals:
+            return replace(self.of(nets.cfg), rivals={}).task(nets, name)
         named = [task for task in self.tasks if not name or task.name == name]
         if not named:
             known = list(dict.fromkeys(task.name for task in self.tasks))

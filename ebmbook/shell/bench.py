@@ -186,10 +186,11 @@ def preset_case(
 ) -> Case:
     "A preset of a system, ready to be timed."
     known = load_system(system)
+    preset, cfg = select(known, preset=preset or next(iter(known.presets)))
+    known = known.of(cfg)
     chain_energy = known.chain_energy
     if chain_energy is None:
         raise ValueError(f"{system} has no chain of one state that could be timed")
-    preset, cfg = select(known, preset=preset or next(iter(known.presets)))
     torch.manual_seed(0)
     nets = known.build(known.bare(cfg)).to(device).eval()
     x = random_batch(nets.cfg, batch, device)['x']

@@ -296,6 +296,7 @@ def sample(
     if known.sample is None:
         raise ValueError(f"{system} draws no samples")
     nets = load_nets(known, weights, parameters(p, ('preset',)).get('preset', ''), device)
+    known = known.of(nets.cfg)
     import torch
 
     options = {}
@@ -463,6 +464,7 @@ def cost(
     )
     import torch
 
+    known = known.of(cfg)
     torch.manual_seed(0)
     nets = known.build(known.bare(cfg)).to(device)
     rows = [[name, f'{_count(net):,}'] for name, net in nets.named_children()]

@@ -190,7 +190,8 @@ def load_nets(
 
     try:
         stored = json.loads((folder / 'config.json').read_text(encoding='utf-8'))['cfg']
-        nets = system.build(system.config(**stored))
+        cfg = system.config(**stored)
+        nets = system.of(cfg).build(cfg)
         load_model(nets, folder / 'model.safetensors')
     except Exception as error:
         why = f"{type(error).__name__}: {error}"
