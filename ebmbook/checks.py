@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['State', 'count', 'amount', 'positive', 'share', 'source', 'blocks_of', 'like_state', 'per_block', 'recording',
-           'ordinary', 'energies_of', 'begin', 'gradients_of']
+           'ordinary', 'energies_of', 'begin', 'gradients_of', 'watching', 'tell_chain', 'tell_recall']
 
 # %% ../nbs/checks.ipynb #3618c44b
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextvars import ContextVar
 from numbers import Integral, Real
 from typing import Any, TypeVar
 
@@ -278,3 +279,37 @@ def gradients_of(
                 f"the energy does not depend on {which}: use it there, or leave it out"
             )
     return energies, grads
+
+# %% ../nbs/checks.ipynb #5b0e7d10
+_LISTENERS: ContextVar[tuple] = ContextVar('listeners', default=(None, None))
+
+
+@contextmanager
+def watching(
+    on_chain: Callable[..., Any] | None = None,  # (energy, start, end, rates, n_steps)
+    on_recall: Callable[..., Any] | None = None,  # (buffer, rows, new); new (B,) bool
+) -> Iterator[None]:
+    """Within this block functions are told of chains and replay buffers.
+
+    Of each chain that `langevin` or `mala` ends without a graph, and of each use of
+    `recall`, where `new` says which chains start afresh. An inner block replaces an outer.
+    """
+    before = _LISTENERS.set((on_chain, on_recall))
+    try:
+        yield
+    finally:
+        _LISTENERS.reset(before)
+
+
+def tell_chain(*told: Any) -> None:  # As `on_chain` takes them
+    "A chain has ended."
+    on_chain = _LISTENERS.get()[0]
+    if on_chain is not None:
+        on_chain(*told)
+
+
+def tell_recall(*told: Any) -> None:  # As `on_recall` takes them
+    "Chains were taken out of a buffer."
+    on_recall = _LISTENERS.get()[1]
+    if on_recall is not None:
+        on_recall(*told)

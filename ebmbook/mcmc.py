@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from . import checks
 from .checks import State, begin, blocks_of, energies_of, gradients_of, like_state
-from .checks import ordinary, per_block, recording
+from .checks import ordinary, per_block, recording, tell_chain, tell_recall
 
 _all_ = ['State']
 
@@ -71,8 +71,7 @@ class Slice:
         if not 0 <= part < parts:
             raise ValueError(f"part must lie in [0, {parts}), got {part}")
         self.generator = generator
-        self.part = part
-        self.parts = parts
+        self.part, self.parts = part, parts
 
 
 # what functions that draw take; None is the global generator
@@ -120,14 +119,12 @@ def frozen(
     Parameters take no gradient, weights are normalised once, and layers are in evaluation
     mode; afterwards everything is as before.
     """
-    weights = [weight for net in nets for weight in net.parameters()]
     # those that inference mode made have no flag to change
-    flags = [
-        (weight, weight.requires_grad) for weight in weights if not weight.is_inference()
-    ]
+    weights = [own for net in nets for own in net.parameters() if not own.is_inference()]
+    flags = [(weight, weight.requires_grad) for weight in weights]
     modes = [(layer, layer.training) for net in nets for layer in net.modules()]
     try:
-        for weight, _ in flags:
+        for weight in weights:
             weight.requires_grad_(False)
         for net in nets:
             net.eval()
@@ -142,9 +139,8 @@ def frozen(
             layer.training = mode
 
 
-def _normalise(
-    layers,
-):  # now, since no gradient passes weights that inference mode computes
+def _normalise(layers):
+    # now, since no gradient passes weights that inference mode computes
     with recording(), torch.no_grad():
         for layer in filter(parametrize.is_parametrized, layers):
             for name in layer.parametrizations:
@@ -234,13 +230,15 @@ def langevin(
     Source: book chapter 1; each paper's step size is converted with `ula`.
     """
     checks.count(n_steps, 'n_steps')
-    x, rates = _ready(x, rates, clip, differentiable)
+    here, ready = _ready(x, rates, clip, differentiable)
     options: dict[str, Any] = dict(constrain=constrain, clip=clip, on_grad=on_grad)
     options |= dict(generator=generator, differentiable=differentiable)
     for i in range(n_steps):
-        see = None if on_step is None else partial(on_step, i, x)
-        x = langevin_step(energy, x, rates, on_energy=see, **options)
-    return x
+        see = None if on_step is None else partial(on_step, i, here)
+        here = langevin_step(energy, here, ready, on_energy=see, **options)
+    if n_steps and not differentiable:
+        tell_chain(energy, x, here, rates, n_steps)
+    return here
 
 # %% ../nbs/01_mcmc.ipynb #881747b4
 def reflect(
@@ -494,7 +492,10 @@ def mala(
     """
     per_block(eta, blocks_of(x), 'eta')
     options: dict[str, Any] = dict(temp=temp, generator=generator, on_step=on_step)
-    return hmc(energy, x, ula(eta, temp).noise, n_steps, n_leap=1, **options)
+    rates = ula(eta, temp)
+    end, accepted = hmc(energy, x, rates.noise, n_steps, n_leap=1, **options)
+    tell_chain(energy, x, end, rates, n_steps)
+    return end, accepted
 
 # %% ../nbs/01_mcmc.ipynb #c052
 def adapt(
@@ -591,6 +592,7 @@ def recall(
     if shared:  # every part draws the order of the whole batch and takes its own chains
         rows = rows[shared.part * batch :][:batch]
     new = uniform(batch, fresh, generator) < rate
+    tell_recall(buffer, rows, new)
     new = new.reshape(-1, *[1] * (fresh.ndim - 1))
     return torch.where(new, fresh, buffer[rows].to(fresh)), rows
 

@@ -197,17 +197,16 @@ class _Lines:
         self.sums = {}
 
     def add(self, logs):
-        "Take the values of one step."
+        "Take the values of one step; not every step has all of them."
         self.ok = self.ok & logs.pop('ok')
-        logs = logs | dict(steps=1.0)
-        self.sums = {key: self.sums.get(key, 0) + value for key, value in logs.items()}
+        for key, value in logs.items():
+            total, n = self.sums.get(key, (0, 0.0))
+            self.sums[key] = total + value, n + 1.0
 
     def write(self):
         "Write the means since the last line. Raises `Diverged`."
         job, sums = self.job, self.sums
-        means = {
-            key: value / sums['steps'] for key, value in sums.items() if key != 'steps'
-        }
+        means = {key: total / n for key, (total, n) in sums.items()}
         means, self.sums = _read(means, job.accelerator), {}
         ok = _everywhere(self.ok, job.accelerator)
         where = f"stage {job.stage.name!r} stopped near step {job.step}"
@@ -251,7 +250,10 @@ def _step(job, batch):
     batch = {key: value.to(device, non_blocking=True) for key, value in batch.items()}
     parts = _divide(batch, job.cfg.micro)
     contexts = _contexts(job)
-    logs = optimiser_step(job.stage, job.nets, parts, contexts, job.groups, job.accelerator)
+    # at the first step, and where a line of the log ends
+    closely = job.step == 0 or (job.step + 1) % job.cfg.log_every == 0
+    everything = (job.stage, job.nets, parts, contexts, job.groups, job.accelerator)
+    logs = optimiser_step(*everything, closely)
     if job.ema is not None:
         job.ema.update_parameters(job.nets)
     job.step += 1

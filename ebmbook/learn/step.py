@@ -18,6 +18,7 @@ from torch.optim.swa_utils import AveragedModel
 
 from .blocks import SpectralNorm, settle_norms
 from .contract import Stage
+from .health import Health
 
 # %% ../../nbs/learn/step.ipynb #c008
 class Steps:
@@ -123,20 +124,21 @@ def _mean(values):
     return sum(plain) / len(plain)
 
 # %% ../../nbs/learn/step.ipynb #5169aa0c
-def _advance(generators, nets, accelerator):
+def _advance(generators, healths, nets, accelerator):
     """The next (name, mean loss, mean logs) of all parts; None at the end.
 
     Gradients are accumulated.
     """
     outs = []
-    for i, losses in enumerate(generators):
-        with accelerator.autocast(), _same_norms(nets) if i else nullcontext():
+    for i, (losses, health) in enumerate(zip(generators, healths)):
+        same_norms = _same_norms(nets) if i else nullcontext()
+        with accelerator.autocast(), same_norms, health.watch():
             out = next(losses, None)
         if out is None:
             return None
         # backward at once, so that only one part's graph is alive
         accelerator.backward(out[1] / len(generators))
-        outs.append(out)
+        outs.append((*out[:2], out[2] | health.take()))
     name, _, logs = outs[0]
     means = {key: _mean([out[2][key] for out in outs]) for key in logs}
     return name, _mean([out[1] for out in outs]), means
@@ -168,6 +170,7 @@ def optimiser_step(
     contexts: list,  # One Context for each part
     groups: dict,  # Group name -> Group
     accelerator: Accelerator,  # Device, precision, processes
+    closely: bool = False,  # Whether the health of chains is logged too
 ) -> dict:  # Logged values, tensors on the device
     """Run the losses of one batch to the end, with one step of a group after each.
 
@@ -175,8 +178,9 @@ def optimiser_step(
     Raises `KeyError` if the losses yield a group that has no optimiser.
     """
     generators = [stage.losses(nets, part, ctx) for part, ctx in zip(parts, contexts)]
+    healths = [Health(ctx, closely) for ctx in contexts]
     logs, ok = {}, torch.ones((), dtype=torch.bool, device=accelerator.device)
-    while (out := _advance(generators, nets, accelerator)) is not None:
+    while (out := _advance(generators, healths, nets, accelerator)) is not None:
         name, loss, extra = out
         if name not in groups:
             raise KeyError(
