@@ -224,6 +224,35 @@ def same_dropout(
         return torch.random.fork_rng([])
     return torch.random.fork_rng([device], device_type=device.type)
 
+# %% ../../nbs/05_cdrl.ipynb #6d1b20c1
+def _begin_chains(nets, x_next, t, c, generator):
+    """Where the chains start, and the noise in it.
+
+    Without an initialiser (DRL) that is the noisier sample.
+    """
+    ladder = schedule(nets.cfg, x_next.device)
+    noise = at_level(ladder.spread, t, x_next) * normal(x_next, generator)
+    if not nets.cfg.coop:
+        return x_next, noise
+    with torch.no_grad(), same_dropout(x_next.device):
+        return _propose(nets, x_next, t, c) + noise, noise
+
+
+def _run_chains(nets, start, x_next, t, c, generator):
+    "The ends of the chains, without graph."
+    cfg, ladder = nets.cfg, schedule(nets.cfg, x_next.device)
+    with frozen(nets.energy):
+        energy = nets.energy.at(ladder.lam[t], c)
+        return refine(energy, start, x_next, t, ladder, cfg.n_steps, generator=generator)
+
+
+def _proposal_loss(nets, y, refined, x_next, t, c, noise):
+    "How far the initialiser is from what it should propose, with graph."
+    guess = _propose(nets, x_next, t, c)
+    if nets.cfg.residual == 'noisy':
+        guess = guess + noise
+    return _squared_error(refined if nets.cfg.target == 'refined' else y, guess)
+
 # %% ../../nbs/05_cdrl.ipynb #c040
 def losses(
     nets: Nets,  # The networks
@@ -234,37 +263,21 @@ def losses(
 
     Source: Zhu 2024, Algorithm 4, label `eq-cdrl-losses`.
     """
-    cfg, generator = nets.cfg, ctx.generator
-    ladder = schedule(cfg, batch['x'].device)
-    x0 = _examples(batch, cfg, generator)
-    c = labels_for(batch.get('y'), cfg, x0, generator)
-    t = _random_levels(x0, cfg, generator)
-    lam = ladder.lam[t]
-    x_next, y = noisy_pair(x0, t, ladder, cfg.shared_noise, generator)
-
+    cfg, ladder = nets.cfg, schedule(nets.cfg, batch['x'].device)
+    x0 = _examples(batch, cfg, ctx.generator)
+    c = labels_for(batch.get('y'), cfg, x0, ctx.generator)
+    t = _random_levels(x0, cfg, ctx.generator)
+    x_next, y = noisy_pair(x0, t, ladder, cfg.shared_noise, ctx.generator)
     nets.train()
-    real = nets.energy(y, lam, c)
-    noise = at_level(ladder.spread, t, y) * normal(y, generator)
-    start = x_next  # without an initialiser (DRL) chains start at the noisier sample
-    if cfg.coop:
-        with torch.no_grad(), same_dropout(x0.device):
-            start = _propose(nets, x_next, t, c) + noise
-    with frozen(nets.energy):
-        energy = nets.energy.at(lam, c)
-        refined = refine(energy, start, x_next, t, ladder, cfg.n_steps, generator=generator)
-    nets.energy.eval()
-    fake = nets.energy(refined, lam, c)
-
+    real = nets.energy(y, ladder.lam[t], c)
+    start, noise = _begin_chains(nets, x_next, t, c, ctx.generator)
+    refined = _run_chains(nets, start, x_next, t, c, ctx.generator)
+    fake = nets.energy.eval()(refined, ladder.lam[t], c)
     moved = (refined - start).flatten(1).norm(dim=1).mean()
     logs = dict(gap=(real - fake).detach().mean(), moved=moved)
     yield 'energy', (ladder.weight[t] * (real - fake)).mean(), logs
-
     if cfg.coop:
-        guess = _propose(nets, x_next, t, c)
-        if cfg.residual == 'noisy':
-            guess = guess + noise
-        target = refined if cfg.target == 'refined' else y
-        yield 'init', _squared_error(target, guess), {}
+        yield 'init', _proposal_loss(nets, y, refined, x_next, t, c, noise), {}
 
 # %% ../../nbs/05_cdrl.ipynb #c042
 def optimisers(
