@@ -12,7 +12,6 @@ import json
 import multiprocessing
 import sys
 from dataclasses import dataclass, fields, replace
-from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
 
@@ -22,10 +21,12 @@ import torch
 from PIL import Image
 from torch import nn
 
+from ebmbook.data.catalogue import DATASETS
 from ebmbook.learn.contract import Diverged, Loop
 from ebmbook.learn.loop import train
 from ebmbook.learn.runs import open_run
 from ebmbook.measure import images
+from ebmbook.nerf_lebm.views import objects_of
 from ebmbook.shell.systems import SYSTEMS, load_system
 
 
@@ -54,7 +55,7 @@ def refused(to, *, base='', **given):
 
 # --- the bases: a preset, made tiny; '@name' is a folder that the fixture `places` writes
 
-TINY = dict(batch=8, ema=0.5, log_every=1, save_every=1_000, n_iters=2, max_gap=1e30)
+TINY = dict(batch=8, ema=0.0, log_every=1, save_every=1_000, n_iters=2, max_gap=1e30)
 CHAINS = dict(prior_steps=2, post_steps=2)
 GREY, COLOUR = '@grey8', '@colour16'  # folders of images of these sizes
 PICTURES = dict(data='@colour32', inference='amortised', pose='vmf')
@@ -119,9 +120,9 @@ BASES = dict(
     selfsup={
         '': (
             'digits',
-            TINY | dict(ema=0.0, widths=(4,), hidden=8, emb=3, w=8, warm=0, drops=()),
+            TINY | dict(widths=(4,), hidden=8, emb=3, w=8, warm=0, drops=()),
         ),
-        'colour': ('shapes', TINY | dict(ema=0.0, widths=(4,), hidden=8, emb=3, warm=0)),
+        'colour': ('shapes', TINY | dict(widths=(4,), hidden=8, emb=3, warm=0)),
     },
 )
 
@@ -290,7 +291,7 @@ TURNS = dict(
     ),
     vaebm=dict(
         method=words('vae', 'ebm', 'ebm-vae', 'wgan'),
-        potential=turn('official', base='images'),
+        potential=turn('official', base='images', groups=(2,)),
         space=turn('xz'),
         sampler=turn('mala'),
         negative=turn('mean'),
@@ -341,7 +342,7 @@ TURNS = dict(
         distance=refused('lpips'),
         posterior=turn(True),
         reuse=turn(True),
-        bound=turn(True),
+        bound=turn(True, eta=1.0, tau=1.0),
         data=turn('spiral'),
         shape=refused((3,)),
         n_iters=turn(3),
@@ -356,7 +357,7 @@ TURNS = dict(
         pull=turn(1.0),
         slack=turn(0.5),
         lam0=turn(2.0),
-        lam_max=turn(1.5, lr_dual=1e6),
+        lam_max=turn(1.5, lr_dual=1e6, slack=-0.9),
         lr_dual=turn(1.0),
         kl=turn(0.1),
         lr_vae=turn(1e-2),
@@ -476,17 +477,12 @@ def trained(system, cfg, folder, **options):
     "Networks after a short training, and the lines of its log without the clock."
     run = open_run(system.name, 'tiny', cfg, out=folder, device='cpu')
     nets = train(system, cfg, run, progress=False, **options)
-    lines = (folder / 'log.jsonl').read_text().splitlines() if any(iterations(system, cfg)) else []
-    lines = [json.loads(line) for line in lines]
+    lines = [json.loads(line) for line in (folder / 'log.jsonl').read_text().splitlines()]
     return nets, [{k: v for k, v in line.items() if k != 'seconds'} for line in lines]
 
 
-def iterations(system, cfg):
-    return [stage.n_iters(cfg) for stage in system.stages]
-
-
-def look_train(system, cfg, folder):
-    nets, lines = trained(system, cfg, folder)
+def look_train(system, cfg, folder, **options):
+    nets, lines = trained(system, cfg, folder, **options)
     return digest(nets), lines
 
 
@@ -597,9 +593,21 @@ def places(tmp_path_factory):
             known[value] = write(value[1:])
         return known[value]
 
+    few = dict(cars=(64, 32), cars_views=(100, 40), cars_masked=(100, 40))
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(sys.modules, 'diffusers', SimpleNamespace(AutoencoderKL=Half))
+        for name, n in few.items():  # drawing them takes time
+            patch.setitem(DATASETS, name, replace(DATASETS[name], n=n))
+        objects_of.cache_clear()
         yield place
+    objects_of.cache_clear()
+
+
+def settings(system, changes, base, places):
+    "A base with some settings changed, checked as a command would check it."
+    preset, tiny = BASES[system.name][base]
+    changes = {name: places(value) for name, value in (tiny | changes).items()}
+    return system.check(replace(system.presets[preset], **changes))
 
 
 @pytest.fixture(scope='module')
@@ -610,11 +618,8 @@ def seen(places, tmp_path_factory):
     def see(system, changes, base, look):
         key = (system.name, tuple(sorted(changes.items(), key=str)), base, look)
         if key not in known:
-            preset, tiny = BASES[system.name][base]
-            settings = {name: places(value) for name, value in (tiny | changes).items()}
-            cfg = replace(system.presets[preset], **settings)
+            cfg = settings(system, changes, base, places)
             folder = tmp_path_factory.mktemp('run')
-            system.check(cfg)
             known[key] = LOOKS[look](bare(system, cfg), cfg, folder)
         return known[key]
 
@@ -646,3 +651,108 @@ def test_the_field_acts(name, field, seen):
 def test_every_declared_field_exists(name):
     known = [field.name for field in fields(load_system(name).config)]
     assert set(TURNS[name]) <= set(known)
+
+
+def test_a_field_that_nothing_reads_would_be_found(tmp_path):
+    base = load_system('cdrl')
+
+    @dataclass(frozen=True, kw_only=True)
+    class Idle(base.config):
+        idle: int = 0
+
+    cfg = Idle(**vars(settings(base, {}, '', lambda value: value)))
+    system = bare(replace(base, config=Idle), cfg)
+    was = look_train(system, cfg, tmp_path / 'was')
+    assert was == look_train(system, replace(cfg, idle=1), tmp_path / 'now')
+
+
+# --- the fields of the loop, which act in the same way on every system
+
+
+@pytest.fixture
+def run(tmp_path, places):
+    "run(**changes): networks, lines of the log, and the folder of a training of CDRL."
+    system = load_system('cdrl')
+
+    def go(stage=lambda stage: stage, options=(), **changes):
+        cfg = settings(system, changes, '', places)
+        own = bare(system, cfg)
+        own = replace(own, stages=[stage(each) for each in own.stages])
+        folder = tmp_path / str(len(list(tmp_path.iterdir())))
+        return *trained(own, cfg, folder, **dict(options)), folder
+
+    return go
+
+
+def check_weights(run, field, to):
+    was, now = run(), run(**{field: to})
+    assert digest(was[0]) != digest(now[0])
+
+
+def check_batch(run):
+    check_weights(run, 'batch', 4)
+
+
+def check_ema(run):
+    check_weights(run, 'ema', 0.5)
+
+
+def check_precision(run):
+    check_weights(run, 'precision', 'bf16')
+    with pytest.raises(ValueError, match='precision'):
+        run(precision='fp8')
+
+
+def check_micro(run):
+    "One step is divided, and the weights are the same but for the order of sums."
+    seen = []
+
+    def counted(stage):
+        def losses(nets, batch, ctx):
+            seen.append(len(batch['x']))
+            yield from stage.losses(nets, batch, ctx)
+
+        return stage._replace(losses=losses)
+
+    whole, parts = (run(stage=counted, micro=n, lr=1e-4, lr_init=1e-4)[0] for n in (1, 2))
+    assert seen == [8, 8, 4, 4, 4, 4]
+    ours, theirs = whole.state_dict(), parts.state_dict()
+    assert all(torch.allclose(ours[k], theirs[k], rtol=1e-4, atol=1e-5) for k in ours)
+    with pytest.raises(ValueError, match='micro=3'):
+        run(micro=3)
+
+
+def check_workers(run):
+    "So many processes read the data, and the numbers are the same."
+    seen = []
+
+    def note(step, nets):
+        seen.append(len(multiprocessing.active_children()))
+
+    alone, helped = (run(options=dict(on_step=note), workers=n) for n in (0, 1))
+    assert seen == [0, 0, 1, 1]
+    assert digest(alone[0]) == digest(helped[0]) and alone[1] == helped[1]
+
+
+def check_save_every(run):
+    rare, often = run(), run(save_every=1)
+    assert [len(list(o[2].glob('checkpoint-*.pt'))) for o in (rare, often)] == [1, 2]
+    assert digest(rare[0]) == digest(often[0])
+
+
+def check_log_every(run):
+    often, rare = run(), run(log_every=2)
+    assert [[line['total'] for line in o[1]] for o in (often, rare)] == [[1, 2], [2]]
+    assert digest(rare[0]) == digest(often[0])
+
+
+def check_max_gap(run):
+    with pytest.raises(Diverged, match='gap'):
+        run(max_gap=1e-9)
+
+
+@pytest.mark.parametrize('field', LOOP)
+def test_the_field_of_the_loop_acts(field, run):
+    check = globals().get(f'check_{field}')
+    assert check, f"no check is declared for {field!r} of the loop"
+    check(run)
