@@ -7,8 +7,6 @@ training takes. A turn that contradicts everything else must be refused by an er
 the field. A field without a turn fails, and so does a turn that changes nothing.
 """
 
-import hashlib
-import json
 import multiprocessing
 import sys
 from dataclasses import dataclass, fields, replace
@@ -23,11 +21,9 @@ from torch import nn
 
 from ebmbook.data.catalogue import DATASETS
 from ebmbook.learn.contract import Diverged, Loop
-from ebmbook.learn.loop import train
-from ebmbook.learn.runs import open_run
 from ebmbook.measure import images
-from ebmbook.nerf_lebm.views import objects_of
 from ebmbook.shell.systems import SYSTEMS, load_system
+from tiny import bare, digest, forget, settings, trained
 
 
 class Turn(NamedTuple):
@@ -53,82 +49,10 @@ def refused(to, *, base='', **given):
     return [Turn(to, given, base, refused=True)]
 
 
-# --- the bases: a preset, made tiny; '@name' is a folder that the fixture `places` writes
+# --- the turns; '@name' is a folder that the fixture `places` writes
 
-TINY = dict(batch=8, ema=0.0, log_every=1, save_every=1_000, n_iters=2, max_gap=1e30)
-CHAINS = dict(prior_steps=2, post_steps=2)
-GREY, COLOUR = '@grey8', '@colour16'  # folders of images of these sizes
+GREY = '@grey8'  # images of this size
 PICTURES = dict(data='@colour32', inference='amortised', pose='vmf')
-
-BASES = dict(
-    foundations={
-        '': ('digits', TINY | CHAINS | dict(width=8, prior_width=8, nz=3)),
-    },
-    nerf_lebm={
-        '': (
-            'cars-mcmc',
-            TINY
-            | CHAINS
-            | dict(batch=4, nz=(3, 2), e_shape=(1, 8), e_colour=(1, 8), width=8, depth=2)
-            | dict(freqs=(2, 1), rays=8, n_depths=4, n_neg=4),
-        ),
-    },
-    coopflow={
-        '': (
-            'spiral-T30',
-            TINY
-            | dict(n_iters=3, n_steps=2, ch=8, flow_steps=(2,), flow_width=8, n_mix=2)
-            | dict(lr_warm=1, cooldown=0.0),
-        ),
-        'images': (
-            'digits-T30',
-            TINY
-            | dict(n_iters=3, n_steps=2, ch=4, flow_width=4, n_mix=2, lr_warm=1)
-            | dict(cooldown=0.0, gen_ch=4, nz=3),
-        ),
-    },
-    cdrl={
-        '': (
-            'checkerboard-claim',
-            TINY | dict(n_levels=6, n_steps=2, ch=8, init_ch=8, warmup=0, cooldown=0.0),
-        ),
-        'images': (
-            'digits-claim',
-            TINY | dict(n_steps=1, ch=8, init_ch=8, warmup=0, head_start=0),
-        ),
-    },
-    vaebm={
-        '': (
-            'gaussians25-penalty',
-            TINY | dict(n_vae=1, batch_vae=8, n_steps=2, n_steps_test=2, first=8, latent=3),
-        ),
-        'images': (
-            'digits',
-            TINY
-            | dict(n_vae=1, batch_vae=8, n_steps=2, ch=4, groups=(1,), latent=2)
-            | dict(net='8/2 8', warm_vae=0),
-        ),
-    },
-    ecvae={
-        '': ('gaussians25', TINY | dict(n_steps=2)),
-        'images': ('digits', TINY | dict(n_steps=2)),
-    },
-    liebm={
-        '': ('digits', TINY | dict(n_steps=2, n_enc=0, n_infer=0)),
-        'colour': ('shapes', TINY | dict(n_steps=2, n_enc=0)),
-    },
-    selfsup={
-        '': (
-            'digits',
-            TINY | dict(widths=(4,), hidden=8, emb=3, w=8, warm=0, drops=()),
-        ),
-        'colour': ('shapes', TINY | dict(widths=(4,), hidden=8, emb=3, warm=0)),
-    },
-)
-
-
-# --- the turns
-
 POST = dict(posterior=True, z_steps=2)
 FLOW = dict(base='images', method='ecflow', flow_levels=1, flow_depth=1, flow_width=4)
 BUFFER = dict(p_max=1.0, p_rise=1, buffer=16)
@@ -339,7 +263,7 @@ TURNS = dict(
         dual=turn(False),
         tether=words('demo', 'none'),
         prior=turn('flow'),
-        distance=refused('lpips'),
+        distance=[*turn('lpips', base='colour'), *refused('lpips')],
         posterior=turn(True),
         reuse=turn(True),
         bound=turn(True, eta=1.0, tau=1.0),
@@ -390,7 +314,7 @@ TURNS = dict(
         shape=refused((1, 8, 4)),
         n_iters=turn(3),
         n_eval=turn(7, look='count', **{'n_eval!': 5}),
-        net=refused('shapes'),
+        net=[*turn('cifar10', base='wide', look='build'), *refused('shapes')],
         enc=turn('shapes'),
         n_enc=turn(1),
         enc_weights=turn('@encoder1', **{'enc_weights!': '@encoder0', 'n_enc': -1}),
@@ -456,29 +380,6 @@ FIELDS = [
 
 
 # --- what is looked at
-
-
-def bare(system, cfg):
-    "The system or rival that trains, without what follows its stages."
-    found = system.of(cfg)
-    return replace(found, stages=[o._replace(finish=None) for o in found.stages], rivals={})
-
-
-def digest(nets):
-    "Name, shape and bits of every tensor."
-    found = hashlib.sha256()
-    for name, value in nets.state_dict().items():
-        found.update(f'{name} {tuple(value.shape)}'.encode())
-        found.update(value.detach().contiguous().numpy().tobytes())
-    return found.hexdigest()
-
-
-def trained(system, cfg, folder, **options):
-    "Networks after a short training, and the lines of its log without the clock."
-    run = open_run(system.name, 'tiny', cfg, out=folder, device='cpu')
-    nets = train(system, cfg, run, progress=False, **options)
-    lines = [json.loads(line) for line in (folder / 'log.jsonl').read_text().splitlines()]
-    return nets, [{k: v for k, v in line.items() if k != 'seconds'} for line in lines]
 
 
 def look_train(system, cfg, folder, **options):
@@ -558,6 +459,16 @@ def write_images(folder, shape):
     return f'folder:{folder}'
 
 
+class Mean(nn.Module):
+    "In the place of the perceptual distance: that of the mean colours."
+
+    def __init__(self, **options):
+        super().__init__()
+
+    def forward(self, x, y):
+        return (x - y).mean((2, 3)).square().sum(1)
+
+
 class Half(nn.Module):
     "In the place of an autoencoder: latents are images of half the contrast."
 
@@ -576,7 +487,7 @@ class Half(nn.Module):
 def places(tmp_path_factory):
     "Folders by name, each written when it is first asked for."
     top, known = tmp_path_factory.mktemp('places'), {}
-    sizes = dict(grey8=(8, 8), colour16=(16, 16, 3), colour32=(32, 32, 3))
+    sizes = dict(grey8=(8, 8), colour32=(32, 32, 3))
 
     def write(name):
         if name in sizes:
@@ -596,18 +507,12 @@ def places(tmp_path_factory):
     few = dict(cars=(64, 32), cars_views=(100, 40), cars_masked=(100, 40))
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(sys.modules, 'diffusers', SimpleNamespace(AutoencoderKL=Half))
+        patch.setitem(sys.modules, 'lpips', SimpleNamespace(LPIPS=Mean))
         for name, n in few.items():  # drawing them takes time
             patch.setitem(DATASETS, name, replace(DATASETS[name], n=n))
-        objects_of.cache_clear()
+        forget()
         yield place
-    objects_of.cache_clear()
-
-
-def settings(system, changes, base, places):
-    "A base with some settings changed, checked as a command would check it."
-    preset, tiny = BASES[system.name][base]
-    changes = {name: places(value) for name, value in (tiny | changes).items()}
-    return system.check(replace(system.presets[preset], **changes))
+    forget()
 
 
 @pytest.fixture(scope='module')
@@ -618,7 +523,8 @@ def seen(places, tmp_path_factory):
     def see(system, changes, base, look):
         key = (system.name, tuple(sorted(changes.items(), key=str)), base, look)
         if key not in known:
-            cfg = settings(system, changes, base, places)
+            given = {name: places(value) for name, value in changes.items()}
+            cfg = settings(system, base, **given)
             folder = tmp_path_factory.mktemp('run')
             known[key] = LOOKS[look](bare(system, cfg), cfg, folder)
         return known[key]
@@ -660,7 +566,7 @@ def test_a_field_that_nothing_reads_would_be_found(tmp_path):
     class Idle(base.config):
         idle: int = 0
 
-    cfg = Idle(**vars(settings(base, {}, '', lambda value: value)))
+    cfg = Idle(**vars(settings(base)))
     system = bare(replace(base, config=Idle), cfg)
     was = look_train(system, cfg, tmp_path / 'was')
     assert was == look_train(system, replace(cfg, idle=1), tmp_path / 'now')
@@ -670,12 +576,12 @@ def test_a_field_that_nothing_reads_would_be_found(tmp_path):
 
 
 @pytest.fixture
-def run(tmp_path, places):
+def run(tmp_path):
     "run(**changes): networks, lines of the log, and the folder of a training of CDRL."
     system = load_system('cdrl')
 
     def go(stage=lambda stage: stage, options=(), **changes):
-        cfg = settings(system, changes, '', places)
+        cfg = settings(system, **changes)
         own = bare(system, cfg)
         own = replace(own, stages=[stage(each) for each in own.stages])
         folder = tmp_path / str(len(list(tmp_path.iterdir())))
