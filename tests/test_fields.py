@@ -19,11 +19,10 @@ import torch
 from PIL import Image
 from torch import nn
 
-from ebmbook.data.catalogue import DATASETS
 from ebmbook.learn.contract import Diverged, Loop
 from ebmbook.measure import images
 from ebmbook.shell.systems import SYSTEMS, load_system
-from tiny import bare, digest, forget, settings, trained
+from tiny import bare, digest, few_cars, settings, trained
 
 
 class Turn(NamedTuple):
@@ -504,15 +503,10 @@ def places(tmp_path_factory):
             known[value] = write(value[1:])
         return known[value]
 
-    few = dict(cars=(64, 32), cars_views=(100, 40), cars_masked=(100, 40))
-    with pytest.MonkeyPatch.context() as patch:
+    with few_cars() as patch:
         patch.setitem(sys.modules, 'diffusers', SimpleNamespace(AutoencoderKL=Half))
         patch.setitem(sys.modules, 'lpips', SimpleNamespace(LPIPS=Mean))
-        for name, n in few.items():  # drawing them takes time
-            patch.setitem(DATASETS, name, replace(DATASETS[name], n=n))
-        forget()
         yield place
-    forget()
 
 
 @pytest.fixture(scope='module')

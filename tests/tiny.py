@@ -3,8 +3,12 @@
 import hashlib
 import json
 import sys
+from contextlib import contextmanager
 from dataclasses import replace
 
+import pytest
+
+from ebmbook.data.catalogue import DATASETS
 from ebmbook.learn.loop import train
 from ebmbook.learn.runs import open_run
 
@@ -118,3 +122,15 @@ def forget():
         for value in list(vars(module).values()):
             if callable(getattr(value, 'cache_clear', None)):
                 value.cache_clear()
+
+
+@contextmanager
+def few_cars():
+    "Smaller sets of toy cars, since it takes time to draw them; and empty caches."
+    sizes = dict(cars=(64, 32), cars_views=(100, 40), cars_masked=(100, 40))
+    with pytest.MonkeyPatch.context() as patch:
+        for name, n in sizes.items():
+            patch.setitem(DATASETS, name, replace(DATASETS[name], n=n))
+        forget()
+        yield patch
+    forget()
