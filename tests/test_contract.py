@@ -9,9 +9,10 @@ from tiny import bare, digest, few_cars, forget, settings, trained
 
 # --- `torch.inference_mode()`
 
+KEPT = dict(inference='persistent')  # codes of objects, whose data are kept
 CASES = {  # system, base, settings
     'foundations': ('foundations', '', {}),
-    'nerf_lebm': ('nerf_lebm', '', dict(data='cars_masked')),
+    'nerf_lebm': ('nerf_lebm', '', dict(data='cars_masked', views=2, **KEPT)),
     'coopflow-points': ('coopflow', '', dict(method='coopflow')),
     'coopflow-images': ('coopflow', 'images', {}),
     'coopflow-coopnets': ('coopflow', 'images', dict(method='coopnets')),
