@@ -170,6 +170,32 @@ def test_cooperative_training_lands_on_its_fixed_point(paired_draws):
     assert (slope_ratio - 1)[:5].abs().max() < 0.02 and slope[5].abs() < 0.02
 
 
+# --- the weight of the energy's loss
+
+
+@pytest.mark.parametrize('preset', ['checkerboard', 'digits'])
+@pytest.mark.parametrize('weighted', [True, False])
+def test_the_loss_of_the_energy_is_weighted_or_a_plain_mean(preset, weighted):
+    torch.manual_seed(0)
+    small = dict(ch=8, blocks=1, init_ch=8, init_blocks=1, n_steps=2)
+    nets = cdrl.build(replace(PRESETS[preset], weighted=weighted, **small))
+    seen = []
+    nets.energy.register_forward_hook(
+        lambda net, args, energies: seen.append((args[1], energies))
+    )
+    x = torch.rand(32, *nets.cfg.shape) * 2 - 1
+    ctx = Context(0, 0.0, torch.Generator().manual_seed(0))
+    name, loss, _ = next(cdrl.losses(nets, dict(x=x), ctx))
+    (lam, real), (_, fake) = seen  # data, then where the chains ended
+    t = (lam[:, None] - LADDER.lam[:-1]).abs().argmin(1)
+    weights = LADDER.sigma[0] / LADDER.sigma[t] if weighted else torch.ones(32)
+    assert name == 'energy' and len(t.unique()) > 2
+    want = sum(weights[i] * (real[i] - fake[i]) for i in range(32)) / 32
+    assert torch.allclose(loss, want, rtol=1e-5)
+    if not weighted:
+        assert torch.equal(loss, (real - fake).mean())
+
+
 # --- the checkerboard at full width
 
 

@@ -52,11 +52,11 @@ class Schedule(NamedTuple):
     scale: Tensor  # (T,) y_t = scale*x_t: alpha, but 1 at the top
     step2: Tensor  # (T,) squared Langevin step s_t^2
     spread: Tensor  # (T,) noise std of the initialiser
-    weight: Tensor  # (T,) weight of the energy's loss
+    weight: Tensor  # (T,) weight of the energy's loss; 1 if it is not weighted
 
 
 @lru_cache(maxsize=64)
-def _constants(kind, n_levels, step, step_sbar, device):
+def _constants(kind, n_levels, step, step_sbar, weighted, device):
     "The ladder of one schedule; computed in float64, stored in float32."
     lam = _log_snr(kind, n_levels)
     abar = lam.sigmoid().sqrt()
@@ -73,13 +73,13 @@ def _constants(kind, n_levels, step, step_sbar, device):
         scale=scale,
         step2=step / sbar[0] * sigma**2 * (sbar[:-1] if step_sbar else 1),
         spread=scale * sbar[:-1] / sbar[1:] * sigma,
-        weight=sigma[0] / sigma,
+        weight=sigma[0] / sigma if weighted else torch.ones_like(sigma),
     )
     return Schedule(**{name: value.float().to(device) for name, value in values.items()})
 
 # %% ../../nbs/05_cdrl/ladder.ipynb #49915ef4
 def schedule(
-    cfg: Config,  # Uses schedule, n_levels, step, step_sbar
+    cfg: Config,  # Uses schedule, n_levels, step, step_sbar, weighted
     device: torch.device | str = 'cpu',  # Where the tensors live
 ) -> Schedule:  # Constants in float32, computed in float64
     """The noise ladder of a preset.
@@ -90,4 +90,5 @@ def schedule(
     `eq-cdrl-schedule`.
     """
     with ordinary():  # they are kept, and must serve a training too
-        return _constants(cfg.schedule, cfg.n_levels, cfg.step, cfg.step_sbar, str(device))
+        kind = cfg.schedule, cfg.n_levels, cfg.step, cfg.step_sbar, cfg.weighted
+        return _constants(*kind, str(device))
