@@ -44,12 +44,7 @@ def asked(system, nets, x):
     return found
 
 
-# `conditional_energy` keeps tensors that are made under the mode
-CDRL = pytest.mark.xfail(reason="no gradient passes", strict=True, raises=ValueError)
-MARKED = [pytest.param(case, marks=[CDRL] * case.startswith('cdrl')) for case in CASES]
-
-
-@pytest.mark.parametrize('case', MARKED)
+@pytest.mark.parametrize('case', CASES)
 def test_inference_mode_changes_no_number_and_no_later_training(case, tmp_path):
     name, base, changes = CASES[case]
     whole = load_system(name)

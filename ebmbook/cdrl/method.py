@@ -21,6 +21,7 @@ from .ladder import Schedule, schedule
 from .latents import decode, encode
 from .nets import Nets
 from .presets import ATTRIBUTES, Config
+from ..checks import ordinary
 from ..data.catalogue import flip_if
 from ..learn.contract import Context, Group, Stage
 from ..learn.settings import strict
@@ -579,7 +580,7 @@ def sample(
         on_level=on_level,
     )
     parts = _chunks(n, cfg, chunk, next(nets.parameters()).device, labels, known)
-    with frozen(nets):
+    with ordinary(), frozen(nets):
         x = torch.cat([_sample(nets, *part, **options) for part in parts])
     x = decode(x, cfg)
     return x.clamp(-1, 1) if len(cfg.shape) == 3 else x
