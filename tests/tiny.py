@@ -127,7 +127,7 @@ def forget():
 @contextmanager
 def few_cars():
     "Smaller sets of toy cars, since it takes time to draw them; and empty caches."
-    sizes = dict(cars=(64, 32), cars_views=(100, 40), cars_masked=(100, 40))
+    sizes = dict(cars=(128, 128), cars_views=(100, 40), cars_masked=(100, 40))
     with pytest.MonkeyPatch.context() as patch:
         for name, n in sizes.items():
             patch.setitem(DATASETS, name, replace(DATASETS[name], n=n))

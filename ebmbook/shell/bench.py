@@ -183,10 +183,14 @@ def preset_case(
     batch: int,  # Chains
     steps: int,  # Updates in one timed chain
     device: str,  # Where
+    over: Any = '',  # Fields to replace in the preset, text or dictionary
 ) -> Case:
-    "A preset of a system, ready to be timed."
+    """A preset of a system, ready to be timed.
+
+    Raises `ValueError` for a system, or a rival, whose chains have no single state.
+    """
     known = load_system(system)
-    preset, cfg = select(known, preset=preset or next(iter(known.presets)))
+    preset, cfg = select(known, preset=preset or next(iter(known.presets)), over=over)
     known = known.of(cfg)
     chain_energy = known.chain_energy
     if chain_energy is None:

@@ -166,6 +166,9 @@ def presets(
             rows.append([preset, mark, cfg.data, *(getattr(cfg, key) for key in keys)])
         typer.echo(f'{name}: {about[name]}')
         typer.echo(table(['preset', '', 'data', *keys], rows) + '\n')
+        if found.rivals:
+            methods = [[method, rival.about] for method, rival in found.rivals.items()]
+            typer.echo(table(['method, in over', ''], methods) + '\n')
 
 # %% ../../nbs/shell/cli.ipynb #c025
 @app.command(cls=Command)
@@ -513,6 +516,9 @@ def bench(
     preset: Annotated[
         str, _option("with a system: its preset; empty takes the first")
     ] = '',
+    over: Annotated[
+        str, _option("with a system: settings to replace, as '{n_steps: 5}'")
+    ] = '',
     batch: Annotated[int, _option("with a system: chains at once", min=1)] = 64,
     steps: Annotated[int, _option("with a system: updates in one timed chain", min=1)] = 20,
     only: Annotated[
@@ -546,7 +552,7 @@ def bench(
     # before the work: outside a clone there is no place for the result
     path = timing.bench_path() if whole and store else None
     if system:
-        case = timing.preset_case(system, preset, batch, steps, device)
+        case = timing.preset_case(system, preset, batch, steps, device, over)
         rows = timing.measure(case, 60 * minutes)
         result = dict(machine=timing.machine(device), rows=rows, memory=[])
     else:

@@ -1,0 +1,94 @@
+"Every command with every system and rival: it ends well, or says in one line why not."
+
+import json
+from dataclasses import fields
+
+import pytest
+from typer.testing import CliRunner
+
+from ebmbook.learn.runs import plain_json
+from ebmbook.shell import cli
+from ebmbook.shell.systems import SYSTEMS, load_nets, load_system
+from tiny import BASES, few_cars, settings
+
+CPU = ('--device', 'cpu')
+BASES_HERE = ('', 'images')  # points and images, where a system has both
+
+
+def pairs():
+    "System, base, and method; '' is the method of the base."
+    found = []
+    for name in SYSTEMS:
+        rivals = load_system(name).rivals
+        for base in (base for base in BASES_HERE if base in BASES[name]):
+            found += [(name, base, method) for method in ('', *rivals)]
+    return found
+
+
+@pytest.fixture(scope='module', autouse=True)
+def cars():
+    with few_cars():
+        yield
+
+
+def invoke(*args):
+    return CliRunner().invoke(cli.app, [str(arg) for arg in args])
+
+
+def ends_well(*args):
+    found = invoke(*args)
+    assert found.exit_code == 0, (args, found.output, found.exception)
+
+
+def refuses(*args):
+    found = invoke(*args)
+    assert found.exit_code, (args, found.output)
+    lines = [line for line in found.stderr.splitlines() if line.strip()]
+    assert len(lines) == 1 and 'Traceback' not in found.output, (args, found.output)
+
+
+def chosen(system, name, base, method):
+    "As a person would write it: a preset, and what differs from it."
+    preset = BASES[name][base][0]
+    cfg = settings(system, base, **(dict(method=method) if method else {}))
+    own = system.presets[preset]
+    changed = [field.name for field in fields(cfg)]
+    over = {key: getattr(cfg, key) for key in changed if getattr(cfg, key) != vars(own)[key]}
+    return cfg, preset, json.dumps(plain_json(over))
+
+
+def few(task):
+    wanted = dict(n=128) if 'n' in task.options else {}
+    return wanted | (dict(chunk=128) if 'chunk' in task.options else {})
+
+
+@pytest.mark.parametrize('name, base, method', pairs())
+def test_commands(name, base, method, tmp_path):
+    system = load_system(name)
+    cfg, preset, over = chosen(system, name, base, method)
+    rival = system.of(cfg)
+    settings_ = ('-p', 'preset', preset, '-p', 'over', over)
+    train = ('train', name, *settings_, '--out', tmp_path / 'run', *CPU)
+    ends_well(*train)
+    ends_well(*train)  # again: nothing is left to do
+    ends_well('cost', name, *settings_, '--budget', 0.01, *CPU)
+    weights = ('--weights', tmp_path / 'run', *CPU)
+    kind = 'npy' if len(cfg.shape) == 1 else 'png'
+    sample = ('sample', name, *weights, '-n', 2, '--out', tmp_path / f'samples.{kind}')
+    (ends_well if rival.sample else refuses)(*sample)
+    nets = load_nets(system, str(tmp_path / 'run'), device='cpu')
+    fit = {task.name: task for task in rival.tasks if not task.unfit(nets)}
+    for task in {task.name for task in system.tasks}:
+        at = json.dumps(dict(task=task) | (few(fit[task]) if task in fit else {}))
+        (ends_well if task in fit else refuses)('evaluate', name, *weights, '--at', at)
+    bench = ('bench', name, '--preset', preset, '--over', over, '--batch', 2, '--steps', 1)
+    (ends_well if rival.chain_energy else refuses)(*bench, '--minutes', 0, *CPU)
+
+
+@pytest.mark.parametrize('name', SYSTEMS)
+def test_presets_tell_of_rivals(name):
+    found = invoke('presets', name)
+    assert found.exit_code == 0
+    for method, rival in load_system(name).rivals.items():
+        told = [line.split() for line in found.output.splitlines()]
+        assert [method, *rival.about.split()] in told
