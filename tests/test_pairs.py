@@ -53,7 +53,9 @@ def chosen(system, name, base, method):
     cfg = settings(system, base, **(dict(method=method) if method else {}))
     own = system.presets[preset]
     changed = [field.name for field in fields(cfg)]
-    over = {key: getattr(cfg, key) for key in changed if getattr(cfg, key) != vars(own)[key]}
+    over = {
+        key: getattr(cfg, key) for key in changed if getattr(cfg, key) != vars(own)[key]
+    }
     return cfg, preset, json.dumps(plain_json(over))
 
 

@@ -21,7 +21,9 @@ import yaml
 # %% ../../nbs/learn/settings.ipynb #c005
 def _nearest(name, known):
     "The known name that was probably meant, or ''."
-    near = difflib.get_close_matches(name, list(known), 3, 0.5)
+    # temp for temperature, which resembles generator more
+    begun = [word for word in known if len(word) > 2 and name.startswith(word)]
+    near = begun or difflib.get_close_matches(name, list(known), 3, 0.5)
     # of equally near ones the one that begins alike: n_step means n_steps, not on_step
     return max(near, key=lambda word: _likeness(name, word), default='')
 
@@ -53,16 +55,18 @@ def check_options(
     fixed: Collection[str] = (),  # Settings that training has fixed
 ) -> None:
     "Refuse options that nothing reads. Raises `WrongOption` with the nearest right name."
-    for name in given:
-        if name in known:
-            continue
-        text = f"{what} takes no option {name!r}"
-        near = _nearest(name, known)
-        if near:
-            text += f"; did you mean {near!r}?"
-        if name in fixed:
-            text += "; the networks were trained with it, and it stays as it was"
-        raise WrongOption(f"{text}; it takes: {', '.join(known) or 'none'}")
+    wrong = [name for name in given if name not in known]
+    if not wrong:
+        return
+    text = f"{what} takes no option {' and no option '.join(map(repr, wrong))}"
+    near = [repr(_nearest(name, known)) for name in wrong if _nearest(name, known)]
+    if near:
+        text += f"; did you mean {' and '.join(near)}?"
+    kept = [repr(name) for name in wrong if name in fixed]
+    if kept:
+        which = "it" if len(wrong) == 1 else ' and '.join(kept)
+        text += f"; the networks were trained with {which}, and it stays as it was"
+    raise WrongOption(f"{text}; it takes: {', '.join(known) or 'none'}")
 
 
 def strict(

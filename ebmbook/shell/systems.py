@@ -105,7 +105,10 @@ def select(
     preset: str = '',  # Preset; empty takes the default preset of the data set
     over: Any = '',  # Fields to replace, text or dictionary
 ) -> tuple:  # Name of the preset, resolved settings
-    "Choose a preset by data set or by name. Raises `ValueError` if neither is given."
+    """Choose a preset by data set or by name, and check the settings.
+
+    Raises `ValueError` if neither is given, and for settings that contradict each other.
+    """
     known, defaults = system.presets, system.default_preset
     if not dataset and not preset:
         raise ValueError(
@@ -114,7 +117,8 @@ def select(
         )
     if preset and preset not in known:
         raise unknown('preset', preset, list(known))
-    return choose(known, defaults, dataset or known[preset].data, preset, over)
+    preset, cfg = choose(known, defaults, dataset or known[preset].data, preset, over)
+    return preset, system.of(cfg).check(cfg)
 
 
 def check_device(
