@@ -1,0 +1,116 @@
+"The health of chains in every log: there from the first step, cheap, and without any effect."
+
+import json
+import time
+from contextlib import nullcontext
+from dataclasses import replace
+
+import pytest
+import torch
+
+from ebmbook.learn import step as learn_step
+from ebmbook.learn.loop import train
+from ebmbook.learn.runs import open_run
+from ebmbook.shell.systems import SYSTEMS, load_system
+from tiny import bare, digest, few_cars, settings, trained
+
+
+class Nobody:
+    "In the place of `Health`: looks at nothing."
+
+    def __init__(self, ctx, closely=False):
+        pass
+
+    def watch(self):
+        return nullcontext()
+
+    def take(self):
+        return {}
+
+
+@pytest.fixture(scope='module', autouse=True)
+def cars():
+    with few_cars():
+        yield
+
+
+WITH_CHAINS = [name for name in SYSTEMS if name != 'selfsup']
+
+
+@pytest.mark.parametrize('name', WITH_CHAINS)
+def test_logged_from_the_first_step_without_effect(name, tmp_path, monkeypatch):
+    whole = load_system(name)
+    cfg = settings(whole, log_every=2, n_iters=3)
+    system = bare(whole, cfg)
+    nets, lines = trained(system, cfg, tmp_path / 'with')
+    seen = [line for line in lines if 'chain/moved' in line]
+    assert seen and seen[0]['step'] == 2  # the first line, of steps 1 and 2
+    for line in seen:
+        assert all(value == value for value in line.values())  # no NaN
+        assert {'gap', *(key for key in line if key.startswith('grad/'))} <= line.keys()
+    monkeypatch.setattr(learn_step, 'Health', Nobody)
+    blind, less = trained(system, cfg, tmp_path / 'without')
+    assert digest(blind) == digest(nets)
+    for line, more in zip(less, lines, strict=True):
+        assert line == {key: more[key] for key in line}
+        extra = more.keys() - line.keys()
+        assert all(key.startswith(('chain/', 'chain.')) for key in extra)
+
+
+AGED = dict(p_max=0.6, buffer=20, p_rise=1, n_iters=6, log_every=1, save_every=2)
+
+
+def test_ages_of_a_buffer_resume(tmp_path):
+    "VAEBM's persistent chains: the ages of an interrupted training are the same."
+    whole = load_system('vaebm')
+    cfg = settings(whole, **AGED)
+    system = bare(whole, cfg)
+    _, lines = trained(system, cfg, tmp_path / 'whole')
+    ages = [line['buffer/age'] for line in lines if 'buffer/age' in line]
+    assert len(ages) == 6 and ages[0] == 0 and max(ages) > 0.5
+
+    def stop(step, nets):
+        if step == 3:  # the autoencoder's stage has one step
+            raise KeyboardInterrupt
+
+    run = open_run(system.name, 'tiny', cfg, out=tmp_path / 'parts', device='cpu')
+    with pytest.raises(KeyboardInterrupt):
+        train(system, cfg, run, progress=False, on_step=stop)
+    train(system, cfg, run, progress=False)
+    log = (run.folder / 'log.jsonl').read_text().splitlines()
+    again = [json.loads(line) for line in log]
+    assert [line['buffer/age'] for line in again if 'buffer/age' in line] == ages
+
+
+# The presets of the claims, whose networks are the smallest: there a look costs most.
+TIMED = dict(
+    cdrl='digits-claim', coopflow='digits-claim', vaebm='digits-claim', ecvae='digits-claim',
+    liebm='digits-claim', nerf_lebm='cars-claim', foundations='digits',
+)  # fmt: skip
+
+
+@pytest.mark.timing
+@pytest.mark.parametrize('name', TIMED)
+def test_costs_less_than_two_hundredths(name, tmp_path, monkeypatch):
+    "Processor time of 100 steps of each stage, in turns; the least of each is compared."
+    torch.set_num_threads(1)
+    whole = load_system(name)
+    cfg = whole.presets[TIMED[name]]
+    stages = [
+        o._replace(finish=None, n_iters=lambda c, o=o: min(o.n_iters(c), 100))
+        for o in whole.of(cfg).stages
+    ]
+    system = replace(whole.of(cfg), stages=stages, rivals={})
+    took = {'with': [], 'without': []}
+    for i in range(4):
+        for how in took:
+            with monkeypatch.context() as patch:
+                if how == 'without':
+                    patch.setattr(learn_step, 'Health', Nobody)
+                run = open_run(name, 'x', cfg, out=tmp_path / f'{how}{i}', device='cpu')
+                start = time.process_time()
+                train(system, cfg, run, progress=False)
+                took[how].append(time.process_time() - start)
+    share = min(took['with']) / min(took['without']) - 1
+    print(f'{name}: {share:+.2%}')
+    assert share < 0.02
