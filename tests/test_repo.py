@@ -362,7 +362,8 @@ def contract(root):
     """What would go round the description of a system (`learn.system`).
 
     Settings that travel beside the networks that hold them, questions to a module or a network
-    about what it has, and processes or parts of a batch counted outside the loop.
+    about what it has, readings of the setting `method`, which `System.of` alone reads, and
+    processes or parts of a batch counted outside the loop.
     """
     bad = []
     for module, path in modules(root):
@@ -374,6 +375,8 @@ def contract(root):
                 apart = {'nets', 'cfg'} <= takes and part not in ('presets', 'nets')
                 if apart and node.name != 'build':
                     bad.append(f'{where}: {node.name} takes cfg beside nets')
+            if isinstance(node, ast.Attribute) and node.attr == 'method':
+                bad.append(f'{where}: {ast.unparse(node)} is read')
             if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
                 if node.func.id == 'hasattr' and module not in ASKING:
                     bad.append(f'{where}: hasattr')
