@@ -155,7 +155,9 @@ class Nets(nn.Module, PyTorchModelHubMixin):
         self.h: Any = None
         if cfg.encoder != 'none':
             enc = encoder_config(cfg)
-            self.h = selfsup.SYSTEM.of(enc).build(enc)
+            # built in its own memory format; `build` decides about that of all
+            encoder: Any = selfsup.SYSTEM.of(enc).build(enc)
+            self.h = encoder.to(memory_format=torch.contiguous_format)
         head = None if self.h is None else made['g']
         self.energy = Energy(made['f'], head, made.get('F'), cfg.posterior)
         self.generator = made['generator']

@@ -310,7 +310,7 @@ def codes(
 ) -> list[Tensor]:  # (N, emb) for each view
     """Codes of all views: the backbone sees one of them at a time, the head sees all.
 
-    Source: released program of Ermolov et al. 2021, but for BYOL.
+    Source: released program of Ermolov et al. 2021, for SimCLR and W-MSE.
     """
     features = torch.cat([nets.encoder.features(view) for view in views])
     return list(nets.encoder.code(features).chunk(len(views)))
