@@ -71,11 +71,16 @@ def trained(cfg, folder, **options):
     return train(liebm.SYSTEM, cfg, run_of(cfg, folder), progress=False, **options)
 
 
+def built_for(cfg):
+    "Fresh networks of the method that the settings name."
+    return liebm.SYSTEM.of(cfg).build(cfg)
+
+
 def built(cfg, seed=0):
     "Networks whose encoder's batch norms have seen images, so that modes and ranges matter."
     torch.manual_seed(seed)
-    nets = liebm.build(cfg)
-    if liebm.has_encoder(cfg):
+    nets = built_for(cfg)
+    if nets.h is not None:
         x = load('digits').tensor(64)
         with torch.no_grad():
             for contrast in (0.3, 0.5, 0.8):
@@ -128,8 +133,8 @@ def test_presets_of_the_paper(name):
 def test_networks_of_the_paper(name):
     cfg = replace(PRESETS[name], norm=False)  # the norm adds no parameters, and takes long
     with torch.device('meta'):
-        nets = liebm.Nets(replace(cfg, method='erm'))
-        assert not hasattr(liebm.Nets(replace(cfg, method='em')), 'q')
+        nets = liebm.ERMNets(replace(cfg, method='erm'))
+        assert liebm.Nets(replace(cfg, method='em')).q is None
     parts = (nets.generator, nets.energy, nets.q, nets.h.encoder.backbone)
     assert tuple(map(count, parts)) == COUNTS[name]
     assert nets.generator.unit == cfg.unit
@@ -139,27 +144,29 @@ def test_networks_of_the_paper(name):
 def test_lengths_of_the_stages():
     def lengths(**change):
         cfg = replace(TINY, n_iters=6, **change)
-        return [stage.n_iters(cfg) for stage in liebm.STAGES]
+        return [stage.n_iters(cfg) for stage in liebm.SYSTEM.of(cfg).stages]
 
     assert lengths() == [4, 0, 6, 4] and lengths(method='erm') == [4, 0, 6, 0]
     assert lengths(n_infer=0, n_post=5) == [4, 5, 6, 0]
     for encoder in ('joint', 'none'):
         assert lengths(encoder=encoder, n_infer=0) == [0, 0, 6, 0]
     assert lengths(n_enc=-1)[0] == liebm.selfsup.PRESETS['digits'].n_iters
-    assert [stage.batch(TINY) for stage in liebm.STAGES] == [256, 8, 8, 8]
-    assert [stage.ema(TINY) for stage in liebm.STAGES] == [0.0, 0.99, 0.99, 0.99]
-    # no two stages share their draws
-    draws = {
-        i if stage.draws is None else stage.draws for i, stage in enumerate(liebm.STAGES)
-    }
-    assert len(draws) == len(liebm.STAGES)
+    for method in ('em', 'ejm', 'erm'):
+        stages = liebm.SYSTEM.of(replace(TINY, method=method)).stages
+        assert [stage.batch(TINY) for stage in stages] == [256, 8, 8, 8]
+        assert [stage.ema(TINY) for stage in stages] == [0.0, 0.99, 0.99, 0.99]
+        # no two stages share their draws
+        draws = {
+            i if stage.draws is None else stage.draws for i, stage in enumerate(stages)
+        }
+        assert len(draws) == len(stages)
 
 
 def test_rates_of_the_paper():
     nets = built(replace(SHORT, method='erm'))
     for name, beta2, rate in (('cifar10', 0.999, 2e-4), ('celebahq256', 0.9, 1e-4)):
         cfg = replace(PRESETS[name], method='erm', net='digits')
-        groups = liebm.optimisers(under(nets, cfg))
+        groups = liebm.erm_optimisers(under(nets, cfg))
         sets = [
             (name, adam['lr'], adam['betas'], adam['weight_decay'])
             for name, group in groups.items()
@@ -364,11 +371,12 @@ def test_an_iteration_is_the_one_written_out(change):
     cfg = replace(STRONG, **change)
     nets, x = built(cfg), load('digits').tensor(8)
     hand, generator, here = copy.deepcopy(nets), gen(), ctx()
-    groups, by_hand = liebm.optimisers(nets), liebm.optimisers(hand)
+    joint = liebm.SYSTEM.of(cfg).stages[2]
+    groups, by_hand = joint.optimisers(nets), joint.optimisers(hand)
     # the second iteration sees what the first has changed; with 'joint', Adam's first step
     # turns the noise of biases without effect into steps, and h notices
     for i in range(1 if cfg.encoder == 'joint' else 2):
-        steps = liebm.losses(nets, dict(x=x), here)
+        steps = joint.losses(nets, dict(x=x), here)
         wanted = iteration_by_hand(hand, x, cfg, generator)
         for (name, loss, _), (other, value) in itertools.zip_longest(steps, wanted):
             assert name == other
@@ -424,11 +432,11 @@ def test_samples_and_scores_written_out(top):
     samples = liebm.sample(nets, 6, n_steps=5, generator=gen())
     assert torch.allclose(samples, want, atol=1e-4)
     assert torch.allclose(-liebm.energy(nets, x), value, atol=1e-5)
-    assert torch.allclose(liebm.score(nets, x, alone=True), value, atol=1e-5)
+    assert torch.allclose(-liebm.anomaly(nets, x, alone=True), value, atol=1e-5)
     for gamma in (None, 0.0, 3.0):
         weight = cfg.gamma_ood if gamma is None else gamma
         want = value + weight * cosine(head, place(nets, x))
-        assert torch.allclose(liebm.score(nets, x, gamma=gamma), want, atol=1e-5)
+        assert torch.allclose(-liebm.anomaly(nets, x, gamma=gamma), want, atol=1e-5)
     assert all(net.training for net in nets.modules())
     assert same(dict(nets.state_dict()), dict(before))
 
@@ -439,8 +447,8 @@ def test_area_of_the_chapters_scores():
     nets, inside = built(cfg).eval(), load('digits', split='test').tensor(40)
     scores = liebm.evaluate(nets, task='ood', n=40)
     for name, x in ood_sets('digits', 40, gen()).items():
-        own, other = (liebm.score(nets, images)[:, None] for images in (inside, x))
-        area = ((own > other.T).double() + 0.5 * (own == other.T)).mean().item()
+        own, other = (liebm.anomaly(nets, images)[:, None] for images in (inside, x))
+        area = ((own < other.T).double() + 0.5 * (own == other.T)).mean().item()
         assert scores['auroc_' + name] == (pytest.approx(area, abs=1e-9), 40, '')
 
 
@@ -719,7 +727,8 @@ def test_the_files_of_a_training(half_averaged, tmp_path):
 def steps(nets, n=1, groups=None, seed=0):
     "Logs of steps through the loop's own step."
     context, accelerator = ctx(seed), make_accelerator(nets.cfg, 'cpu')
-    groups = groups or liebm.optimisers(nets)
+    joint = liebm.SYSTEM.of(nets.cfg).stages[2]
+    groups = groups or joint.optimisers(nets)
     for group in groups.values():
         for adam in group.optimiser.param_groups:
             adam.setdefault('initial_lr', adam['lr'])
@@ -727,7 +736,7 @@ def steps(nets, n=1, groups=None, seed=0):
     for _ in range(n):
         batch = dict(x=load('digits').tensor(nets.cfg.batch))
         parts = ([batch], [context], groups, accelerator)
-        logs.append(optimiser_step(liebm.STAGES[2], nets, *parts))
+        logs.append(optimiser_step(joint, nets, *parts))
     return logs
 
 
@@ -738,7 +747,7 @@ CHOICES = [{}, dict(method='ejm'), dict(method='erm'), dict(encoder='joint')]
 def test_a_step_moves_its_own_group(change):
     cfg = replace(SHORT, **change)
     nets, moved = built(cfg), []
-    groups = liebm.optimisers(nets)
+    groups = liebm.SYSTEM.of(cfg).stages[2].optimisers(nets)
     own = dict(generator={'generator'}, energy={'energy'}, encoder={'h'})
     if cfg.method == 'erm':
         own['generator'] = {'generator', 'q'}
@@ -787,14 +796,14 @@ def test_every_choice_trains():
         )
         cfg = replace(SHORT, bias=bias, unit=n % 2 == 0, batch=4, **change)
         try:
-            liebm.check_config(cfg)
+            liebm.SYSTEM.of(cfg).check(cfg)
         except ValueError:
             refused.add((method, encoder, posterior))
             continue
         if n % 5 and bias:
             continue  # biases and views have little to do with the rest
         torch.manual_seed(n)
-        logs = steps(liebm.build(cfg), 2)[-1]
+        logs = steps(built_for(cfg), 2)[-1]
         assert logs['ok'] and all(math.isfinite(value) for value in logs.values()), cfg
         assert {'gap', 'level', 'moved', 'spread'} <= set(logs)
         assert ('match' in logs) == (encoder != 'none')
@@ -854,7 +863,8 @@ def test_contradictions_are_refused():
         (dict(net='shapes'), 'is for shape'),
         (dict(net='nets'), 'net must'),
         (dict(enc='encs'), 'enc must'),
-        (dict(method='eem'), 'method must'),
+        (dict(method='eem'), 'method must be one of em, ejm, erm'),
+        (dict(method='erm'), 'method must be one of em, got'),  # built by `ERMNets`
         (dict(tau2=0.0), 'tau2'),
         (dict(rho=-1.0), 'rho'),
         (dict(p_aug=1.1), 'p_aug'),

@@ -239,8 +239,8 @@ def test_weights_come_back_and_h_with_them(method, tmp_path):
     nets = trained(replace(TINY, method=method), tmp_path / 'run')
     x = load('digits', split='test').tensor(20)
     with contextlib.redirect_stdout(io.StringIO()):
-        again = selfsup.Nets.from_pretrained(tmp_path / 'run/weights')
-        half = selfsup.Nets.from_pretrained(ship(nets, tmp_path / 'book'))
+        again = type(nets).from_pretrained(tmp_path / 'run/weights')
+        half = type(nets).from_pretrained(ship(nets, tmp_path / 'book'))
     assert again.cfg == nets.cfg and same(dict(again.state_dict()), dict(nets.state_dict()))
     # another memory layout rounds otherwise
     places = selfsup.place(nets, x)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PRESETS', 'DEFAULT_PRESET', 'SwitchFields', 'DataFields', 'StageFields', 'ChainFields', 'LossFields', 'OptimFields',
-           'Config', 'encoder_config', 'has_encoder', 'has_inference', 'check_config']
+           'Config', 'encoder_config', 'check_config', 'check_ejm']
 
 # %% ../../nbs/08_liebm/presets.ipynb #8373d2b9
 from dataclasses import dataclass, replace
@@ -203,20 +203,6 @@ def _encoder_iters(cfg, full):
         return 0
     return full if cfg.encoder == 'joint' or cfg.n_enc < 0 else cfg.n_enc
 
-# %% ../../nbs/08_liebm/presets.ipynb #5e7c1a10
-def has_encoder(
-    cfg: Config,  # Uses encoder
-) -> bool:
-    "Whether there is an encoder, and with it a posterior."
-    return cfg.encoder != 'none'
-
-
-def has_inference(
-    cfg: Config,  # Uses method, n_infer
-) -> bool:
-    "Whether there is an inference model: in ERM, or trained afterwards."
-    return cfg.method == 'erm' or cfg.n_infer > 0
-
 # %% ../../nbs/08_liebm/presets.ipynb #c011c
 _WORDS = dict(
     method=('em', 'ejm', 'erm'),
@@ -245,14 +231,16 @@ def _check_networks(cfg, spec):
         )
 
 # %% ../../nbs/08_liebm/presets.ipynb #c011s
+_PLAIN = (
+    "a plain energy (encoder='none') has no joint chain, no posterior and no "
+    "inference model that is trained afterwards (n_infer=0)"
+)
+
+
 def _check_stages(cfg):
-    plain = cfg.encoder == 'none'
-    if plain and (cfg.method == 'ejm' or cfg.posterior != 'cosine' or cfg.n_infer):
-        raise ValueError(
-            "a plain energy (encoder='none') has no joint chain, no posterior and no "
-            "inference model that is trained afterwards (n_infer=0)"
-        )
-    if cfg.encoder == 'joint' and selfsup_presets.PRESETS[cfg.enc].method != 'simclr':
+    if cfg.encoder == 'none' and (cfg.posterior != 'cosine' or cfg.n_infer):
+        raise ValueError(_PLAIN)
+    if cfg.encoder == 'joint' and cfg.enc not in selfsup_presets.SIMCLR_PRESETS:
         raise ValueError(
             "an encoder that learns along (encoder='joint') is a SimCLR, "
             f"but enc {cfg.enc!r} is not"
@@ -287,4 +275,18 @@ def check_config(
     for name in ('step', 'tau2', 'lr', 'lr_gen', 'lr_inf'):
         if getattr(cfg, name) <= 0:
             raise ValueError(f"{name} must be above 0, got {getattr(cfg, name)}")
+    return cfg
+
+
+def check_ejm(
+    cfg: Config,  # Resolved settings
+    spec: Spec | None = None,  # From `require`; None looks the name up
+) -> Config:  # The same
+    """Refuse settings that contradict each other or the joint chains of EJM.
+
+    Raises `ValueError` naming the field.
+    """
+    check_config(cfg, spec)
+    if cfg.encoder == 'none':
+        raise ValueError(_PLAIN)
     return cfg

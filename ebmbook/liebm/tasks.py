@@ -7,6 +7,8 @@ __all__ = ['SYSTEM', 'evaluate', 'chain_energy']
 
 # %% ../../nbs/08_liebm/tasks.ipynb #5ceabc11
 from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -16,16 +18,19 @@ from ..learn.ledger import Measured
 from ..learn.settings import unknown
 from ..learn.system import System, Task
 from . import selfsup
-from .joint import Nets, build
-from .method import STAGES, at_once, energy, inward, outward, sample, score
-from ebmbook.liebm.presets import (
-    DEFAULT_PRESET,
-    PRESETS,
-    Config,
-    check_config,
-    has_encoder,
-    has_inference,
+from .joint import EJMNets, ERMNets, Nets, build
+from ebmbook.liebm.method import (
+    EJM_STAGES,
+    ERM_STAGES,
+    STAGES,
+    anomaly,
+    at_once,
+    energy,
+    inward,
+    outward,
+    sample,
 )
+from .presets import DEFAULT_PRESET, PRESETS, Config, check_config, check_ejm
 from .uses import restore
 from ..mcmc import frozen
 
@@ -48,7 +53,7 @@ def _measure_ood(nets, generator, *, n=None, gamma=None, alone=False):
     few = len(load(data, split='test')) < 10_000
 
     def ordinary(x):
-        return score(nets, x.to(like), gamma=gamma, alone=alone)
+        return -anomaly(nets, x.to(like), gamma=gamma, alone=alone)
 
     return auroc_ood(ordinary, data, n or (300 if few else 10_000))
 
@@ -157,16 +162,16 @@ def chain_energy(
 
 
 def _needs_encoder(nets):
-    return '' if has_encoder(nets.cfg) else 'needs an encoder'
+    return 'needs an encoder' if nets.h is None else ''
 
 
 def _needs_inference(nets):
-    if has_inference(nets.cfg):
-        return ''
-    return "needs an inference model: method='erm', or n_infer"
+    if nets.q is None:
+        return "needs an inference model: method='erm', or n_infer"
+    return ''
 
 
-SYSTEM = System(
+_EM = System(
     name='liebm',
     about="LIEBM: a frozen self-supervised encoder tells the energy where each image lies "
     "on a sphere of meanings, a generator starts the chains, and the two teach each other.",
@@ -181,4 +186,18 @@ SYSTEM = System(
         Task('restore', _measure_restoration, _needs_inference),
     ),
 )  # fmt: skip
+_EJM = replace(
+    _EM,
+    about="EJM: LIEBM whose generator learns from chains of the joint energy.",
+    check=check_ejm,
+    build=partial(build, kind=EJMNets),
+    stages=EJM_STAGES,
+)
+_ERM = replace(
+    _EM,
+    about="ERM: LIEBM whose generator learns from data too, through an inference model.",
+    build=partial(build, kind=ERMNets),
+    stages=ERM_STAGES,
+)
+SYSTEM = replace(_EM, rivals=dict(ejm=_EJM, erm=_ERM))
 evaluate = SYSTEM.evaluate

@@ -22,7 +22,6 @@ from ebmbook.liebm.method import (
     squared_distance,
     view,
 )
-from .presets import has_encoder
 from .selfsup import latent, place
 from ..mcmc import Draws, Rates, frozen, langevin, normal
 from ..measure.restoration import Operator
@@ -97,7 +96,7 @@ def _measured_energy(nets, op, known, sigma):
     def energy(u):
         x = outward(u, cfg)
         misfit = squared_distance(known, op.A_dagger(op.A(x))) / (2 * sigma**2)
-        if not has_encoder(cfg):
+        if nets.h is None:
             return misfit + nets.energy(u)
         return misfit + nets.energy.joint(u, latent(nets.h, x), cfg.gamma)
 
