@@ -228,7 +228,8 @@ def flow_group(
     net, cfg = nets.flow, nets.cfg
     slow = gains(net)
     ids = {id(gain) for gain in slow}
-    groups = [dict(params=[value for value in net.parameters() if id(value) not in ids])]
+    rest = [value for value in net.parameters() if id(value) not in ids]
+    groups: list[dict[str, Any]] = [dict(params=rest)]
     if slow:
         groups.append(dict(params=slow, weight_decay=5e-5))
     return Group(torch.optim.Adam(groups, lr), schedule(cfg, total), cfg.flow_clip)

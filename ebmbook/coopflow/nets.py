@@ -7,6 +7,7 @@ __all__ = ['Block', 'ImageEnergy', 'flow_of', 'energy_of', 'in_box', 'Nets', 'bu
 
 # %% ../../nbs/04_coopflow/nets.ipynb #d64e8410
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -91,7 +92,7 @@ def energy_of(
     "The energy of a preset."
     if len(cfg.shape) == 1:
         return PlaneEnergy(cfg.ch, 1.0, unit=0.15)
-    net = ImageEnergy(cfg.shape[0], cfg.shape[1], cfg.ch, cfg.blocks)
+    net: Any = ImageEnergy(cfg.shape[0], cfg.shape[1], cfg.ch, cfg.blocks)
     return net.to(memory_format=torch.channels_last)
 
 # %% ../../nbs/04_coopflow/nets.ipynb #208ad220
@@ -109,10 +110,10 @@ def in_box(
 class Nets(nn.Module, PyTorchModelHubMixin):
     """The pair of a preset: an energy and a flow that proposes.
 
-    `save_pretrained` and `from_pretrained` keep them with their settings.
+    Settings that name a rival are refused. `save_pretrained` and `from_pretrained` keep them with their settings.
     """
 
-    def __init__(self, cfg: Config) -> None:  # Resolved settings of CoopFlow itself
+    def __init__(self, cfg: Config) -> None:  # Resolved settings
         super().__init__()
         self.cfg = check_config(cfg)
         check_words(cfg, dict(method=('coopflow',)))
