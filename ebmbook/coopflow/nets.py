@@ -110,7 +110,8 @@ def in_box(
 class Nets(nn.Module, PyTorchModelHubMixin):
     """The pair of a preset: an energy and a flow that proposes.
 
-    Settings that name a rival are refused. `save_pretrained` and `from_pretrained` keep them with their settings.
+    `save_pretrained` and `from_pretrained` keep them with their settings.
+    Raises `ValueError` for settings that name a rival.
     """
 
     def __init__(self, cfg: Config) -> None:  # Resolved settings
