@@ -23,7 +23,7 @@ from chapters import (
 from ebmbook import coopflow
 from ebmbook.coopflow import PRESETS
 from ebmbook.learn.blocks import count
-from ebmbook.learn.runs import open_run
+from ebmbook.learn.runs import load_checkpoint, open_run
 from ebmbook.learn.contract import Context
 from ebmbook.learn.loop import train
 from ebmbook.data import DATASETS
@@ -160,11 +160,17 @@ class Twist(nn.Module):  # E = |x|^2/2 - theta x1 x2
         return x.square().sum(1) / 2 - self.value * x.prod(1)
 
 
+class Pair(nn.Module):
+    propose = coopflow.Nets.propose
+
+    def __init__(self, cfg, energy):
+        super().__init__()
+        self.cfg, self.energy, self.flow = cfg, energy, Stretch()
+
+
 def cooperate(energy, cfg, data, n_iters, rates):
     "Learned parameter of the energy, and s^2."
-    nets, kept, ctx = nn.Module(), [], Context(1, 0.0, gen(3))
-    nets.cfg, nets.energy = cfg, energy
-    nets.flow = Stretch()
+    nets, kept, ctx = Pair(cfg, energy), [], Context(1, 0.0, gen(3))
     opts = {
         name: torch.optim.Adam(getattr(nets, name).parameters(), rate)
         for name, rate in rates.items()
@@ -270,9 +276,31 @@ def test_what_a_task_does_not_read_is_refused(options, says):
         coopflow.evaluate(coopflow.build(TINY), **options)
 
 
+@pytest.mark.parametrize('method', ['flow', 'shortrun', 'coopnets'])
+def test_networks_of_one_method_do_not_take_settings_of_another(method):
+    rival = replace(TINY, method=method)
+    with pytest.raises(ValueError, match='method must be one of coopflow, got'):
+        coopflow.build(rival)
+    with pytest.raises(ValueError, match=f'method must be one of {method}, got'):
+        coopflow.SYSTEM.of(rival).build(TINY)
+    with pytest.raises(ValueError, match='one of coopflow, flow, shortrun, coopnets'):
+        coopflow.build(replace(TINY, method='gan'))
+
+
+def test_a_finished_rival_is_not_trained_again(tmp_path):
+    cfg = replace(TINY, method='shortrun')
+    nets = train_in(tmp_path, cfg)
+    again = train_in(tmp_path, cfg)
+    pairs = zip(nets.state_dict().values(), again.state_dict().values(), strict=True)
+    assert all(torch.equal(one, other) for one, other in pairs)
+    # the place of the stage, as in checkpoints of earlier versions
+    assert load_checkpoint(tmp_path)['stage'] == 1
+
+
 @pytest.mark.parametrize('method', ['shortrun', 'coopnets'])
 def test_without_a_flow_there_are_no_bits(method):
-    nets = coopflow.build(replace(TINY, method=method))
+    cfg = replace(TINY, method=method)
+    nets = coopflow.SYSTEM.of(cfg).build(cfg)
     with pytest.raises(ValueError, match='needs a flow'):
         coopflow.evaluate(nets, task='bits')
 

@@ -4,11 +4,10 @@
 
 # %% auto #0
 __all__ = ['STAGES', 'langevin_flow', 'noise_decay', 'noise_share', 'propose', 'refine', 'init_norms', 'flow_target', 'losses',
-           'flow_losses', 'optimisers', 'flow_steps', 'flow_optimisers', 'sample', 'energy', 'pixel_error', 'Found',
-           'reconstruct', 'explain', 'inpaint', 'interpolate']
+           'flow_losses', 'schedule', 'flow_group', 'energy_group', 'optimisers', 'flow_optimisers', 'sample', 'energy',
+           'pixel_error', 'Found', 'reconstruct', 'explain', 'inpaint', 'interpolate']
 
 # %% ../../nbs/04_coopflow.ipynb #c005
-import math
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -17,15 +16,14 @@ from torch import Tensor
 from torch.nn.utils import parametrize
 
 from .nets import Nets
-from .presets import Config, has_energy, has_flow, has_generator
+from .presets import Config
 from ..data.catalogue import flip_if, load
 from ..flows.flowpp import gains
 from ..learn.blocks import ActNorm, Flow
 from ..learn.contract import Context, Group, Stage
 from ..learn.objectives import contrast
-from ..learn.rivals import coopnets_losses, from_noise, short_run_losses
 from ..learn.settings import strict
-from ..mcmc import Draws, Rates, frozen, in_chunks, langevin, normal
+from ..mcmc import Draws, Rates, frozen, in_chunks, langevin
 
 # %% ../../nbs/04_coopflow.ipynb #c016
 def langevin_flow(
@@ -81,35 +79,21 @@ def noise_share(
     return noise_decay(step, cfg.decay, cfg.noise == 'printed')
 
 # %% ../../nbs/04_coopflow.ipynb #c028
-def _generate(nets, like, generator):
-    if has_generator(nets.cfg):
-        return nets.generator(normal(like.new_empty(len(like), nets.cfg.nz), generator))
-    return nets.flow.decode(normal(like, generator))
-
-
 def propose(
-    nets: Nets,  # With `flow` or `generator`, as the method asks
+    nets: Nets,  # The pair, or other networks that can `propose`
     like: Tensor,  # (B, ...) gives number, shape, type and device
     generator: Draws = None,  # Source of the draws
 ) -> Tensor:  # (B, ...) starts of the chains, without graph
-    """What the chains start from: the flow's proposal, the free generator's, or noise.
+    """The flow's proposal.
 
     Images are within [-1, 1], points within the bound.
     """
-    cfg = nets.cfg
-    if cfg.method == 'shortrun':
-        return from_noise(like, generator)
     with torch.no_grad(), parametrize.cached():
-        x = _generate(nets, like, generator)
-    # far in the tails a young flow overflows; such a chain starts in the middle
-    x = x.nan_to_num(0.0, math.inf, -math.inf)
-    if len(cfg.shape) == 3:
-        return x.clamp(-1, 1)
-    return x.clamp(-cfg.bound, cfg.bound) if cfg.bound else x
+        return nets.propose(like, generator)
 
 # %% ../../nbs/04_coopflow.ipynb #daa95922
 def refine(
-    nets: Nets,  # With `energy`; without one the start is returned
+    nets: Nets,  # With `energy`; where that is None the start is returned
     start: Tensor,  # (B, ...)
     *,
     n_steps: int | None = None,  # Updates; None is the preset's
@@ -126,7 +110,7 @@ def refine(
     Source: Zhu 2024, Algorithm 3, line 6.
     """
     cfg = nets.cfg
-    if not has_energy(cfg):
+    if nets.energy is None:
         return start
     if clamps is None:
         clamps = not differentiable
@@ -184,42 +168,23 @@ def losses(
     batch: dict[str, Tensor],  # x (B, ...)
     ctx: Context,  # Step and generator
 ) -> Iterator[tuple[str, Tensor, dict]]:  # 'flow' unless it rests, then 'energy'
-    """One iteration of CoopFlow or of a rival, label `eq-coopflow-losses`.
+    """One iteration of CoopFlow, label `eq-coopflow-losses`.
 
-    A rival yields what its own losses yield.
     Source: Zhu 2024, Algorithm 3.
     """
     cfg, generator = nets.cfg, ctx.generator
-    noise = noise_share(cfg, ctx.step)
     x = flip_if(cfg.flip, batch['x'], generator)
-
-    def chain(start):
-        return refine(nets, start, noise=noise, generator=generator)
-
-    if cfg.method == 'shortrun':
-        options: dict[str, Any] = dict(blur=cfg.blur, generator=generator)
-        yield from short_run_losses(nets.energy, x, chain, **options)
-    elif cfg.method == 'coopnets':
-        z = ctx.normal(x.new_empty(len(x), cfg.nz))
-        options = dict(sigma=cfg.sigma, generator=generator)
-        options |= dict(infer_steps=cfg.infer_steps, infer_delta=cfg.infer_delta)
-        yield from coopnets_losses(nets.energy, nets.generator, x, z, chain, **options)
-    else:
-        yield from _coopflow_losses(nets, x, ctx, chain)
-
-
-def _coopflow_losses(nets, x, ctx, chain):
-    cfg = nets.cfg
     if ctx.step == 0:
         init_norms(nets, x)
     nets.flow.train(cfg.wet)
-    start = propose(nets, x, ctx.generator)
-    fake = chain(start)
+    start = propose(nets, x, generator)
+    noise = noise_share(cfg, ctx.step)
+    fake = refine(nets, start, noise=noise, generator=generator)
     since = ctx.step - cfg.warm
     if since >= 0 and since % cfg.flow_every == 0:
         nets.flow.train()
         target = flow_target(fake, cfg)
-        yield 'flow', -nets.flow.log_prob(target, generator=ctx.generator).mean(), {}
+        yield 'flow', -nets.flow.log_prob(target, generator=generator).mean(), {}
     loss, logs = contrast(nets.energy, x, fake)
     yield 'energy', loss, logs | dict(moved=(fake - start).abs().mean())
 
@@ -240,7 +205,12 @@ def flow_losses(
     yield 'flow', -nets.flow.log_prob(x, generator=ctx.generator).mean(), {}
 
 # %% ../../nbs/04_coopflow.ipynb #c035
-def _schedule(cfg, total):  # warm-up from exactly zero, and our optional cooldown
+def schedule(
+    cfg: Config,  # Uses lr_warm, cooldown
+    total: int,  # Optimiser steps of the stage
+) -> Callable:  # step -> factor on the learning rate
+    "Warm-up from exactly zero, and our optional cooldown."
+
     def factor(step):
         rise = step / max(cfg.lr_warm, 1)
         fall = (total - step) / max(cfg.cooldown * total, 1)
@@ -249,63 +219,53 @@ def _schedule(cfg, total):  # warm-up from exactly zero, and our optional cooldo
     return factor
 
 
-def _flow_group(nets, lr, total):  # weight decay on weight-norm gains only
+def flow_group(
+    nets: Nets,  # With `flow`
+    lr: float,  # Step size
+    total: int,  # Optimiser steps of the stage
+) -> Group:
+    "Adam for the flow, with weight decay on its weight-norm gains alone."
     net, cfg = nets.flow, nets.cfg
     slow = gains(net)
     ids = {id(gain) for gain in slow}
-    groups = [dict(params=[value for value in net.parameters() if id(value) not in ids])]
+    rest = [value for value in net.parameters() if id(value) not in ids]
+    groups: list[dict[str, Any]] = [dict(params=rest)]
     if slow:
         groups.append(dict(params=slow, weight_decay=5e-5))
-    return Group(torch.optim.Adam(groups, lr), _schedule(cfg, total), cfg.flow_clip)
+    return Group(torch.optim.Adam(groups, lr), schedule(cfg, total), cfg.flow_clip)
+
+
+def energy_group(
+    nets: Nets,  # With `energy`
+) -> Group:
+    "Adam with little memory for the energy."
+    cfg = nets.cfg
+    adam = torch.optim.Adam(nets.energy.parameters(), cfg.lr, betas=(0.5, 0.5))
+    return Group(adam, schedule(cfg, cfg.n_iters), cfg.ebm_clip or None)
 
 
 def optimisers(
     nets: Nets,  # The networks
 ) -> dict[str, Group]:  # Group name -> Group
-    """Adam, with little memory for the energy.
+    """For flow and energy together.
 
     Source: Zhu 2024, section 4.5.2; weight decay, clipping and warm-up from the released
     program.
     """
-    cfg, groups = nets.cfg, {}
-    schedule = _schedule(cfg, cfg.n_iters)
-    if has_flow(cfg):
-        groups['flow'] = _flow_group(nets, cfg.lr_flow, cfg.n_iters)
-    if has_generator(cfg):
-        adam = torch.optim.Adam(
-            nets.generator.parameters(), cfg.lr_flow, betas=(0.5, 0.999)
-        )
-        groups['generator'] = Group(adam, schedule, cfg.flow_clip)
-    if has_energy(cfg):
-        adam = torch.optim.Adam(nets.energy.parameters(), cfg.lr, betas=(0.5, 0.5))
-        groups['energy'] = Group(adam, schedule, cfg.ebm_clip or None)
-    return groups
+    flow = flow_group(nets, nets.cfg.lr_flow, nets.cfg.n_iters)
+    return dict(flow=flow, energy=energy_group(nets))
 
 # %% ../../nbs/04_coopflow.ipynb #af51cc3b
-def flow_steps(
-    cfg: Config,  # Uses method, n_pre, n_iters
-) -> int:
-    "Optimiser steps of the flow alone: all of them where there is nothing else."
-    return {'coopflow': cfg.n_pre, 'flow': cfg.n_pre + cfg.n_iters}.get(cfg.method, 0)
-
-
 def flow_optimisers(
     nets: Nets,  # The networks
-) -> dict[str, Group]:  # Group name -> Group; empty where there is no flow
-    "For the flow alone."
-    cfg = nets.cfg
-    if not has_flow(cfg):
-        return {}
-    return dict(flow=_flow_group(nets, cfg.lr_pre, flow_steps(cfg)))
-
-
-def _coop_steps(cfg):
-    return 0 if cfg.method == 'flow' else cfg.n_iters
+) -> dict[str, Group]:  # Group name -> Group
+    "For the flow alone, before."
+    return dict(flow=flow_group(nets, nets.cfg.lr_pre, nets.cfg.n_pre))
 
 
 STAGES = (
-    Stage('flow', flow_losses, flow_optimisers, flow_steps),
-    Stage('coopflow', losses, optimisers, _coop_steps),
+    Stage('flow', flow_losses, flow_optimisers, lambda cfg: cfg.n_pre),
+    Stage('coopflow', losses, optimisers, lambda cfg: cfg.n_iters),
 )
 
 # %% ../../nbs/04_coopflow.ipynb #c045

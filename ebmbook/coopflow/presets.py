@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PRESETS', 'DEFAULT_PRESET', 'SwitchFields', 'DataFields', 'StageFields', 'ChainFields', 'OptimFields', 'NetFields',
-           'RivalFields', 'Config', 'has_energy', 'has_flow', 'has_generator', 'check_config']
+           'RivalFields', 'Config', 'check_config']
 
 # %% ../../nbs/04_coopflow/presets.ipynb #4f0a687c
 from dataclasses import dataclass
@@ -277,27 +277,6 @@ DEFAULT_PRESET = {
     'svhn': 'svhn-pre',
     'celeba32_wide': 'celeba32-pre',
 }
-
-# %% ../../nbs/04_coopflow/presets.ipynb #140a9e20
-def has_energy(
-    cfg: Config,  # Resolved settings
-) -> bool:
-    "Whether there is an energy, and with it a chain."
-    return cfg.method != 'flow'
-
-
-def has_flow(
-    cfg: Config,  # Resolved settings
-) -> bool:
-    "Whether there is a flow with its density."
-    return cfg.method in ('coopflow', 'flow')
-
-
-def has_generator(
-    cfg: Config,  # Resolved settings
-) -> bool:
-    "Whether a free generator, without density, is in the place of the flow."
-    return cfg.method == 'coopnets'
 
 # %% ../../nbs/04_coopflow/presets.ipynb #c011
 _KINDS = dict(

@@ -8,21 +8,15 @@ __all__ = ['SYSTEM', 'evaluate', 'sliced_distance', 'chain_energy']
 # %% ../../nbs/04_coopflow/tasks.ipynb #d84df76f
 import math
 from collections.abc import Callable
-from typing import Any
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from .method import STAGES, energy, explain, pixel_error, sample
 from .nets import Nets, build
-from ebmbook.coopflow.presets import (
-    DEFAULT_PRESET,
-    PRESETS,
-    Config,
-    check_config,
-    has_energy,
-    has_flow,
-)
+from .presets import DEFAULT_PRESET, PRESETS, Config, check_config
+from .rivals import RIVALS
 from ..data.catalogue import load
 from ..data.procedural import log_density
 from ..foundations.method import plane_scores
@@ -74,10 +68,10 @@ def _measure_points(nets, generator, *, n=None, n_steps=None, delta=None, chunk=
     held_out, fresh = test[:n], test[n:]
     truth = log_density(cfg.data, held_out)
     out = dict(truth=truth.mean().item(), distance_data=sliced_distance(held_out, fresh))
-    if has_flow(cfg):
+    if nets.flow is not None:
         with torch.no_grad(), frozen(nets):
             out['loglik_flow'] = nets.flow.log_prob(held_out.to(own)).mean().item()
-    if has_energy(cfg):
+    if nets.energy is not None:
         side = max(cfg.bound, 1.2)  # the grid covers the whole box of the chains
         out['loglik_energy'] = _grid_loglik(nets, held_out.to(own), truth, side)
     least = truth.quantile(0.01)
@@ -142,21 +136,18 @@ def _measure_bits(nets, generator, *, n=None):
 
 # %% ../../nbs/04_coopflow/tasks.ipynb #a558cc44
 def chain_energy(
-    nets: Nets,  # Networks with an energy
+    nets: Nets,  # With `energy`
     x: Tensor,  # (B, ...) states of a chain; one energy serves all
 ) -> Callable[[Tensor], Tensor]:  # E(y) -> (B,) nats
-    "The energy that a chain descends. Raises `ValueError` for a flow alone."
-    if not has_energy(nets.cfg):
-        raise ValueError("a flow alone has no chain")
-    net: Any = nets.energy
-    return net
+    "The energy that a chain descends."
+    return nets.energy
 
 
 def _no_flow(nets):
-    return '' if has_flow(nets.cfg) else 'needs a flow'
+    return 'needs a flow' if nets.flow is None else ''
 
 
-SYSTEM = System(
+_PAIR = System(
     name='coopflow',
     about="A flow proposes, a short noise-free chain of an energy refines, "
     "each learns from the result.",
@@ -169,4 +160,7 @@ SYSTEM = System(
         Task('bits', _measure_bits, _no_flow),
     ),
 )  # fmt: skip
+SYSTEM = replace(
+    _PAIR, rivals={name: replace(_PAIR, **parts) for name, parts in RIVALS.items()}
+)
 evaluate = SYSTEM.evaluate
