@@ -101,11 +101,27 @@ def test_weights_and_settings_come_back(preset, tmp_path):
     torch.manual_seed(0)
     groups = (1,) * len(PRESETS[preset].groups)
     small = dict(ch=4, groups=groups, latent=2, cells=1, net='4/2 4', first=4)
-    nets = vaebm.build(replace(PRESETS[preset], **small))
+    cfg = replace(PRESETS[preset], **small)
+    nets = vaebm.SYSTEM.of(cfg).build(cfg)
     nets.save_pretrained(tmp_path)
-    again = vaebm.Nets.from_pretrained(tmp_path)
+    again = type(nets).from_pretrained(tmp_path)
     assert again.cfg == nets.cfg and hash(again.cfg) == hash(nets.cfg)
     assert same_weights(nets, again)
+
+
+@pytest.mark.parametrize('method', vaebm.SYSTEM.rivals)
+def test_settings_of_a_rival_make_networks_of_its_own(method):
+    cfg = replace(TINY, method=method)
+    with pytest.raises(ValueError, match='method must be one of vaebm, got'):
+        vaebm.build(cfg)
+    rival = vaebm.SYSTEM.of(cfg)
+    nets = rival.build(rival.check(cfg))
+    assert (nets.energy is None) == (rival.energy is None) == (method == 'vae')
+    with pytest.raises(ValueError, match='method must be one of'):
+        rival.build(TINY)
+    # what differs is its own; the rest is the chapter's
+    assert rival.tasks == vaebm.SYSTEM.tasks and rival.presets is PRESETS
+    assert rival.sample is not vaebm.SYSTEM.sample and rival.about != vaebm.SYSTEM.about
 
 
 def test_settings_can_be_sent_to_another_process():

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['STAGES', 'render', 'fresh_noise', 'unroll', 'potential', 'jumps', 'chains', 'recall_share', 'starts', 'slope_penalty',
-           'negatives', 'as_seen', 'vae_losses', 'losses', 'cautious', 'vae_optimisers', 'optimisers', 'sample',
-           'energy', 'log_score']
+           'negatives', 'as_seen', 'vae_losses', 'prepared', 'energy_loss', 'decoder_loss', 'losses', 'cautious',
+           'vae_optimisers', 'decoder_group', 'optimisers', 'sample', 'energy', 'log_score']
 
 # %% ../../nbs/06_vaebm.ipynb #c005
 import math
@@ -19,7 +19,6 @@ from torch.nn.utils import parametrize
 from ..data.catalogue import flip_if, load
 from ..learn.contract import Context, Group, Stage
 from ..learn.objectives import contrast
-from ..learn.rivals import from_noise
 from ..learn.settings import strict
 from ebmbook.mcmc import (
     Draws,
@@ -35,7 +34,7 @@ from ebmbook.mcmc import (
 from ..measure.likelihood import iwae
 from .elbo import learning_rate, reduce_bits, spectral_sum, vae_loss
 from .nets import Nets, data_init
-from .presets import Config, has_energy
+from .presets import Config
 from .vae import VAE, log_gauss, prior_pass
 
 # %% ../../nbs/06_vaebm.ipynb #c019
@@ -149,22 +148,18 @@ def chains(
 ) -> tuple[Tensor | None, tuple[Tensor, ...] | None]:  # x, or noise that `render` takes
     """Run Langevin chains on the target of the settings.
 
-    These are method, space, potential, sampler, n_jumps and eta.
+    These are space, potential, sampler, n_jumps and eta.
     Source: Xiao et al. 2021, eq. 9 and appendix B.
     """
     cfg = nets.cfg
     options: dict[str, Any] = dict(generator=generator, on_step=on_step)
-    rates = ula(cfg.eta / 2)
     with frozen(nets):
-        if cfg.method == 'vaebm' and cfg.space == 'eps':
+        if cfg.space == 'eps':
             return None, _noise_chains(nets, eps, n_steps, options)
         with torch.no_grad():
             state = unroll(nets.vae, eps)
-        if cfg.method == 'vaebm':
-            return langevin(_joint_energy(nets), state, rates, n_steps, **options)[0], None
-        # 'ebm-vae': the energy alone, in x
-        x = langevin(nets.energy, state[0], rates, n_steps, **options)
-        return x, None  # type: ignore[return-value]  # one block in, one block out
+        target, rates = _joint_energy(nets), ula(cfg.eta / 2)
+        return langevin(target, state, rates, n_steps, **options)[0], None
 
 # %% ../../nbs/06_vaebm.ipynb #c028
 def recall_share(
@@ -214,24 +209,10 @@ def slope_penalty(
     return grad.flatten(1).square().sum(1).mean()
 
 # %% ../../nbs/06_vaebm.ipynb #e3049901
-def _pixel_chains(nets, x, n_steps, generator):  # the energy alone, in x, pixels in range
-    with frozen(nets.energy):
-        options = dict(constrain=lambda x: x.clamp(-1, 1), generator=generator)
-        return langevin(nets.energy, x, ula(nets.cfg.eta / 2), n_steps, **options)
-
-
-def _noise(nets, n, generator):  # where the chains of 'ebm' start
-    return from_noise(next(nets.parameters()).new_empty(n, *nets.cfg.shape), generator)
-
-
-def _continued_pixels(nets, n, ctx):  # chains of 'ebm', which go on from a buffer
-    if 'x' not in ctx.state:
-        ctx.state['x'] = _noise(nets, nets.cfg.buffer, None)
-    fresh = _noise(nets, n, ctx.generator)
-    x, rows = recall(ctx.state['x'], fresh, 0.05, ctx.generator)
-    x = _pixel_chains(nets, x, nets.cfg.n_steps, ctx.generator)
-    ctx.state['x'][rows] = x
-    return x
+def _shown(nets, eps):  # what the energy sees of a noise
+    if nets.cfg.negative == 'mean':
+        return nets.vae.decode(eps[1:])[0]
+    return render(nets.vae, eps)
 
 
 def negatives(
@@ -239,23 +220,15 @@ def negatives(
     n: int,  # How many
     ctx: Context,  # Step, generator, state
 ) -> Tensor:  # (n, ...) samples without graph
-    "Samples of the model, or of what it is compared with."
-    cfg = nets.cfg
-    if cfg.method == 'ebm':
-        return _continued_pixels(nets, n, ctx)
+    "Samples of the model: where chains end that start afresh or go on from the buffer."
     eps, keep = starts(nets, n, ctx)
-    if cfg.method == 'wgan':
-        with torch.no_grad(), frozen(nets.vae):
-            return nets.vae.decode(eps[1:])[0]
-    x, end = chains(nets, eps, cfg.n_steps, ctx.generator)
-    if x is not None:
+    x, end = chains(nets, eps, nets.cfg.n_steps, ctx.generator)
+    if x is not None:  # in (x, z), where nothing is kept
         return x
     assert end is not None
     keep(end)
     with torch.no_grad(), frozen(nets.vae):
-        if cfg.negative == 'sample':
-            return render(nets.vae, end)
-        return nets.vae.decode(end[1:])[0]
+        return _shown(nets, end)
 
 # %% ../../nbs/06_vaebm.ipynb #c032
 def as_seen(
@@ -294,7 +267,26 @@ def _first_images(x, cfg):  # of the training set, for the start of the energy's
     return reduce_bits(x, cfg.bits) if cfg.bits < 8 else x
 
 
-def _energy_loss(nets, x, fake, ctx):  # label `eq-vaebm-loss`, and what to log
+def prepared(
+    nets: Nets,  # Autoencoder and energy
+    batch: dict[str, Tensor],  # x (B, ...)
+    ctx: Context,  # Step and generator
+) -> Tensor:  # (B, ...) data as the energy sees them
+    "Rest the autoencoder; before the first step, set the energy's gains from data."
+    x = as_seen(batch['x'], nets.cfg, ctx.generator)
+    nets.vae.eval()
+    if ctx.step == 0 and nets.cfg.data_init:
+        data_init(nets.energy, _first_images(x, nets.cfg))
+    return x
+
+# %% ../../nbs/06_vaebm.ipynb #d8e5f2ba
+def energy_loss(
+    nets: Nets,  # Autoencoder and energy
+    x: Tensor,  # (B, ...) data
+    fake: Tensor,  # (B, ...) samples, without graph
+    ctx: Context,  # Its state keeps the vectors of the power method
+) -> tuple[Tensor, dict[str, Tensor]]:  # Loss, and what to log
+    "Lower the energy of data and raise that of samples, label `eq-vaebm-loss`."
     cfg = nets.cfg
     # closed before the loss is yielded: the next part of a batch must not find it open
     with parametrize.cached():
@@ -312,14 +304,13 @@ def _energy_loss(nets, x, fake, ctx):  # label `eq-vaebm-loss`, and what to log
     return loss, logs | dict(spread=fake.std())
 
 
-def _decoder_loss(nets, n, generator):  # label `eq-vaebm-decoder`
-    cfg = nets.cfg
-    eps = fresh_noise(nets.vae, n, generator)
-    # a WGAN's critic has seen means, the energy of VAEBM what `negative` says
-    if cfg.method == 'wgan' or cfg.negative == 'mean':
-        made = nets.vae.decode(eps[1:])[0]
-    else:
-        made = render(nets.vae, eps)
+def decoder_loss(
+    nets: Nets,  # Autoencoder and energy
+    n: int,  # Fresh samples of the autoencoder
+    generator: Draws = None,  # Source of their noise
+) -> Tensor:  # Their mean energy, of which the decoder has a gradient
+    "The autoencoder follows the energy, label `eq-vaebm-decoder`."
+    made = _shown(nets, fresh_noise(nets.vae, n, generator))
     with frozen(nets.energy):
         return nets.energy(made).mean()
 
@@ -329,19 +320,12 @@ def losses(
     batch: dict[str, Tensor],  # x (B, ...)
     ctx: Context,  # Step, generator, state
 ) -> Iterator[tuple[str, Tensor, dict]]:  # 'energy', then 'decoder' where that learns too
-    """Stage two, label `eq-vaebm-loss`, or a rival of Table 4 where the preset says so.
-
-    Source: Xiao et al. 2021, Algorithm 1.
-    """
-    cfg = nets.cfg
-    x = as_seen(batch['x'], cfg, ctx.generator)
-    nets.vae.eval()
-    if ctx.step == 0 and cfg.data_init:
-        data_init(nets.energy, _first_images(x, cfg))
+    "Stage two, label `eq-vaebm-loss`. Source: Xiao et al. 2021, Algorithm 1."
+    x = prepared(nets, batch, ctx)
     fake = negatives(nets, len(x), ctx)
-    yield 'energy', *_energy_loss(nets, x, fake, ctx)
-    if cfg.method == 'wgan' or cfg.decoder:
-        yield 'decoder', _decoder_loss(nets, len(x), ctx.generator), {}
+    yield 'energy', *energy_loss(nets, x, fake, ctx)
+    if nets.cfg.decoder:
+        yield 'decoder', decoder_loss(nets, len(x), ctx.generator), {}
 
 # %% ../../nbs/06_vaebm.ipynb #c037
 @torch.no_grad()
@@ -382,6 +366,15 @@ def vae_optimisers(
     return dict(vae=Group(opt, schedule))
 
 # %% ../../nbs/06_vaebm.ipynb #2e3e4a9f
+def decoder_group(
+    nets: Nets,  # The networks
+) -> Group:
+    "Adam for a decoder that follows the energy; its rate falls on a cosine."
+    cfg = nets.cfg
+    adam = torch.optim.Adam(nets.vae.decoder.parameters(), cfg.lr_decoder)
+    return Group(adam, lambda step: 0.5 * (1 + math.cos(math.pi * step / cfg.n_iters)))
+
+
 def optimisers(
     nets: Nets,  # The networks
 ) -> dict[str, Group]:  # Group name -> Group
@@ -390,17 +383,12 @@ def optimisers(
     Source: Xiao et al. 2021, appendix E; betas from the released code.
     """
     cfg = nets.cfg
-    if not has_energy(cfg):
-        return {}
     betas = (0.99, 0.999) if cfg.cautious else (0.9, 0.999)
     params = nets.energy.parameters()
     adam = torch.optim.Adam(params, cfg.lr, betas=betas, weight_decay=cfg.weight_decay)
     groups = dict(energy=Group(adam, clip=cautious if cfg.cautious else None))
-    if cfg.method == 'wgan' or cfg.decoder:
-        adam = torch.optim.Adam(nets.vae.decoder.parameters(), cfg.lr_decoder)
-        groups['decoder'] = Group(
-            adam, lambda step: 0.5 * (1 + math.cos(math.pi * step / cfg.n_iters))
-        )
+    if cfg.decoder:
+        groups['decoder'] = decoder_group(nets)
     return groups
 
 # %% ../../nbs/06_vaebm.ipynb #689bfc01
@@ -409,15 +397,10 @@ STAGES = (
         'vae',
         vae_losses,
         vae_optimisers,
-        n_iters=lambda cfg: 0 if cfg.method == 'ebm' else cfg.n_vae,
+        n_iters=lambda cfg: cfg.n_vae,
         batch=lambda cfg: cfg.batch_vae,
     ),
-    Stage(
-        'energy',
-        losses,
-        optimisers,
-        n_iters=lambda cfg: cfg.n_iters if has_energy(cfg) else 0,
-    ),
+    Stage('energy', losses, optimisers, n_iters=lambda cfg: cfg.n_iters),
 )
 
 # %% ../../nbs/06_vaebm.ipynb #c040
@@ -434,7 +417,7 @@ def sample(
     on_step: Callable[..., Any] | None = None,  # As in `langevin`
     chunk: int = 512,  # Samples at once; bounds the memory
 ) -> Tensor:  # (n, ...) images in [-1, 1], or points
-    """Draw from the model, or from what it is compared with.
+    """Draw from the model.
 
     Source: Xiao et al. 2021, appendix E; the decoder's mean from the released program.
     """
@@ -443,11 +426,8 @@ def sample(
     updates = cfg.n_steps_test if n_steps is None else n_steps
 
     def draw(n):
-        if cfg.method == 'ebm' and not alone:
-            start = _noise(nets, n, generator)
-            return _pixel_chains(nets, start, updates, generator)
         end = tuple(temp * block for block in fresh_noise(nets.vae, n, generator))
-        if updates and not alone and cfg.method not in ('vae', 'wgan'):
+        if updates and not alone:
             x, end = chains(nets, end, updates, generator, on_step)
             if end is None:
                 return x
@@ -484,4 +464,4 @@ def log_score(
     with torch.no_grad(), frozen(nets.vae):
         weights = [nets.vae.log_weight(x, generator) for _ in range(k)]
         log_p = iwae(torch.stack(weights, -1)).to(x)
-    return log_p if alone or not has_energy(nets.cfg) else log_p - energy(nets, x)
+    return log_p if alone or nets.energy is None else log_p - energy(nets, x)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PRESETS', 'DEFAULT_PRESET', 'SwitchFields', 'DataFields', 'VaeFields', 'ImageFields', 'EnergyFields', 'ChainFields',
-           'Config', 'check_config', 'has_energy']
+           'Config', 'check_config']
 
 # %% ../../nbs/06_vaebm/presets.ipynb #17cba5ef
 from dataclasses import dataclass
@@ -313,10 +313,3 @@ def check_config(
     _check_space(cfg)
     check_shape(cfg.data, cfg.shape, spec)
     return cfg
-
-
-def has_energy(
-    cfg: Config,  # Resolved settings
-) -> bool:
-    "Whether there is an energy beside the autoencoder."
-    return cfg.method != 'vae'

@@ -9,6 +9,7 @@ __all__ = ['SYSTEM', 'evaluate', 'vae_log_density', 'plane_likelihood', 'measure
 # %% ../../nbs/06_vaebm/tasks.ipynb #ad72047e
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -25,14 +26,22 @@ from ..measure.images import image_report
 from ..measure.outliers import auroc_ood
 from .method import STAGES, energy, log_score, sample
 from .nets import Nets, build
-from ebmbook.vaebm.presets import (
-    DEFAULT_PRESET,
-    PRESETS,
-    Config,
-    check_config,
-    has_energy,
-)
+from .presets import DEFAULT_PRESET, PRESETS, Config, check_config
+from .rivals import RIVALS
 from .vae import VAE
+
+# %% ../../nbs/06_vaebm/tasks.ipynb #f0a1b2c4
+_vaebm = System(
+    name='vaebm',
+    about='A variational autoencoder covers all the data and a little too much, an energy '
+    'takes the surplus away, and chains run in the space of the autoencoder\'s noise.',
+    config=Config, presets=PRESETS, default_preset=DEFAULT_PRESET, check=check_config,
+    build=build, stages=STAGES, sample=sample, energy=energy,
+)  # fmt: skip
+# whoever measures samples asks it who draws them; `SYSTEM` below has the tasks too
+_drawn = replace(
+    _vaebm, rivals={name: replace(_vaebm, **changes) for name, changes in RIVALS.items()}
+)
 
 # %% ../../nbs/06_vaebm/tasks.ipynb #c045
 def vae_log_density(
@@ -82,7 +91,7 @@ def plane_likelihood(
     log_mass, table = grid_log_z(lambda points: -log_p(points), lim, cells, like=like)
     loglik = log_p(x).mean().item()
     out = dict(loglik=loglik, loglik_vae=loglik, mass=math.exp(log_mass), map_vae=table)
-    if alone or not has_energy(nets.cfg):
+    if alone or nets.energy is None:
         return out
     height = energy(nets, grid(lim, cells, like)).view(cells, cells).cpu()
     tilted = table + log_mass - height
@@ -109,7 +118,7 @@ def measure_points(
     truth = log_density(data, x)
     out['truth'] = truth.mean().item()
     how: dict[str, Any] = dict(n_steps=n_steps, temp=temp, chunk=chunk, alone=alone)
-    made = sample(nets, n, generator=generator, **how).cpu()
+    made = _drawn.of(nets.cfg).sample(nets, n, generator=generator, **how).cpu()
     near = log_density(data, made) > truth.quantile(0.01)
     out['near'] = near.float().mean().item()
     return {name: Measured(value, n) for name, value in out.items()}
@@ -133,7 +142,7 @@ def measure_images(
     how: dict[str, Any] = dict(n_steps=n_steps, temp=temp, chunk=chunk, alone=alone)
 
     def draw(n):
-        return sample(nets, n, generator=generator, **how)
+        return _drawn.of(nets.cfg).sample(nets, n, generator=generator, **how)
 
     out, made, _ = image_report(draw, nets.cfg, n or stacked, extractor)
     if not stacked:
@@ -161,18 +170,16 @@ def measure_ood(
     return auroc_ood(score, nets.cfg.data, n or 300)
 
 # %% ../../nbs/06_vaebm/tasks.ipynb #c050
-SYSTEM = System(
-    name='vaebm',
-    about='A variational autoencoder covers all the data and a little too much, an energy '
-    'takes the surplus away, and chains run in the space of the autoencoder\'s noise.',
-    config=Config, presets=PRESETS, default_preset=DEFAULT_PRESET, check=check_config,
-    build=build, stages=STAGES, sample=sample, energy=energy,
-    tasks=(
-        Task('sample', measure_points, points_only),
-        Task('sample', measure_images, images_only),
-        Task('ood', measure_ood, images_only),
-    ),
-)  # fmt: skip
+_TASKS = (
+    Task('sample', measure_points, points_only),
+    Task('sample', measure_images, images_only),
+    Task('ood', measure_ood, images_only),
+)
+SYSTEM = replace(
+    _drawn,
+    tasks=_TASKS,
+    rivals={name: replace(rival, tasks=_TASKS) for name, rival in _drawn.rivals.items()},
+)
 evaluate = SYSTEM.evaluate
 
 # %% ../../nbs/06_vaebm/tasks.ipynb #c067
