@@ -125,7 +125,8 @@ def claims_can_be_measured(module, tiny, n=600, quick=None):
             module.check_config(cfg)
             key = json.dumps([arm.preset, arm.over, arm.at], sort_keys=True)
             if key not in seen:
-                nets = module.build(replace(cfg, **tiny)).eval()
+                small = replace(cfg, **tiny)
+                nets = module.SYSTEM.of(small).build(small).eval()
                 task = arm.at.get('task', '')
                 few = dict(n=n) if 'n' in module.SYSTEM.task(nets, task).options else {}
                 options = arm.at | few | (quick or {}).get(arm.at.get('task'), {})

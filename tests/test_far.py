@@ -150,7 +150,7 @@ def test_a_training_on_another_device_is_that_of_the_processor(
             raise KeyboardInterrupt
 
     monkeypatch.setattr(
-        type(module.build(cfg)), 'save_pretrained', lambda *_: None
+        type(module.SYSTEM.of(cfg).build(cfg)), 'save_pretrained', lambda *_: None
     )  # files are written from the processor
     with far_away(monkeypatch):
         with pytest.raises(KeyboardInterrupt):
