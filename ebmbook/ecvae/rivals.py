@@ -257,31 +257,30 @@ def _stages(losses, groups):
     return tuple(stage._replace(losses=losses, optimisers=groups) for stage in STAGES)
 
 
-_NO_ENERGY = dict(sample=sample_once, energy=None, chain_energy=None)
-_ON_X = dict(sample=sample_on_x, chain_energy=energy_on_x)
-
-# name -> fields of `System` that are the rival's own
-RIVALS: dict[str, dict[str, Any]] = {
-    'ecflow': dict(
-        about="EC-Flow, the paper's second model: a Glow in place of the autoencoder "
-        'learns from its own samples in the same way.',
-        check=check_no_encoder,
-        build=build_flow,
-    ),
+_ALONE = dict(
+    stages=_stages(plain_losses, _model_groups),
+    sample=sample_once,
+    energy=None,
+    chain_energy=None,
+)
+_WITHOUT_ENERGY: dict[str, dict[str, Any]] = {
     'vae': dict(
         about='The variational autoencoder alone, which never sees its own samples.',
         check=check_no_energy,
         build=partial(_fresh, VAENets),
-        stages=_stages(plain_losses, _model_groups),
-        **_NO_ENERGY,
+        **_ALONE,
     ),
     'flow': dict(
         about='The Glow of EC-Flow alone, trained by maximum likelihood.',
         check=check_flow_alone,
         build=_fresh_flow,
-        stages=_stages(plain_losses, _model_groups),
-        **_NO_ENERGY,
+        **_ALONE,
     ),
+}
+
+# %% ../../nbs/07_ecvae/rivals.ipynb #e1a00020
+_ON_X = dict(sample=sample_on_x, chain_energy=energy_on_x)
+_WITH_ENERGY: dict[str, dict[str, Any]] = {
     'wgan': dict(
         about='The autoencoder with the energy as the critic of a Wasserstein GAN, '
         'without chains.',
@@ -302,4 +301,17 @@ RIVALS: dict[str, dict[str, Any]] = {
         stages=_stages(separate_losses, optimisers),
         **_ON_X,
     ),
+}
+
+# %% ../../nbs/07_ecvae/rivals.ipynb #e1a00021
+# name -> fields of `System` that are the rival's own
+RIVALS: dict[str, dict[str, Any]] = {
+    'ecflow': dict(
+        about="EC-Flow, the paper's second model: a Glow in place of the autoencoder "
+        'learns from its own samples in the same way.',
+        check=check_no_encoder,
+        build=build_flow,
+    ),
+    **_WITHOUT_ENERGY,
+    **_WITH_ENERGY,
 }
