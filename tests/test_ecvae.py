@@ -57,6 +57,15 @@ def context():
     return Context(step=0, frac=0.0, generator=gen())
 
 
+def built(cfg):
+    "Networks of the system, or of the rival that the settings name."
+    return ecvae.SYSTEM.of(cfg).build(cfg)
+
+
+def kind_of(cfg):
+    return ecvae.FlowNets if cfg.method == 'ecflow' else ecvae.Nets
+
+
 # --- the paper's presets
 
 # K, decay of the average, prior; millions of parameters of encoder and decoder, and of the
@@ -93,7 +102,7 @@ def test_networks_of_the_paper(name, monkeypatch):
     bare = SIZES[cfg.net] | dict(sn_decoder=False, sn_energy=False)
     monkeypatch.setitem(SIZES, cfg.net, bare)
     with torch.device('meta'):
-        nets = ecvae.Nets(cfg)
+        nets = kind_of(cfg)(cfg)
     if vae:
         assert round((count(nets.encoder) + count(nets.decoder)) / 1e6, 2) == vae
         assert nets.decoder.latent == 128
@@ -120,9 +129,9 @@ def test_weights_and_settings_come_back(name, tmp_path, monkeypatch):
     cfg = replace(PRESETS[name], **SMALL_FLOW)
     # the same list of layers, narrow
     monkeypatch.setitem(SIZES, cfg.net, SIZES[cfg.net] | dict(width=1 / 64, blocks=1))
-    nets = ecvae.Nets(cfg)
+    nets = kind_of(cfg)(cfg)
     nets.save_pretrained(tmp_path)
-    again = ecvae.Nets.from_pretrained(tmp_path)
+    again = kind_of(cfg).from_pretrained(tmp_path)
     assert again.cfg == nets.cfg and hash(again.cfg) == hash(nets.cfg)
     assert equal(nets, again)
 
@@ -146,6 +155,51 @@ def test_every_experiment_names_a_preset():
         ecvae.check_config(choose(PRESETS, ecvae.DEFAULT_PRESET, *chosen)[1])
 
 
+@pytest.mark.parametrize('method', ['ecvae', 'wgan', 'ecflow', 'ebm', 'ebm-vae'])
+@pytest.mark.parametrize('tether', ['constant', 'demo', 'none'])
+def test_the_energy_of_a_chain_can_be_asked_any_number_of_times(method, tether):
+    "`ebmbook bench` asks far more often than a chain of training has updates."
+    torch.manual_seed(0)
+    cfg = replace(TINY, method=method, tether=tether)
+    nets, x = built(cfg).eval(), load('digits').tensor(4)
+    chain = ecvae.SYSTEM.of(cfg).chain_energy(nets, x)
+    values = [chain(x + 0.3).detach() for _ in range(3 * cfg.n_steps)]
+    assert all(torch.equal(value, values[0]) for value in values)
+    tied = values[0] - nets.energy(x + 0.3).detach() / cfg.tau
+    on_x = method in ('ebm', 'ebm-vae')
+    assert (tied.abs().max() > 0) == (tether != 'none' and not on_x)
+
+
+@pytest.mark.parametrize('method', ecvae.presets._WORDS['method'])
+def test_networks_refuse_settings_of_another_method(method):
+    "So that no rival is trained or loaded as EC-VAE by mistake."
+    cfg = replace(TINY, method=method)
+    if method == 'ecvae':
+        ecvae.build(cfg)
+        return
+    with pytest.raises(ValueError, match='method must be one of ecvae, got'):
+        ecvae.build(cfg)
+    assert type(built(cfg)) is not ecvae.Nets
+
+
+@pytest.mark.parametrize(
+    'change,why',
+    [
+        (dict(method='ecflow', posterior=True), 'no encoder'),
+        (dict(method='flow', prior='flow'), 'no encoder'),
+        (dict(method='ebm', posterior=True), 'no encoder'),
+        (dict(method='vae', n_steps_test=3), 'no energy'),
+        (dict(method='flow', n_steps_test=3), 'no energy'),
+    ],
+)
+def test_settings_that_a_rival_cannot_use_end_before_training(change, why, tmp_path):
+    cfg = replace(TINY, **change)
+    with pytest.raises(ValueError, match=why):
+        ecvae.SYSTEM.of(cfg).check(cfg)
+    with pytest.raises(ValueError, match=why):
+        trained(cfg, tmp_path)
+
+
 def test_every_claim_names_presets_and_metrics_that_exist():
     quick = dict(restore=dict(n_steps=1, tries=1))
     claims_can_be_measured(ecvae, SMALL_FLOW, quick=quick)
@@ -160,7 +214,7 @@ def outcomes(cfg, monkeypatch, target=None, seed=0):
     `target` takes the place of the chains.
     """
     torch.manual_seed(seed)
-    nets, x = ecvae.build(cfg), load('digits').tensor(8)
+    nets, x = built(cfg), load('digits').tensor(8)
     if target is not None:
         monkeypatch.setattr(
             ecvae.method, '_targets', lambda nets, made, *_: target(made.detach())
@@ -171,7 +225,8 @@ def outcomes(cfg, monkeypatch, target=None, seed=0):
         ecvae.method, 'evidence', lambda *args: seen.setdefault('parts', evidence(*args))
     )
     ctx = context()
-    found = {name: (loss, logs) for name, loss, logs in ecvae.losses(nets, dict(x=x), ctx)}
+    losses = ecvae.SYSTEM.of(cfg).stages[0].losses
+    found = {name: (loss, logs) for name, loss, logs in losses(nets, dict(x=x), ctx)}
     return nets, x, found, seen.get('parts'), ctx
 
 
@@ -204,7 +259,7 @@ def test_critic_is_lowered_by_the_decoder(monkeypatch):
     cfg = replace(TINY, method='wgan')
     _, x, found, parts, _ = outcomes(cfg, monkeypatch)
     torch.manual_seed(0)
-    again = ecvae.build(cfg)
+    again = built(cfg)
     with torch.no_grad():
         made = again.decode(again.draw(8, gen()))  # the first draw of the iteration
     with frozen(again.energy):
@@ -219,7 +274,7 @@ def test_flows_and_priors_learn_by_likelihood(monkeypatch):
     monkeypatch.setattr(prior, 'log_prob', lambda self, z, **_: -3 + 0 * z.sum(1))
     assert outcomes(cfg, monkeypatch)[2]['prior'][0].item() == pytest.approx(3.0)
     cfg = replace(TINY, method='flow', kl=0.5)
-    flow = type(ecvae.build(cfg).flow)
+    flow = type(built(cfg).flow)
     monkeypatch.setattr(flow, 'log_prob', lambda self, x, **_: -7 + 0 * x.flatten(1).sum(1))
     loss, logs = outcomes(cfg, monkeypatch)[2]['model']
     assert (loss.item(), logs['nll'].item()) == (3.5, 7.0)
@@ -230,7 +285,7 @@ def test_flips_reach_the_losses(monkeypatch):
     parts = outcomes(replace(TINY, method='vae', flip=True), monkeypatch)[3]
     error = parts[0].mean().item()
     torch.manual_seed(0)
-    nets = ecvae.build(replace(TINY, method='vae'))
+    nets = built(replace(TINY, method='vae'))
     # a generator one draw behind changes z, not the data
     want = ecvae.evidence(nets.train(), torch.zeros(8, 1, 8, 8), gen())[0].mean().item()
     assert abs(error - want) < 0.5 * want

@@ -192,19 +192,10 @@ def _check_chains(cfg):
         raise ValueError(f"z_pull={cfg.z_pull} in {cfg.z_steps} updates overshoots")
 
 # %% ../../nbs/07_ecvae/presets.ipynb #57461bba
-def _check_method(cfg):
+def _check_distance(cfg):
     small = len(cfg.shape) != 3 or min(cfg.shape[1:]) < 16
     if cfg.distance == 'lpips' and small:
         raise ValueError("the distance lpips belongs to images of 16 pixels or more")
-    about_encoder = cfg.posterior or cfg.prior == 'flow'
-    if cfg.method in ('ecflow', 'flow', 'ebm') and about_encoder:
-        raise ValueError(
-            f"method {cfg.method!r} has no encoder to calibrate and no other prior"
-        )
-    if cfg.method in ('vae', 'flow') and cfg.n_steps_test:
-        raise ValueError(
-            f"method {cfg.method!r} has no energy to run {cfg.n_steps_test} updates on"
-        )
 
 
 def check_config(
@@ -219,7 +210,7 @@ def check_config(
     if cfg.net not in SIZES:
         raise ValueError(f"net must be one of {', '.join(SIZES)}, got {cfg.net!r}")
     _check_chains(cfg)
-    _check_method(cfg)
+    _check_distance(cfg)
     shape = SIZES[cfg.net]['shape']
     if tuple(shape) != tuple(cfg.shape):
         raise ValueError(f"net {cfg.net!r} is for shape {shape}, got {cfg.shape}")

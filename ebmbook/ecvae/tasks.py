@@ -7,6 +7,7 @@ __all__ = ['SYSTEM', 'evaluate', 'measure_points', 'measure_images', 'measure_po
 
 # %% ../../nbs/07_ecvae/tasks.ipynb #d928ab1a
 import math
+from dataclasses import replace
 
 import torch
 
@@ -15,10 +16,30 @@ from ..data.procedural import STD25
 from .method import STAGES, Nets, _squared_norm, build, chain_energy, energy
 from .method import evidence, refine_latents, restore, sample
 from .presets import DEFAULT_PRESET, PRESETS, Config, check_config
+from .rivals import RIVALS
 from ..learn.ledger import Measured
 from ..learn.system import System, Task, images_only, points_only
 from ..mcmc import frozen
 from ..measure.images import image_report
+
+# %% ../../nbs/07_ecvae/tasks.ipynb #5b7de0c1
+_ecvae = System(
+    name='ecvae',
+    about='A variational autoencoder that learns from its own samples, which short chains '
+    'on a learned energy correct.',
+    config=Config, presets=PRESETS, default_preset=DEFAULT_PRESET, check=check_config,
+    build=build, stages=STAGES, sample=sample, energy=energy, chain_energy=chain_energy,
+)  # fmt: skip
+# whoever measures samples asks it who draws them; `SYSTEM` below has the tasks too
+_drawn = replace(
+    _ecvae, rivals={name: replace(_ecvae, **fields) for name, fields in RIVALS.items()}
+)
+
+
+def _draw(nets, n, **options):
+    "By the sampler of EC-VAE, or of the rival that the networks belong to."
+    own = _drawn.of(nets.cfg)
+    return (sample if own is _drawn else own.sample)(nets, n, **options)
 
 # %% ../../nbs/07_ecvae/tasks.ipynb #c049
 def measure_points(
@@ -31,7 +52,7 @@ def measure_points(
 ) -> dict[str, Measured]:  # near, modes
     "Share of samples within three deviations of one of 25 modes; how many modes have some."
     n = n or 5_000
-    made = sample(nets, n, n_steps=n_steps, temp=temp, generator=generator).cpu()
+    made = _draw(nets, n, n_steps=n_steps, temp=temp, generator=generator).cpu()
     centre = made.clamp(-2.4, 2.4).round()  # the nearest of 25 modes, one apart
     near = (made - centre).norm(dim=1) < 3 * STD25
     found = (centre[near] + 2).long() @ torch.tensor([5, 1])
@@ -51,7 +72,7 @@ def measure_images(
     "Compare samples with images of the data."
 
     def draw(n):
-        return sample(nets, n, n_steps=n_steps, temp=temp, generator=generator)
+        return _draw(nets, n, n_steps=n_steps, temp=temp, generator=generator)
 
     return image_report(draw, nets.cfg, n, extractor)[0]
 
@@ -131,26 +152,23 @@ def measure_restoration(
     return measured
 
 # %% ../../nbs/07_ecvae/tasks.ipynb #c051
-def _no_decoder(nets):
-    return 'needs a decoder' if nets.decoder is None else ''
-
-
-def _no_decoder_of_images(nets):
-    fits = nets.decoder is not None and len(nets.cfg.shape) == 3
-    return '' if fits else 'needs a decoder of images'
-
-
-SYSTEM = System(
-    name='ecvae',
-    about='A variational autoencoder that learns from its own samples, which short chains '
-    'on a learned energy correct.',
-    config=Config, presets=PRESETS, default_preset=DEFAULT_PRESET, check=check_config,
-    build=build, stages=STAGES, sample=sample, energy=energy, chain_energy=chain_energy,
-    tasks=(
-        Task('sample', measure_points, points_only),
-        Task('sample', measure_images, images_only),
-        Task('posterior', measure_posterior, _no_decoder),
-        Task('restore', measure_restoration, _no_decoder_of_images),
-    ),
-)  # fmt: skip
+_SAMPLES = (
+    Task('sample', measure_points, points_only),
+    Task('sample', measure_images, images_only),
+)
+_DECODED = (
+    Task('posterior', measure_posterior),
+    Task('restore', measure_restoration, images_only),
+)
+# a flow and an energy alone have no decoder
+_FEWER = dict.fromkeys(('ecflow', 'flow', 'ebm'), _SAMPLES)
+_ALL = (*_SAMPLES, *_DECODED)
+SYSTEM = replace(
+    _drawn,
+    tasks=_ALL,
+    rivals={
+        name: replace(rival, tasks=_FEWER.get(name, _ALL))
+        for name, rival in _drawn.rivals.items()
+    },
+)
 evaluate = SYSTEM.evaluate
