@@ -105,7 +105,7 @@ def trains_in_full(
     assert took < limit(seconds)
 
 
-def claims_can_be_measured(module, tiny, n=600, quick=None):
+def claims_can_be_measured(module, tiny, n=600, quick=None, device='cpu'):
     """Every arm of a system's claims names settings that exist and can be measured.
 
     `evaluate` measures on it, made small by `tiny`, all that the claim compares; `quick`
@@ -126,7 +126,7 @@ def claims_can_be_measured(module, tiny, n=600, quick=None):
             key = json.dumps([arm.preset, arm.over, arm.at], sort_keys=True)
             if key not in seen:
                 small = replace(cfg, **tiny)
-                nets = module.SYSTEM.of(small).build(small).eval()
+                nets = module.SYSTEM.of(small).build(small).to(device).eval()
                 task = arm.at.get('task', '')
                 few = dict(n=n) if 'n' in module.SYSTEM.task(nets, task).options else {}
                 options = arm.at | few | (quick or {}).get(arm.at.get('task'), {})

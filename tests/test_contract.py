@@ -63,3 +63,43 @@ def test_inference_mode_changes_no_number_and_no_later_training(case, tmp_path):
     assert all(map(torch.equal, want, asked(system, nets, x)))
     later, more = trained(system, cfg, tmp_path / 'after')
     assert digest(later) == weights and more == lines
+
+
+# --- rivals
+
+RIVALS = [
+    (name, method)
+    for name in ('coopflow', 'vaebm', 'ecvae', 'liebm')
+    for method in load_system(name).rivals
+]
+
+
+@pytest.mark.parametrize('name, method', RIVALS)
+def test_a_chapter_draws_from_a_rival_as_the_rival_does_or_refuses(name, method):
+    system = load_system(name)
+    cfg = settings(system, method=method)
+    rival = system.of(cfg)
+    nets = rival.build(cfg).eval()
+
+    def drawn(sample):
+        return sample(nets, 3, generator=torch.Generator().manual_seed(0))
+
+    want = drawn(rival.sample)
+    try:
+        found = drawn(system.sample)
+    except ValueError as error:
+        assert 'method must be one of' in str(error)
+        return
+    assert torch.equal(found, want)
+
+
+@pytest.mark.parametrize('name, method', RIVALS)
+def test_a_chapter_builds_no_networks_of_a_rival(name, method):
+    system = load_system(name)
+    cfg = settings(system, method=method)
+    with pytest.raises(ValueError, match=f"method must be one of .*, got '{method}'"):
+        system.build(cfg)
+    rival = system.of(cfg)
+    if rival.energy is None:
+        with pytest.raises(ValueError, match='have no energy'):
+            system.energy(rival.build(cfg), torch.zeros(2, *cfg.shape))

@@ -60,7 +60,9 @@ def chosen(system, name, base, method):
 
 
 def few(task):
-    wanted = dict(n=128) if 'n' in task.options else {}
+    # a distance between samples and data needs 128 of them
+    n = 128 if 'extractor' in task.options else 8
+    wanted = dict(n=n) if 'n' in task.options else {}
     return wanted | (dict(chunk=128) if 'chunk' in task.options else {})
 
 

@@ -80,7 +80,7 @@ TASKS = [  # system, base, options of `evaluate`, the kind of error, what it nam
     ('vaebm', 'images', dict(temperature=0.7), TypeError, "did you mean 'temp'?"),
     ('vaebm', '', dict(task='ood'), ValueError, 'needs images'),
     ('ecvae', 'images', dict(task='restore', weigth=1.0), TypeError, "'weight'?"),
-    ('ecvae', '', dict(task='restore'), ValueError, 'needs a decoder of images'),
+    ('ecvae', '', dict(task='restore'), ValueError, 'needs images'),
     ('liebm', '', dict(task='odd'), KeyError, "did you mean 'ood'?"),
     ('liebm', '', dict(n_samples=3), TypeError, "takes no option 'n_samples'"),
     ('foundations', '', dict(N=3), TypeError, "takes no option 'N'"),

@@ -23,6 +23,7 @@ from ..learn.blocks import ActNorm, Flow
 from ..learn.contract import Context, Group, Stage
 from ..learn.objectives import contrast
 from ..learn.settings import strict
+from ..learn.system import energy_net
 from ..mcmc import Draws, Rates, frozen, in_chunks, langevin
 
 # %% ../../nbs/04_coopflow.ipynb #c016
@@ -310,8 +311,8 @@ def energy(
     nets: Nets,  # Trained networks with an energy
     x: Tensor,  # (B, ...) images in [-1, 1], or points
 ) -> Tensor:  # (B,) nats; with a noise-free chain no log-density
-    "The learned energy."
-    with torch.no_grad(), frozen(nets.energy):
+    "The learned energy. Raises `ValueError` for a flow alone."
+    with torch.no_grad(), frozen(energy_net(nets)):
         return nets.energy(x)
 
 # %% ../../nbs/04_coopflow.ipynb #c048

@@ -11,7 +11,7 @@ __all__ = ['STAGES', 'Nets', 'build', 'check_no_encoder', 'FlowNets', 'build_flo
 import math
 from collections.abc import Callable
 from functools import cache
-from itertools import repeat
+from itertools import chain, repeat
 
 import torch
 from huggingface_hub import PyTorchModelHubMixin
@@ -29,6 +29,7 @@ from .presets import Config
 from .presets import check_config
 from ..learn.contract import Context
 from ..learn.settings import check_words, strict
+from ..learn.system import energy_net
 from ..mcmc import Draws
 from collections.abc import Iterator
 from typing import Any, ClassVar
@@ -209,8 +210,9 @@ def _demo_tether(x, weights):
 
 
 def _annealed(n_steps):
-    "Weights of the demo's tether, of the first update to the last, which has none."
-    return (left / n_steps for left in range(n_steps - 1, -1, -1))
+    "Weights of the demo's tether, from the first update to the last; that one has none."
+    shares = (left / n_steps for left in range(n_steps - 1, -1, -1))
+    return chain(shares, repeat(0.0))  # who looks at the chain's end asks once more
 
 
 def _tether(x, cfg, weights):
@@ -561,9 +563,11 @@ def sample(
     """Draw from the model.
 
     Below 1, `temp` is for pictures only.
-    Raises `TypeError` for an option that it does not have.
+    Raises `TypeError` for an option that it does not have, and `ValueError` for networks
+    of a rival that draws by chains: `SYSTEM.of(nets.cfg).sample` does.
     """
     cfg = nets.cfg
+    check_words(cfg, dict(method=('ecvae', 'ecflow', 'vae', 'flow', 'wgan')))
     n_steps = cfg.n_steps_test if n_steps is None else n_steps
 
     def draw(size):
@@ -582,8 +586,8 @@ def energy(
     nets: Nets,  # Trained networks
     x: Tensor,  # (B, ...) images in [-1, 1], or points
 ) -> Tensor:  # (B,) nats
-    "The learned energy E = f/tau."
-    with torch.no_grad(), frozen(nets.energy):
+    "The learned energy E = f/tau. Raises `ValueError` for networks without an energy."
+    with torch.no_grad(), frozen(energy_net(nets)):
         return nets.energy(x) / nets.cfg.tau
 
 # %% ../../nbs/07_ecvae.ipynb #60673df5

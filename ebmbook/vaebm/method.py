@@ -19,7 +19,8 @@ from torch.nn.utils import parametrize
 from ..data.catalogue import flip_if, load
 from ..learn.contract import Context, Group, Stage
 from ..learn.objectives import contrast
-from ..learn.settings import strict
+from ..learn.settings import check_words, strict
+from ..learn.system import energy_net
 from ebmbook.mcmc import (
     Draws,
     frozen,
@@ -419,9 +420,12 @@ def sample(
 ) -> Tensor:  # (n, ...) images in [-1, 1], or points
     """Draw from the model.
 
+    Raises `ValueError` for networks of a rival: `SYSTEM.of(nets.cfg).sample` draws there.
     Source: Xiao et al. 2021, appendix E; the decoder's mean from the released program.
     """
     cfg = nets.cfg
+    if not alone:
+        check_words(cfg, dict(method=('vaebm',)))
     points = len(cfg.shape) == 1
     updates = cfg.n_steps_test if n_steps is None else n_steps
 
@@ -443,8 +447,8 @@ def energy(
     nets: Nets,  # Trained networks with an energy
     x: Tensor,  # (B, ...) images in [-1, 1], or points
 ) -> Tensor:  # (B,) nats; the factor exp(-E) multiplies the autoencoder's density
-    "The learned energy."
-    with torch.no_grad(), frozen(nets.energy):
+    "The learned energy. Raises `ValueError` for an autoencoder alone."
+    with torch.no_grad(), frozen(energy_net(nets)):
         return nets.energy(x)
 
 
