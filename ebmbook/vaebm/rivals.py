@@ -73,14 +73,15 @@ def vae_sample(
     nets: VaeNets | RivalNets,  # Trained networks
     n: int,  # How many
     *,
-    n_steps: int | None = None,  # As in `sample`; there is no chain
-    alone: bool = False,  # As in `sample`; no energy has a part in it
+    n_steps: int | None = None,  # None or 0; there is no chain
+    alone: bool = False,  # Without effect: no energy has a part in it
     temp: float = 1.0,  # Scale of the noise
     generator: Draws = None,  # Source of every draw
-    on_step: Callable[..., Any] | None = None,  # As in `sample`; there is no chain
     chunk: int = 512,  # Samples at once; bounds the memory
 ) -> Tensor:  # (n, ...) images in [-1, 1], or points
-    "Draw from the autoencoder."
+    "Draw from the autoencoder. Raises `ValueError` for updates."
+    if n_steps:
+        raise ValueError(f"this method has no chain to run {n_steps} updates of")
     return sample(nets, n, alone=True, temp=temp, generator=generator, chunk=chunk)
 
 # %% ../../nbs/06_vaebm/rivals.ipynb #3a7c90dd
