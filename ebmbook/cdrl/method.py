@@ -565,10 +565,12 @@ def sample(
 
     Without `labels` the samples are unconditional. Without `chain_generator` the chains
     draw from `generator` too.
-    Raises `ValueError` for labels on an unconditional preset, or of the wrong length.
-    Source: Zhu 2024, Algorithm 5.
+    Raises `ValueError` for labels on an unconditional preset, or of the wrong length, and
+    for guidance without labels. Source: Zhu 2024, Algorithm 5.
     """
     cfg = nets.cfg
+    if w and labels is None:
+        raise ValueError(f"w={w:g} strengthens labels; give labels too")
     labels = _labels_of(labels, n, cfg)
     options = dict(
         w=w,

@@ -156,9 +156,11 @@ _SAMPLES = (
     Task('sample', measure_points, points_only),
     Task('sample', measure_images, images_only),
 )
+# the pseudo-inverse runs no chain
+_IDLE = {('inverse', True): ('weight', 'sigma', 'eta', 'n_steps', 'tries')}
 _DECODED = (
     Task('posterior', measure_posterior),
-    Task('restore', measure_restoration, images_only),
+    Task('restore', measure_restoration, images_only, _IDLE),
 )
 # a flow and an energy alone have no decoder
 _FEWER = dict.fromkeys(('ecflow', 'flow', 'ebm'), _SAMPLES)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from .contract import Stage
 from .ledger import Measured
-from .settings import check_options, unknown
+from .settings import WrongOption, check_options, unknown
 from ..mcmc import Draws
 
 # %% ../../nbs/learn/system.ipynb #a1f03c08
@@ -32,12 +32,25 @@ class Task:
     name: str  # What people call it
     fn: Callable[..., dict[str, Measured]]  # fn(nets, generator, *, options)
     unfit: Callable[[Any], str] = _fits  # Why it does not suit networks, or ''
+    void: Mapping[tuple[str, Any], Sequence[str]] = field(default_factory=dict)
+    # (option, value) -> options that then do nothing
 
     @property
     def options(self) -> list[str]:
         "Names of its options."
         takes = inspect.signature(self.fn).parameters.values()
         return [param.name for param in takes if param.kind is param.KEYWORD_ONLY]
+
+    def check(
+        self,
+        given: Mapping[str, Any],  # Options by name, all known
+    ) -> None:
+        "Refuse options that do nothing beside others. Raises `WrongOption`."
+        for (name, value), others in self.void.items():
+            idle = [other for other in others if other in given]
+            if idle and given.get(name) == value:
+                text = f"task {self.name!r}: {' and '.join(idle)} would do nothing"
+                raise WrongOption(f"{text} beside {name}={value!r}")
 
 # %% ../../nbs/learn/system.ipynb #a1f03d02
 def points_only(
@@ -173,4 +186,5 @@ class System:
         chosen = self.task(nets, task)
         what = f'task {chosen.name!r} of {self.name}'
         check_options(what, options, chosen.options, vars(nets.cfg))
+        chosen.check(options)
         return chosen.fn(nets, generator_of(nets, seed), **options)

@@ -89,6 +89,13 @@ def _measure_rebuild(nets, generator, *, n=None):
 
 # %% ../../nbs/08_liebm/tasks.ipynb #c060r
 _STAGES_OF_RESTORING = ('inverse', 'start', 'latent', 'both')
+# what chains take that a stage does not run
+_OF_Y = ('eta_y', 'noise_y', 'n_steps_y')
+_IDLE = {
+    ('stage', 'inverse'): ('sigma', 'eta', 'n_steps', *_OF_Y),
+    ('stage', 'start'): ('sigma', 'eta', 'n_steps', *_OF_Y),
+    ('stage', 'latent'): _OF_Y,
+}
 
 
 def _restored(nets, op, y, generator, stage, options):
@@ -179,11 +186,11 @@ _EM = System(
     build=build, stages=STAGES, sample=sample, energy=energy, chain_energy=chain_energy,
     tasks=(
         Task('sample', _measure_images),
-        Task('ood', _measure_ood),
+        Task('ood', _measure_ood, void={('alone', True): ('gamma',)}),
         Task('encoder', _measure_encoder, _needs_encoder),
         Task('features', _measure_features),
         Task('rebuild', _measure_rebuild, _needs_inference),
-        Task('restore', _measure_restoration, _needs_inference),
+        Task('restore', _measure_restoration, _needs_inference, _IDLE),
     ),
 )  # fmt: skip
 _EJM = replace(

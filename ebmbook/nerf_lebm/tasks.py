@@ -206,7 +206,7 @@ SYSTEM = System(
     build=build, stages=STAGES, sample=sample,
     tasks=(
         Task('sample', _measure_images),
-        Task('views', _measure_views, _several_views),
+        Task('views', _measure_views, _several_views, {('of', 'mean'): ('by', 'n_steps')}),
         Task('swap', _measure_swap, _true_cars),
         Task('pose', _measure_pose, _true_cameras),
     ),

@@ -170,9 +170,10 @@ def measure_ood(
     return auroc_ood(score, nets.cfg.data, n or 300)
 
 # %% ../../nbs/06_vaebm/tasks.ipynb #c050
+_ALONE = {('alone', True): ('n_steps',)}  # the autoencoder runs no chain
 _TASKS = (
-    Task('sample', measure_points, points_only),
-    Task('sample', measure_images, images_only),
+    Task('sample', measure_points, points_only, _ALONE),
+    Task('sample', measure_images, images_only, _ALONE),
     Task('ood', measure_ood, images_only),
 )
 SYSTEM = replace(
