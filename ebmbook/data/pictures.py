@@ -92,6 +92,10 @@ def _flat(image, grey):  # any mode -> L or RGB
 def _upright(image):  # as the camera was held
     from PIL import ImageOps
 
+    if image.format == 'TIFF':  # Pillow turns these when it unpacks them, if it can
+        if image.tag_v2.get(0x0112) in (5, 6, 7, 8) and image.tile[0][0] == 'raw':
+            raise ValueError("it lies on its side; save it upright, or compressed")
+        return image
     try:
         ImageOps.exif_transpose(image, in_place=True)
     except Exception:  # what is wrong with its notes is not wrong with its pixels
