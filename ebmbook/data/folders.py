@@ -45,7 +45,7 @@ def _named(folders, names):  # the first of these names that a folder bears, in 
     small = {name.lower(): folder for name, folder in sorted(folders.items())}
     return next((small[name] for name in names if name in small), None)
 
-
+# %% ../../nbs/data/folders.ipynb #4bc4e87d
 def _split_folders(path):  # those of the two splits, None where there is none; and the rest
     folders = _subfolders(path)
     train, test = _named(folders, _TRAIN), _named(folders, _TEST)

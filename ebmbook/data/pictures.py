@@ -151,9 +151,7 @@ def read_picture(
 
 def picture_header(
     path: str | Path,  # One file
-) -> tuple[
-    tuple[int, int], bool
-]:  # Width and height as it is shown, and whether it is grey
+) -> tuple[tuple[int, int], bool]:  # (width, height) as shown; is it grey?
     "What a file says of its picture, without unpacking it. Raises as `read_picture` does."
     with _opened(path, '') as file:
         size, palette = file.size, file.getpalette() if file.mode == 'P' else None
