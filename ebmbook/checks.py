@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['State', 'count', 'amount', 'positive', 'share', 'source', 'blocks_of', 'like_state', 'per_block', 'recording',
-           'ordinary', 'energies_of', 'begin', 'gradients_of', 'watching', 'tell_chain', 'tell_recall']
+           'ordinary', 'energies_of', 'begin', 'gradients_of', 'watching', 'tell_chain', 'tell_recall', 'in_double',
+           'finite_start', 'finite_energies', 'stuck', 'moved', 'any_accepted', 'row', 'mean_weight', 'log_mean_exp']
 
 # %% ../nbs/checks.ipynb #3618c44b
 import math
@@ -281,7 +282,8 @@ def gradients_of(
     return energies, grads
 
 # %% ../nbs/checks.ipynb #5b0e7d10
-_LISTENERS: ContextVar[tuple] = ContextVar('listeners', default=(None, None))
+_NOBODY = (None, None)
+_LISTENERS: ContextVar[tuple] = ContextVar('listeners', default=_NOBODY)
 
 
 @contextmanager
@@ -313,3 +315,151 @@ def tell_recall(*told: Any) -> None:  # As `on_recall` takes them
     on_recall = _LISTENERS.get()[1]
     if on_recall is not None:
         on_recall(*told)
+
+# %% ../nbs/checks.ipynb #f4a1c6ea
+_NO_DOUBLE = ('mps',)  # devices without float64
+
+
+def in_double(
+    values: Tensor,  # Any numbers
+) -> Tensor:  # The same in float64, on the CPU where their device has none
+    "Numbers for a sum that must not lose digits."
+    return (values.cpu() if values.device.type in _NO_DOUBLE else values).double()
+
+
+def finite_start(
+    blocks: tuple[Tensor, ...],  # (B, ...) each
+    what: str = 'x',  # Its name in messages
+    lost: float = 0.0,  # Share of the chains that an earlier run may have lost
+) -> tuple[Tensor, ...]:  # The blocks
+    """Refuse chains that start at NaN or infinity, unless a loop listens.
+
+    Raises `ValueError`.
+    """
+    if _LISTENERS.get() is not _NOBODY:
+        return blocks
+    for block in blocks:
+        if block.device.type != 'cpu' or block.isfinite().all():
+            continue
+        bad = (~block.isfinite()).reshape(len(block), -1).any(1).sum().item()
+        if bad <= lost * len(block):
+            continue
+        raise ValueError(
+            f"{what} holds NaN or infinite values in {bad} of {len(block)} chains, "
+            "which would never return: start them at finite numbers"
+        )
+    return blocks
+
+
+def finite_energies(
+    energies: Tensor,  # (B,) of a start
+) -> None:
+    """Refuse a start without an energy, unless a loop listens; an infinite one may be meant.
+
+    Raises `ValueError`.
+    """
+    if _LISTENERS.get() is not _NOBODY or energies.device.type != 'cpu':
+        return
+    bad = energies.isnan().sum().item()
+    if bad:
+        raise ValueError(
+            f"the energy of x is NaN in {bad} of {len(energies)} chains: "
+            "start where it is a number"
+        )
+
+
+def stuck(
+    old: tuple[Tensor, ...],  # (B, ...) each
+    new: tuple[Tensor, ...],  # The same after an update
+    changes: Callable[[], tuple[Tensor, ...]],  # What should have been added, asked last
+) -> None:
+    """Refuse an update that half precision rounds away, in all blocks and chains.
+
+    Raises `ValueError` unless a loop listens.
+    """
+    halves = all(block.dtype in (torch.float16, torch.bfloat16) for block in old)
+    if not halves or _LISTENERS.get() is not _NOBODY:
+        return
+    if not all(torch.equal(before, after) for before, after in zip(old, new)):
+        return
+    moves = changes()
+    added = [block + move.to(block.dtype) for block, move in zip(old, moves)]
+    if not all(torch.equal(block, after) for block, after in zip(old, added)):
+        return  # nothing is lost: it was undone on purpose, as by a wall
+    if any((move != 0).any() for move in moves):
+        raise ValueError(
+            f"the update is lost: {old[0].dtype} rounds it away, and no chain moves. Keep "
+            "the state in float32; `bf16(energy)` saves time without this loss"
+        )
+
+# %% ../nbs/checks.ipynb #32d28165
+def moved(
+    energy: Callable[..., Tensor],  # E(*blocks) -> (B,), in nats
+    x: Any,  # (B, ...) or tuple of (B, ...)
+    new: Any,  # The same after a Langevin update
+    drift: tuple,  # One for each block
+    noise: tuple,  # One for each block
+) -> None:
+    """Refuse a Langevin update that half precision rounds away.
+
+    Raises what `stuck` raises.
+    """
+
+    def changes():
+        grads = gradients_of(energy, blocks)[1]
+        own = zip(grads, drift, noise)
+        return tuple((a * grad).abs() + b * torch.ones_like(grad) for grad, a, b in own)
+
+    blocks = x if isinstance(x, tuple) else (x,)
+    stuck(blocks, new if isinstance(new, tuple) else (new,), changes)
+
+
+def any_accepted(
+    best: float,  # Largest mean acceptance of a proposal
+    n_steps: int,  # Number of proposals
+    step: float,  # The last step
+) -> None:
+    "Refuse proposals none of which was accepted. Raises `ValueError`."
+    if not best > 0:
+        raise ValueError(
+            f"none of {n_steps} proposals was accepted, down to a step of {step:.2g}: the "
+            "energy is not finite near x, or its gradient belongs to another energy"
+        )
+
+# %% ../nbs/checks.ipynb #e58df73f
+def row(
+    values: Any,  # One number for each chain
+    what: str,  # Its name in messages
+) -> Tensor:  # The same
+    """Refuse what is no tensor (B,) of one number or more.
+
+    Raises `TypeError` and `ValueError`.
+    """
+    if not isinstance(values, Tensor):
+        raise TypeError(f"{what} must be a tensor, got {type(values).__name__}")
+    if values.ndim != 1 or not len(values):
+        raise ValueError(f"{what} must have shape (B,), B >= 1; got {tuple(values.shape)}")
+    return values
+
+
+def mean_weight(
+    log_w: Tensor,  # (..., K) logarithms
+) -> Tensor:  # (...) float64, log of the mean over K
+    "Logarithm of a mean of exponentials. Raises `ValueError` for NaN or no numbers."
+    if log_w.ndim < 1 or not log_w.shape[-1]:
+        raise ValueError(f"expected (..., K) with K >= 1, got {tuple(log_w.shape)}")
+    if log_w.isnan().any():
+        raise ValueError("log_w holds NaN")
+    return torch.logsumexp(in_double(log_w), -1) - math.log(log_w.shape[-1])
+
+
+def log_mean_exp(
+    log_w: Tensor,  # (B,) logarithms
+) -> float:  # log of their mean
+    """Logarithm of a mean of exponentials.
+
+    Of forward `ais` weights it is a lower bound of log(Z/Z_0) on average, minus that of
+    backward weights an upper one. Raises `ValueError` unless there is a row of numbers,
+    none of them NaN.
+    """
+    return mean_weight(row(log_w, 'log_w')).item()

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['Draws', 'Rates', 'ula', 'Slice', 'normal', 'uniform', 'frozen', 'langevin_step', 'langevin', 'reflect', 'double_well',
            'ring', 'funnel', 'variance_after', 'Trace', 'ess', 'rhat', 'leapfrog', 'hmc', 'mala', 'adapt', 'alternate',
-           'recall', 'tempered', 'grid', 'grid_log_z', 'ais', 'log_mean_exp', 'bf16', 'keep_freed', 'in_chunks',
-           'State']
+           'recall', 'tempered', 'grid', 'grid_log_z', 'ais', 'bf16', 'keep_freed', 'in_chunks', 'State',
+           'log_mean_exp']
 
 # %% ../nbs/01_mcmc.ipynb #c003
 import ctypes
@@ -24,9 +24,10 @@ from tqdm import tqdm
 
 from . import checks
 from .checks import State, begin, blocks_of, energies_of, gradients_of, like_state
-from .checks import ordinary, per_block, recording, tell_chain, tell_recall
+from .checks import in_double, log_mean_exp, ordinary, per_block, recording
+from .checks import tell_chain, tell_recall
 
-_all_ = ['State']
+_all_ = ['State', 'log_mean_exp']
 
 # %% ../nbs/01_mcmc.ipynb #c007
 class Rates(NamedTuple):
@@ -161,7 +162,7 @@ def _ready(x, rates, clip, graph):  # a start and rates; what updates share is c
     _check_rates(rates)
     x = begin(x, graph)
     if not isinstance(rates, _Ready):
-        blocks = (x,) if isinstance(x, Tensor) else x
+        blocks = checks.finite_start((x,) if isinstance(x, Tensor) else x, lost=0.01)
         drift = per_block(rates.drift, blocks, 'drift')
         rates = _Ready(drift, per_block(rates.noise, blocks, 'noise'))
     if clip is not None and not clip >= 0:
@@ -235,7 +236,9 @@ def langevin(
     options |= dict(generator=generator, differentiable=differentiable)
     for i in range(n_steps):
         see = None if on_step is None else partial(on_step, i, here)
-        here = langevin_step(energy, here, ready, on_energy=see, **options)
+        before, here = here, langevin_step(energy, here, ready, on_energy=see, **options)
+        if not i:
+            checks.moved(energy, before, here, *ready)
     if n_steps and not differentiable:
         tell_chain(energy, x, here, rates, n_steps)
     return here
@@ -302,7 +305,7 @@ def variance_after(
 class Trace:
     """Record of a run; pass it as `on_step`.
 
-    The distance is over all blocks together, from the first state that it sees.
+    The distance is over all blocks together, from the first state of each run.
     """
 
     every: int = 1  # Keep one update in so many
@@ -323,7 +326,7 @@ class Trace:
         if i % self.every:
             return
         blocks = (x,) if isinstance(x, Tensor) else x
-        if not self.energies:
+        if not i or not self.energies:
             self._first = blocks
         squared = sum(
             (block - first)[:, None].flatten(1).square().sum(1)
@@ -353,7 +356,7 @@ def _diagnose(kind, draws):  # ArviZ's `kind` of each coordinate
         raise ValueError(
             f"expected draws (updates >= 4, chains, ...), got {tuple(draws.shape)}"
         )
-    values = draws.detach().double().cpu()
+    values = draws.detach().cpu().double()
     flat = values.flatten(2).numpy() if draws.ndim > 2 else values.numpy()[:, :, None]
     return [float(getattr(arviz, kind)(flat[:, :, i].T)) for i in range(flat.shape[2])]
 
@@ -406,10 +409,11 @@ def _leap(energy, blocks, momenta, sizes, n_leap, start):  # `leapfrog` of check
     kicks = zip(momenta, sizes, grads)
     moving = tuple(momentum - size / 2 * grad for momentum, size, grad in kicks)
     for i in range(n_leap):
-        blocks = tuple(
-            (block + size * momentum).to(block.dtype)
-            for block, momentum, size in zip(blocks, moving, sizes)
-        )
+        steps = tuple(size * momentum for momentum, size in zip(moving, sizes))
+        before = blocks
+        blocks = tuple((block + step).to(block.dtype) for block, step in zip(blocks, steps))
+        if not i:
+            checks.stuck(before, blocks, lambda: steps)
         energies, grads = gradients_of(energy, blocks)
         kick = 0.5 if i == n_leap - 1 else 1.0  # half kicks meet between positions
         kicks = zip(moving, sizes, grads)
@@ -461,10 +465,11 @@ def hmc(
     checks.count(n_steps, 'n_steps')
     checks.count(n_leap, 'n_leap', 1)
     checks.positive(temp, 'temp')
-    blocks = blocks_of(begin(x, False))
+    blocks = checks.finite_start(blocks_of(begin(x, False)))
     sizes = per_block(step, blocks, 'step')
     heated = energy if temp == 1 else lambda *state: energy(*state) / temp
     here = gradients_of(heated, blocks)
+    checks.finite_energies(here[0])
     with ordinary():
         accepted = torch.zeros(len(blocks[0]), device=blocks[0].device)
         for i in range(n_steps):
@@ -510,7 +515,8 @@ def adapt(
 ) -> tuple[State, float]:  # State of the chains afterwards, and the step to use from now on
     """Find a step size by dual averaging over all chains.
 
-    Raises `ValueError` for a target outside (0, 1), a step <= 0 and n_steps < 1.
+    Raises `ValueError` for a target outside (0, 1), a step <= 0 and n_steps < 1, and when
+    no proposal is accepted.
     Source: Hoffman and Gelman 2014, section 3.2.
     """
     if not 0 < target < 1:
@@ -519,13 +525,15 @@ def adapt(
     checks.count(n_steps, 'n_steps', 1)
     far = math.log(10 * step)
     miss = 0.0
-    mean = 0.0
+    mean = best = 0.0
     for i in range(1, n_steps + 1):
         x, accept = kernel(energy, x, step, 1, generator=generator)
-        miss += (target - accept.mean().item() - miss) / (i + 10)
+        best = max(best, share := accept.mean().item())
+        miss += (target - share - miss) / (i + 10)
         now = far - i**0.5 / 0.05 * miss
         mean += i**-0.75 * (now - mean)
         step = math.exp(now)
+    checks.any_accepted(best, n_steps, step)
     return x, math.exp(mean)
 
 # %% ../nbs/01_mcmc.ipynb #c055
@@ -639,7 +647,7 @@ def grid_log_z(
     """
     parts = grid(lim, n, like).split(chunk)
     with recording(), torch.no_grad():
-        energies = torch.cat([energies_of(energy, (part,)) for part in parts]).double()
+        energies = in_double(torch.cat([energies_of(energy, (part,)) for part in parts]))
     log_z = (torch.logsumexp(-energies, 0) + 2 * math.log(2 * lim / n)).item()
     return log_z, (-energies - log_z).reshape(n, n).cpu()
 
@@ -664,22 +672,11 @@ def ais(
     for old, new in zip(path, path[1:]):
         blocks = blocks_of(x)
         with recording(), torch.no_grad():
-            heights = energies_of(base, blocks).double()
-            log_w = log_w + (new - old) * (heights - energies_of(energy, blocks).double())
+            heights = in_double(energies_of(base, blocks))
+            log_w = log_w + (new - old) * (heights - in_double(energies_of(energy, blocks)))
         if new != path[-1]:
             x = kernel(tempered(energy, new, base), x)
     return x, log_w
-
-
-def log_mean_exp(
-    log_w: Tensor,  # (B,) logarithms
-) -> float:  # log of their mean
-    """Logarithm of a mean of exponentials.
-
-    Of forward `ais` weights it is a lower bound of log(Z/Z_0) on average, minus that of
-    backward weights an upper one.
-    """
-    return (torch.logsumexp(log_w.double(), 0) - math.log(len(log_w))).item()
 
 # %% ../nbs/01_mcmc.ipynb #c074
 def bf16(

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from .examples import Examples, Spec, damaged
-from .pictures import image_files, picture_set
+from .pictures import image_files, is_foreign, picture_set
 from .scenes import Camera, pose_of
 
 # %% ../../nbs/data/cameras.ipynb #1974298f
@@ -119,7 +119,11 @@ def load_srn(
 ) -> Examples:
     "Load one split of the ShapeNet cars. Raises `FileNotFoundError` without views."
     base = root / 'srn_cars' / f'cars_{split}'
-    cars = sorted(folder for folder in base.iterdir() if (folder / 'rgb').is_dir())
+    cars = sorted(
+        folder
+        for folder in base.iterdir()
+        if not is_foreign(folder.name) and (folder / 'rgb').is_dir()
+    )
     if not cars:
         raise FileNotFoundError(f"{name!r}: no object with a folder rgb in {base}")
     files = []

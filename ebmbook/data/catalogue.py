@@ -26,7 +26,7 @@ from ebmbook.data.files import (
     load_stl10,
     load_torchvision,
 )
-from .folders import find_folder, load_folder
+from .folders import asked_size, find_folder, load_folder
 from .procedural import CAR_NAMES, SHAPE_NAMES, load_procedural
 from ..mcmc import Draws, uniform
 
@@ -239,6 +239,8 @@ def require(
     missing = [file for file in spec.files if not exists(file)]
     if missing:
         raise _incomplete(name, missing, root)
+    if name == 'celebahq256':
+        find_folder(name, root, 'train')
     return spec
 
 # %% ../../nbs/00_data.ipynb #c014
@@ -249,14 +251,24 @@ def check_shape(
 ) -> None:
     """Refuse a preset whose examples have another shape than its data set.
 
-    Without `spec` the name is looked up, and folder:PATH passes.
-    Raises `ValueError` naming both shapes.
+    Without `spec` the name is looked up, and folder:PATH passes unless it asks for
+    another shape. Raises `ValueError` naming both shapes, and the name that works.
     """
     spec = spec or DATASETS.get(name)
-    if spec is not None and tuple(spec.shape) != tuple(shape):
-        raise ValueError(
-            f"data set {name!r} has shape {spec.shape}, but shape={tuple(shape)}"
+    has = spec.shape if spec else ()
+    own = name.startswith('folder:')
+    folder, asked = asked_size(name, Path()) if own else (Path(), ())
+    if own and not spec:
+        has = asked if len(asked) == 3 else asked and (shape[0], *asked)
+    if not has or tuple(has) == tuple(shape):
+        return
+    message = f"data set {name!r} has shape {tuple(has)}, but shape={tuple(shape)}"
+    if own and len(shape) == 3:
+        message += (
+            f"; as 'folder:{folder}@{'x'.join(map(str, shape))}' its images are converted "
+            "to that"
         )
+    raise ValueError(message)
 
 # %% ../../nbs/00_data.ipynb #c056
 _MADE_HERE = [

@@ -56,6 +56,18 @@ def _check_lengths(x, y, extra):
             raise ValueError(f"{name!r} cannot be an extra")
 
 
+def _as_bytes(x):  # integers of pictures, which are bytes if they lie in 0..255 and pass 1
+    if x.ndim != 4 or x.is_floating_point() or x.dtype == torch.uint8 or not x.numel():
+        return x
+    low, high = (end.item() for end in x.long().aminmax())
+    if x.dtype == torch.bool or low < 0 or not 1 < high <= 255:
+        raise ValueError(
+            f"pictures are bytes, or floats in [-1, 1]; these are {x.dtype} from {low} to "
+            f"{high}: scale them, or give uint8"
+        )
+    return x.byte()
+
+
 def _as_float(x):
     return x.float().div_(127.5).sub_(1) if x.dtype == torch.uint8 else x.float()
 
@@ -76,7 +88,8 @@ class Examples(torch.utils.data.Dataset):
     ) -> None:
         extra = extra or {}
         _check_lengths(x, y, extra)
-        self.x, self.y, self.extra = x, y, extra
+        self.x = _as_bytes(x) if isinstance(x, Tensor) else x
+        self.y, self.extra = y, extra
         self.shape = tuple(shape or x.shape[1:])  # type: ignore[union-attr]
 
     def __len__(self) -> int:

@@ -143,7 +143,10 @@ def load_celeba(
     number = '0' if split == 'train' else '2'
     keep = [i for i, part in enumerate(parts) if part[1] == number]
     y = [[int(word) > 0 for word in lines[2 + i].split()[1:]] for i in keep]
-    files = [str(base / 'img_align_celeba' / parts[i][0]) for i in keep]
+    faces = base / 'img_align_celeba'
+    if (faces / faces.name).is_dir():  # unpacked into a folder of its own
+        faces = faces / faces.name
+    files = [str(faces / parts[i][0]) for i in keep]
     return picture_set(files, torch.tensor(y).long(), spec.shape, _CROPS[name])
 
 # %% ../../nbs/data/files.ipynb #c051
@@ -220,8 +223,10 @@ def _lsun(
 def _fetch_lsun(path, idx):
     env, keys = _lsun(path, os.getpid())
     with env.begin() as reader:
-        files = [io.BytesIO(reader.get(keys[i])) for i in idx]
-        return torch.stack([read_picture(file, (3, 64, 64)) for file in files])
+        files = [(io.BytesIO(reader.get(keys[i])), f'{path}: {keys[i]!r}') for i in idx]
+    return torch.stack(
+        [read_picture(file, (3, 64, 64), where=where) for file, where in files]
+    )
 
 
 def load_lsun(

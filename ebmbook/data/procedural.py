@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..checks import in_double
 from .examples import Examples, Spec, seeded
 from ebmbook.data.scenes import (
     SHAPE_RANGES,
@@ -108,7 +109,7 @@ def log_density(
         means, std = _curve((torch.arange(1000) + 0.5) / 1000), _STD_SPIRAL
     parts = []
     for part in x.split(8192):
-        squared = torch.cdist(part.double(), means.to(part).double()).square()
+        squared = torch.cdist(in_double(part), in_double(means.to(part))).square()
         parts.append(torch.logsumexp(-squared / (2 * std**2), 1))
     return (torch.cat(parts) - math.log(len(means) * 2 * math.pi * std**2)).to(x)
 

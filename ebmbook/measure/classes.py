@@ -20,6 +20,18 @@ from ebmbook.measure.extractors import (
 )
 
 # %% ../../nbs/measure/classes.ipynb #c045
+def _check_labels(labels, n_classes):
+    values = labels.double()
+    if (
+        not (values == values.floor()).all()
+        or labels.min() < 0
+        or labels.max() >= n_classes
+    ):
+        raise ValueError(
+            f"labels are whole numbers 0..{n_classes - 1}, got {labels.unique().tolist()[:9]}"
+        )
+
+
 def class_accuracy(
     samples: Tensor,  # (N, C, H, W) float in [-1, 1] or uint8
     labels: Tensor,  # (N,) int64 class asked for; for stacks of three 100a+10b+c, or (N, 3)
@@ -28,16 +40,19 @@ def class_accuracy(
     """Share of samples that the extractor takes for the class they were asked to show.
 
     A stack of digits counts only if all three are right.
-    Raises `ValueError` for labels of another shape.
+    Raises `ValueError` for labels of another shape, or that no class has.
     """
-    seen, labels = classify(samples, extractor).argmax(-1), torch.as_tensor(labels).cpu()
+    chances, labels = classify(samples, extractor), torch.as_tensor(labels).cpu()
+    seen = chances.argmax(-1)
     if seen.ndim == 2 and labels.ndim == 1:
+        _check_labels(labels, 1000)
         labels = torch.stack([labels // 100, labels // 10 % 10, labels % 10], 1)
     if network(extractor).info.get('head') == 'attributes' or seen.shape != labels.shape:
         raise ValueError(
             f"{len(samples)} samples need labels {tuple(seen.shape)} of classes, "
             f"got {tuple(labels.shape)}"
         )
+    _check_labels(labels, chances.shape[-1])
     return (seen == labels).reshape(len(seen), -1).all(1).double().mean().item()
 
 # %% ../../nbs/measure/classes.ipynb #8743f40f

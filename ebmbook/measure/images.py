@@ -29,6 +29,7 @@ from ebmbook.measure.extractors import (
     network,
     outputs,
     pixels,
+    register_inception,
 )
 
 # %% ../../nbs/measure/images.ipynb #c035
@@ -61,7 +62,7 @@ def _inception(
     if cuda is None:
         cuda = torch.cuda.is_available()
     options = dict(feature_extractor_weights_path=str(path), cuda=cuda)
-    return 'inception-v3-compat', extractor_id('inception', weights), options
+    return register_inception(), extractor_id('inception', weights), options
 
 
 def _small(extractor, cuda):  # the same of a small extractor

@@ -6,10 +6,9 @@
 __all__ = ['iwae']
 
 # %% ../../nbs/measure/likelihood.ipynb #c65d6845
-import math
-
-import torch
 from torch import Tensor
+
+from ..checks import mean_weight
 
 # %% ../../nbs/measure/likelihood.ipynb #c059
 def iwae(
@@ -19,8 +18,4 @@ def iwae(
 
     Computes label `eq-metrics-iwae`. Raises `ValueError` for NaN or no draws.
     """
-    if log_w.ndim < 1 or not log_w.shape[-1]:
-        raise ValueError(f"expected (..., K) with K >= 1, got {tuple(log_w.shape)}")
-    if log_w.isnan().any():
-        raise ValueError("log_w holds NaN")
-    return torch.logsumexp(log_w.double(), -1) - math.log(log_w.shape[-1])
+    return mean_weight(log_w)

@@ -6,13 +6,23 @@
 __all__ = ['DATA_RANGE', 'psnr', 'ssim']
 
 # %% ../../nbs/measure/pairs.ipynb #63782aaf
+import numpy as np
+import torch
 from torch import Tensor
+
+from .extractors import as_tensor, bytes_or_floats
 
 # %% ../../nbs/measure/pairs.ipynb #c056
 DATA_RANGE = 1.0  # Of images once mapped to [0, 1], where both measures look at them
 
 
+def _unit(x, what):  # in [0, 1]
+    x = bytes_or_floats(x, what)
+    return x.float().div(255) if x.dtype == torch.uint8 else x.float().add(1).div(2)
+
+
 def _pair(x, y, least=1):
+    x, y = as_tensor(x, 'x'), as_tensor(y, 'y')
     if x.shape != y.shape or x.ndim != 4 or not len(x):
         raise ValueError(
             "expected two batches of images of one shape (N, C, H, W), "
@@ -22,14 +32,18 @@ def _pair(x, y, least=1):
         raise ValueError(
             f"images must have at least {least} pixels a side, got {tuple(x.shape[2:])}"
         )
-    if not (x.isfinite().all() and y.isfinite().all()):
-        raise ValueError("images hold NaN or infinite values")
-    return x.detach().float().add(1).div(2), y.detach().float().add(1).div(2)
+    if x.shape[1] > 4 >= x.shape[3]:
+        raise ValueError(
+            f"images are (N, C, H, W), got {tuple(x.shape)}: bring the channels forward, "
+            "by x.permute(0, 3, 1, 2)"
+        )
+    x, y = _unit(x, 'x'), _unit(y, 'y')
+    return x, y.to(x.device)
 
 
 def psnr(
-    x: Tensor,  # (N, C, H, W) in [-1, 1]
-    y: Tensor,  # (N, C, H, W) in [-1, 1], what `x` should be
+    x: Tensor | np.ndarray,  # (N, C, H, W) in [-1, 1], or bytes
+    y: Tensor | np.ndarray,  # (N, C, H, W) or bytes, what `x` should be
     *,
     each: bool = False,  # Return one value per image
 ) -> float | Tensor:  # dB; mean over images, or (N,)
@@ -37,7 +51,7 @@ def psnr(
 
     Data range 1 after mapping to [0, 1].
     Computes label `eq-metrics-psnr`; equal images give infinity.
-    Raises `ValueError` for unequal shapes or values that are not finite.
+    Raises `ValueError` for unequal shapes, and what `bytes_or_floats` raises.
     """
     from torchmetrics.functional.image import peak_signal_noise_ratio
 
@@ -49,8 +63,8 @@ def psnr(
 
 # %% ../../nbs/measure/pairs.ipynb #8c30c08f
 def ssim(
-    x: Tensor,  # (N, C, H, W) in [-1, 1], at least 6 pixels a side
-    y: Tensor,  # (N, C, H, W) in [-1, 1], what `x` should be
+    x: Tensor | np.ndarray,  # (N, C, H, W) or bytes, at least 6 pixels a side
+    y: Tensor | np.ndarray,  # (N, C, H, W) or bytes, what `x` should be
     *,
     each: bool = False,  # Return one value per image
 ) -> float | Tensor:  # Mean over images, or (N,); 1 for equal images
@@ -58,7 +72,7 @@ def ssim(
 
     Data range 1 after mapping to [0, 1].
     Raises `ValueError` for unequal shapes, images too small for the window's reflected
-    border, or values that are not finite.
+    border, and what `bytes_or_floats` raises.
     """
     from torchmetrics.functional.image import structural_similarity_index_measure
 

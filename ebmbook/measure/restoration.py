@@ -16,6 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .. import checks
+
 # %% ../../nbs/measure/restoration.ipynb #c006
 def _checked(function, name, shape):
     """`function`, refusing batches of another shape.
@@ -133,8 +135,9 @@ def mask(
 
     centre: a box of half the side is hidden; half: the lower half is; random: single
     pixels are, drawn on the CPU, so that all machines draw the same mask.
-    Raises `ValueError` for another kind.
+    Raises `ValueError` for another kind, and for a share that is none.
     """
+    checks.share(keep, 'keep')
     height, width = size
     known = torch.ones(1, height, width, dtype=torch.float64)
     if kind == 'centre':
@@ -155,7 +158,12 @@ def inpaint(
     name: str = 'inpaint',  # Of the operator
 ) -> Operator:  # Measurements have the shape of images, hidden pixels are 0
     "Hide pixels. Raises `ValueError` unless the mask is of zeros and ones and fits."
-    if known.shape[1:] != tuple(shape[1:]) or known.shape[0] not in (1, shape[0]):
+    known = torch.as_tensor(known)
+    if (
+        known.ndim != 3
+        or known.shape[1:] != tuple(shape[1:])
+        or known.shape[0] not in (1, shape[0])
+    ):
         raise ValueError(f"a mask {tuple(known.shape)} does not fit images {tuple(shape)}")
     if not ((known == 0) | (known == 1)).all():
         raise ValueError("a mask holds zeros and ones")
@@ -206,6 +214,7 @@ def pool(
 
     Raises `ValueError` for sizes that are no multiples.
     """
+    checks.count(s, 's', 1)
     channels, height, width = shape
     if height % s or width % s:
         raise ValueError(f"{tuple(shape)} cannot be divided into squares of {s} pixels")
@@ -274,7 +283,12 @@ def gaussian(
     n: int,  # Taps, odd
     sigma: float,  # Standard deviation in pixels
 ) -> Tensor:  # (n,) float64, sums to 1
-    "A Gaussian kernel, cut off after `n` taps and scaled."
+    """A Gaussian kernel, cut off after `n` taps and scaled.
+
+    Raises `ValueError` for no taps, and for a deviation that is not above 0.
+    """
+    checks.count(n, 'n', 1)
+    checks.positive(sigma, 'sigma')
     offset = torch.arange(n, dtype=torch.float64) - (n - 1) / 2
     weight = torch.exp(-(offset**2) / (2 * sigma**2))
     return weight / weight.sum()
@@ -292,6 +306,7 @@ def blur_matrix(
         raise ValueError(
             f"a kernel needs a middle: its number of taps is odd, got {len(taps)}"
         )
+    checks.count(n, 'n', 1)
     tap = torch.arange(n) - torch.arange(n)[:, None] + len(taps) // 2
     inside = (tap >= 0) & (tap < len(taps))
     return torch.where(inside, taps.double()[tap.clamp(0, len(taps) - 1)], 0.0)
@@ -305,6 +320,8 @@ def bicubic_matrix(
 
     Raises `ValueError` if s does not divide n.
     """
+    checks.count(n, 'n', 1)
+    checks.count(s, 's', 1)
     if n % s:
         raise ValueError(f"{n} pixels cannot be shrunk {s} times")
     source = torch.arange(-2 * s, n + 2 * s)

@@ -1,0 +1,417 @@
+"Pictures as people have them: each becomes the right numbers, or a refusal that names it."
+
+import io
+import os
+import pickle
+import struct
+import warnings
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from ebmbook import measure
+from ebmbook.data import check_shape, image_files, load, read_picture, require
+from ebmbook.data.pictures import picture_header
+
+RAMP = np.array([[0, 21845, 43690, 65535]])
+BYTES = RAMP // 257
+
+
+def array(values, kind):
+    return Image.fromarray(values.astype(kind))
+
+
+def png(path, width, height):  # a header that promises much, and nothing behind it
+    def chunk(kind, data):
+        check = struct.pack('>I', zlib.crc32(kind + data))
+        return struct.pack('>I', len(data)) + kind + data + check
+
+    header = struct.pack('>IIBBBBB', width, height, 8, 0, 0, 0, 0)
+    blocks = (
+        chunk(b'IHDR', header) + chunk(b'IDAT', zlib.compress(b'\0')) + chunk(b'IEND', b'')
+    )
+    Path(path).write_bytes(b'\x89PNG\r\n\x1a\n' + blocks)
+
+
+def paint(path, size=(6, 4), colour=0, mode='L'):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new(mode, size, colour).save(path)
+
+
+# One file: how it is made, its ending, and the grey levels of its first row
+
+
+def palette(transparent=False):
+    image = Image.new('P', (2, 1))
+    image.putpalette([255, 0, 0, 0, 0, 255])
+    image.putdata([0, 1])
+    if transparent:
+        image.info['transparency'] = 1
+    return image
+
+
+def levels(*values, mode='L'):
+    image = Image.new(mode, (len(values), 1))
+    image.putdata(list(values))
+    return image
+
+
+RED, BLUE = (255, 0, 0), (0, 0, 255)
+FILES = {
+    '8 bits': (levels(0, 85, 170, 255), 'png', 'L', [0, 85, 170, 255]),
+    '16 bits': (array(RAMP, 'uint16'), 'png', 'L', [0, 85, 170, 255]),
+    '16 bits, TIFF': (array(RAMP, 'uint16'), 'tif', 'L', [0, 85, 170, 255]),
+    '16 bits, colour asked': (array(RAMP, 'uint16'), 'png', 'RGB', [0, 85, 170, 255]),
+    'floats to 1': (array(RAMP / 65535, 'float32'), 'tiff', 'L', [0, 85, 170, 255]),
+    'floats to 255': (array(BYTES, 'float32'), 'tiff', 'L', [0, 85, 170, 255]),
+    '1 bit': (levels(0, 1, mode='1'), 'png', 'L', [0, 255]),
+    'grey, transparent': (levels((9, 0), (9, 255), mode='LA'), 'png', 'L', [255, 9]),
+    'colour, transparent': (
+        levels((9, 9, 9, 0), (*RED, 255), mode='RGBA'), 'png', 'RGB', [(255,) * 3, RED],
+    ),
+    'half transparent': (levels((0, 0, 0, 128), mode='RGBA'), 'png', 'L', [127]),
+    'palette': (palette(), 'png', 'RGB', [RED, BLUE]),
+    'palette, GIF': (palette(), 'gif', 'RGB', [RED, BLUE]),
+    'palette, transparent': (palette(True), 'png', 'RGB', [RED, (255,) * 3]),
+    'CMYK': (levels((0, 255, 255, 0), mode='CMYK'), 'tif', 'RGB', [RED]),
+    'CMYK as grey': (levels((0, 0, 0, 255), mode='CMYK'), 'tif', 'L', [0]),
+    'HSV': (levels(RED).convert('HSV') if False else None, '', '', []),
+    'colour as grey': (levels((7, 7, 7), mode='RGB'), 'bmp', 'L', [7]),
+    'grey as colour': (levels(7), 'ppm', 'RGB', [(7,) * 3]),
+    'WebP': (levels((7, 7, 7), mode='RGB'), 'webp', 'L', [7]),
+    'TGA': (levels(7), 'tga', 'L', [7]),
+}  # fmt: skip
+del FILES['HSV']
+
+
+@pytest.mark.parametrize('name', FILES)
+def test_a_file_becomes_its_levels(name, tmp_path):
+    image, ending, mode, want = FILES[name]
+    path = tmp_path / f'x.{ending}'
+    options = {'transparency': 1} if 'transparency' in image.info else {}
+    image.save(path, **options, **({'lossless': True} if ending == 'webp' else {}))
+    channels = len(mode)
+    x = read_picture(path, (channels, image.height, image.width))
+    want = torch.tensor(want, dtype=torch.uint8).view(len(want), -1).expand(-1, channels)
+    assert x.dtype == torch.uint8 and torch.equal(x[:, 0].T, want)
+
+
+def test_orientation_is_obeyed(tmp_path):
+    pixels = np.zeros((8, 16), np.uint8)
+    pixels[:, :8] = 255  # bright on the left
+    notes = Image.Exif()
+    for turn, bright in ((1, 'left'), (3, 'right'), (6, 'top'), (8, 'bottom')):
+        notes[0x0112] = turn
+        for ending in ('jpg', 'png', 'webp'):
+            path = tmp_path / f'{turn}.{ending}'
+            Image.fromarray(pixels).convert('RGB').save(path, exif=notes)
+            (width, height), _ = picture_header(path)
+            assert (width, height) == ((16, 8) if turn in (1, 3) else (8, 16)), path
+            x = read_picture(path, (1, height, width))[0].float()
+            half = dict(
+                left=x[:, : width // 2], right=x[:, width // 2 :],
+                top=x[: height // 2], bottom=x[height // 2 :],
+            )  # fmt: skip
+            assert half[bright].mean() > 230, path
+    path = tmp_path / 'a.tif'
+    Image.fromarray(pixels).save(path, tiffinfo={0x0112: 6}, compression='tiff_lzw')
+    assert picture_header(path)[0] == (8, 16)
+    assert read_picture(path, (1, 16, 8))[0, 0].tolist() == [255] * 8
+    Image.fromarray(pixels).save(path, tiffinfo={0x0112: 6})
+    with pytest.raises(ValueError, match='a.tif.*on its side'):
+        read_picture(path, (1, 16, 8))
+
+
+def test_the_first_picture_of_an_animation(tmp_path):
+    frames = [levels(value) for value in (10, 200)]
+    for ending in ('gif', 'png', 'tif'):
+        path = tmp_path / f'x.{ending}'
+        frames[0].save(path, save_all=True, append_images=frames[1:])
+        assert read_picture(path, (1, 1, 1)).item() == 10
+
+
+def cut(path):
+    Image.effect_noise((64, 64), 50).save(path)
+    path.write_bytes(path.read_bytes()[:200])
+
+
+def write(data):
+    return lambda path: path.write_bytes(data)
+
+
+BAD = {
+    'cut': (cut, 'truncated'),
+    'empty': (write(b''), 'identify'),
+    'text': (write(b'<html>not found</html>'), 'identify'),
+    'a bomb': (lambda path: png(path, 60_000, 60_000), 'shrink'),
+    'large': (lambda path: png(path, 10_000, 10_000), 'shrink'),
+    'no pixels behind the header': (lambda path: png(path, 9, 9), ''),
+    'floats below 0': (lambda path: array(-RAMP, 'f').save(path, 'TIFF'), 'floats reach'),
+    'floats above 255': (lambda path: array(RAMP, 'f').save(path, 'TIFF'), 'floats reach'),
+    'floats, NaN': (lambda path: array(RAMP * np.nan, 'f').save(path, 'TIFF'), 'nan'),
+    '32 bits': (lambda path: array(RAMP, 'int32').save(path, 'TIFF'), '32-bit'),
+    'CIELAB': (lambda path: Image.new('LAB', (2, 2)).save(path, 'TIFF'), 'CIELAB'),
+}
+
+
+@pytest.mark.filterwarnings('ignore:Image size')
+@pytest.mark.parametrize('name', BAD)
+def test_a_bad_file_is_refused_by_its_name(name, tmp_path):
+    make, word = BAD[name]
+    path = tmp_path / 'bad one.png'
+    make(path)
+    with pytest.raises(ValueError, match='bad one.png') as error:
+        read_picture(path, (1, 4, 4))
+    assert word in str(error.value)
+    paint(tmp_path / 'good.png')
+    with pytest.raises(ValueError, match='bad one.png'):
+        load(f'folder:{tmp_path}')
+
+
+# Folders
+
+
+def kinds(root, each=6, names=('cat', 'dog')):
+    for number, name in enumerate(names):
+        for i in range(each):
+            paint(root / name / f'{i}.png', colour=10 * number + 5)
+
+
+def hide(root):
+    for stray in ('.thumbnails/a.png', '.ipynb_checkpoints/b.png', '__MACOSX/cat/._c.png',
+                  '@eaDir/d.png', 'cat/._0.png', '._x.png', 'Thumbs.db', '.DS_Store'):  # fmt: skip
+        path = root / stray
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(b'\0\5\x16\7no picture')
+
+
+STRAYS = {
+    'hidden and foreign': hide,
+    'a loose picture': lambda root: paint(root / 'cover.png'),
+    'a note': lambda root: (root / 'notes.txt').write_text('x'),
+    'an empty folder': lambda root: (root / 'aardvark').mkdir(),
+    'a folder of notes': lambda root: write_notes(root),
+    'a dangling link': lambda root: (root / 'cat' / 'z.png').symlink_to('/nowhere.png'),
+    'a dangling folder': lambda root: (root / 'bird').symlink_to('/nowhere'),
+    'a link in a circle': lambda root: (root / 'cat' / 'again').symlink_to(root),
+    'a pipe': lambda root: os.mkfifo(root / 'cat' / 'pipe.png'),
+}
+
+
+def write_notes(root):
+    (root / 'about').mkdir()
+    (root / 'about' / 'notes.txt').write_text('x')
+
+
+@pytest.mark.filterwarnings('ignore:.*left out')
+@pytest.mark.parametrize('name', STRAYS)
+def test_labels_and_splits_ignore_what_is_strayed(name, tmp_path):
+    kinds(tmp_path)
+    want = {split: load(f'folder:{tmp_path}', split=split) for split in ('train', 'test')}
+    assert (len(want['train']), want['train'].y.unique().tolist()) == (11, [0, 1])
+    STRAYS[name](tmp_path)
+    for split, old in want.items():
+        new = load(f'folder:{tmp_path}', split=split)
+        assert torch.equal(new.x, old.x) and torch.equal(new.y, old.y)
+    assert torch.equal(want['train'].x[:, 0, 0, 0], 10 * want['train'].y.byte() + 5)
+
+
+def test_what_is_left_out_is_said(tmp_path):
+    kinds(tmp_path)
+    for stray, make in (
+        ('cover.png', STRAYS['a loose picture']),
+        ('z.png', STRAYS['a dangling link']),
+    ):
+        make(tmp_path)
+        with pytest.warns(UserWarning, match=stray):
+            require(f'folder:{tmp_path}')
+
+
+def test_linked_folders_are_classes(tmp_path):
+    kinds(tmp_path / 'all')
+    for name in ('cat', 'dog'):
+        (tmp_path / 'mine').mkdir(exist_ok=True)
+        (tmp_path / 'mine' / name).symlink_to(tmp_path / 'all' / name)
+    assert load(f'folder:{tmp_path / "mine"}').y.unique().tolist() == [0, 1]
+    assert len(image_files(tmp_path / 'mine')) == 12
+
+
+SPLITS = {  # folders below PATH -> classes, pictures to train on and to test on
+    ('train', 'test'): (0, 6, 6),
+    ('train', 'val'): (0, 6, 6),
+    ('Train', 'Test'): (0, 6, 6),
+    ('training', 'validation'): (0, 6, 6),
+    ('train', 'test', 'val'): (0, 6, 6),
+    ('all/train', 'all/test'): (0, 6, 6),
+    ('train',): (0, 5, 1),
+    ('all',): (0, 5, 1),
+    ('train', 'bus', 'plane'): (3, 17, 1),
+    ('train/cat', 'train/dog', 'val/cat', 'val/dog'): (2, 12, 12),
+    ('train/cat', 'train/dog'): (2, 11, 1),
+}
+
+
+@pytest.mark.parametrize('names', SPLITS, ids=', '.join)
+def test_names_of_splits(names, tmp_path):
+    kinds(tmp_path, names=names)
+    spec = require(f'folder:{tmp_path}')
+    classes, *counts = SPLITS[names]
+    assert (spec.n_classes, list(spec.n)) == (classes, counts)
+    found = [len(load(f'folder:{tmp_path}', split=split)) for split in ('train', 'test')]
+    assert found == counts
+
+
+FEW = {  # pictures of each class -> images to train on and to test on, or why not
+    (0,): 'no images',
+    (1,): '1 images are too few',
+    (2,): (1, 1),
+    (9,): (8, 1),
+    (10,): (9, 1),
+    (1,) * 12: '12 images are too few',
+    (2,) * 6: (11, 1),
+    (9, 1, 2): (11, 1),
+    (9, 1, 1): (10, 1),
+}
+
+
+@pytest.mark.parametrize('counts', FEW, ids=str)
+def test_require_and_load_agree_on_what_is_too_few(counts, tmp_path):
+    for number, n in enumerate(counts):
+        for i in range(n):
+            folder = tmp_path / f'{number:02}' if len(counts) > 1 else tmp_path
+            paint(folder / f'{i}.png')
+    name, want = f'folder:{tmp_path}', FEW[counts]
+    calls = (
+        lambda: require(name),
+        lambda: load(name),
+        lambda: load(name, split='test'),
+    )
+    for call in calls:
+        if isinstance(want, str):
+            with pytest.raises((ValueError, FileNotFoundError), match=want):
+                call()
+        else:
+            call()
+    if not isinstance(want, str):
+        assert require(name).n == want
+        if len(counts) > 1:
+            assert load(name).y.unique().tolist() == list(range(len(counts)))
+
+
+PATHS = ['a b', 'ü/ß', 'me@home', 'x#1', "it's", '50%', 'a,b', '[1]', 'pic@32', '.hidden']
+
+
+@pytest.mark.parametrize('path', PATHS)
+def test_any_path(path, tmp_path):
+    for i in range(3):
+        paint(tmp_path / path / f'{i}.png')
+    name = f'folder:{tmp_path / path}'
+    assert load(name).shape == (1, 4, 6)
+    assert load(f'{name}@8').shape == (1, 8, 8)
+
+
+SIZES = {
+    '@32': (1, 32, 32), '@8x8': (1, 8, 8), '@8x16': (1, 8, 16), '@3x8x8': (3, 8, 8),
+    '@1': (1, 1, 1), '@0': 0, '@-4': 0, '@': 0, '@x': 0, '@8x': 0, '@2x8x8': 0, '@1e3': 0,
+    '@99999': 0, '@big': 0, '@ 8': 0, '@0x8': 0,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize('size', SIZES)
+def test_sizes(size, tmp_path):
+    for i in range(3):
+        paint(tmp_path / f'{i}.png')
+    name = f'folder:{tmp_path}{size}'
+    if SIZES[size]:
+        assert require(name).shape == load(name).shape == SIZES[size]
+        return
+    with pytest.raises(ValueError, match='is no size.*@32'):
+        require(name)
+
+
+def test_no_folder(tmp_path):
+    (tmp_path / 'a.txt').touch()
+    for name, word in (
+        ('folder:', 'names no folder'),
+        ('folder:@8', 'names no folder'),
+        (f'folder:{tmp_path}/none', 'there is no folder .*none'),
+        (f'folder:{tmp_path}/a.txt', 'a.txt is a file'),
+        (f'folder:{tmp_path}', 'no images'),
+        ('folder:~nobody_at_all/x', 'nobody_at_all'),
+    ):
+        with pytest.raises((ValueError, FileNotFoundError), match=word):
+            require(name)
+
+
+def test_the_name_that_fits_a_preset(tmp_path):
+    for i in range(3):
+        paint(tmp_path / f'{i}.png', (12, 8), (200, 200, 200), 'RGB')
+    name = f'folder:{tmp_path}'
+    with pytest.raises(ValueError, match=r"as '(folder:.*@1x8x8)' its images") as error:
+        check_shape(name, (1, 8, 8), require(name))
+    works = str(error.value).split("as '")[1].split("'")[0]
+    check_shape(works, (1, 8, 8), require(works))
+    x = load(works).x
+    assert x.shape == (2, 1, 8, 8) and x.unique().tolist() == [200]
+
+
+# Inception: a file is read as tensors, and never run
+
+
+class Command:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)
+
+
+def crafted(path, ran, kind):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if kind == 'pickle':
+        path.write_bytes(pickle.dumps(Command(ran)))
+    elif kind == 'old':
+        torch.save(Command(ran), path, _use_new_zipfile_serialization=False)
+    else:
+        torch.save({'weight': Command(ran)} if kind == 'inside' else Command(ran), path)
+
+
+@pytest.mark.parametrize('kind', ['pickle', 'old', 'zip', 'inside'])
+@pytest.mark.parametrize('where', ['weights', 'cache', 'tagged'])
+def test_a_crafted_inception_file_runs_nothing(kind, where, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.hub, 'get_dir', lambda: str(tmp_path))
+    name = 'mine.pth' if where == 'weights' else measure.INCEPTION_FILE
+    path, ran = tmp_path / 'checkpoints' / name, tmp_path / 'ran'
+    crafted(path, ran, kind)
+    x = torch.zeros(20, 3, 8, 8)
+    with pytest.raises(ValueError, match=name):
+        weights = None if where == 'cache' else path
+        measure.evaluate_images(x, x, 'inception', ('kid',), weights=weights, cuda=False)
+    with pytest.raises(ValueError, match=name):
+        measure.extractors.inception_state(path)
+    assert not ran.exists()
+    torch.load(io.BytesIO(path.read_bytes()), weights_only=False) if kind != 'pickle' else (
+        pickle.loads(path.read_bytes())
+    )
+    assert ran.exists()  # what it would have done
+
+
+def test_other_weights_are_refused(tmp_path):
+    x = torch.zeros(20, 3, 8, 8)
+    for state, word in (({'a': torch.ones(1)}, 'another network'), ([1], 'something else')):
+        torch.save(state, tmp_path / 'mine.pth')
+        with pytest.raises(ValueError, match=word):
+            measure.evaluate_images(
+                x, x, 'inception', ('kid',), weights=tmp_path / 'mine.pth', cuda=False
+            )
+
+
+def test_nothing_is_said_of_an_ordinary_folder(tmp_path):
+    kinds(tmp_path)
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        load(f'folder:{tmp_path}')
