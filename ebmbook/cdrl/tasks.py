@@ -50,7 +50,8 @@ def _measure_points(nets, generator, *, n_steps=None, propose=True, tweedie=None
     log_z, _ = log_density_map(nets, n=400)
 
     def log_likelihood(x):
-        return -energy(nets, x.to(next(nets.parameters()))).double().cpu() - log_z
+        own = next(nets.parameters())
+        return -energy(nets, x.to(own)).cpu().double() - log_z
 
     flat = 16 * torch.rand(20_000, 2, generator=torch.Generator().manual_seed(1)) - 8
     flat = flat[edge(flat).abs() > 0.4]  # the borders belong to neither side

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from .frame import Frame, inner, statistics
+from ..checks import in_double
 from ..learn.objectives import cd_loss
 from ebmbook.mcmc import (
     Draws,
@@ -213,8 +214,8 @@ def plane_scores(
     """
     log_z, table = grid_log_z(energy, lim, n, like=x)
     with torch.no_grad():
-        loglik = (-energy(x).double() - log_z).mean().item()
-    kl = log_p(x).double().mean().item() - loglik
+        loglik = (-in_double(energy(x)) - log_z).mean().item()
+    kl = in_double(log_p(x)).mean().item() - loglik
     return dict(loglik=loglik, kl=kl, log_z=log_z, map=table)
 
 # %% ../../nbs/02_foundations.ipynb #c045

@@ -22,7 +22,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from ..data.catalogue import load
+from ..data.catalogue import load, require
 from ..data.examples import as_examples
 from .contract import Context
 from .draws import random_states, seed_all, set_random_states
@@ -374,6 +374,8 @@ def train(
     not divide, or into too small parts, and for networks without these settings.
     """
     system = system.of(cfg)
+    if examples is None:
+        system.check(cfg, require(cfg.data))
     accelerator, stages = make_accelerator(cfg, run.device), system.stages
     _check_batches(stages, cfg, accelerator.num_processes)
     seed_all(run.seed)

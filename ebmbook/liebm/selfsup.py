@@ -553,7 +553,7 @@ def measure_labels(
     if y.ndim == 1 and logits.shape[1] > 5:
         right['top5'] = (logits.topk(5).indices == y[:, None]).any(1)
     return {
-        name: Measured(share.double().mean().item(), len(query))
+        name: Measured(share.cpu().double().mean().item(), len(query))
         for name, share in right.items()
     }
 

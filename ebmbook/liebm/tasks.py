@@ -76,7 +76,7 @@ def _measure_features(nets, generator, *, n=None):
     query = features(test, n)
     labels = selfsup.nearest_labels(features(known), known.y, query)
     right = labels == test.y[: len(query)].to(query.device)
-    return dict(knn=Measured(right.double().mean().item(), len(query)))
+    return dict(knn=Measured(right.cpu().double().mean().item(), len(query)))
 
 
 def _measure_rebuild(nets, generator, *, n=None):

@@ -13,18 +13,15 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from ..checks import in_double
 from ..data.scenes import camera_to_world, pairs
 from ..mcmc import Draws
 from .nerf import uniform_like
 
 # %% ../../nbs/03_nerf_lebm/angles.ipynb #48f94ff8
-def _double(values):  # Apple's GPUs know neither double precision nor Bessel functions
-    return (values.cpu() if values.device.type == 'mps' else values).double()
-
-
 def _positive(kappa):
     "Exp(-|k|) I_0(k) has a corner at zero, where torch takes slope 0, not -1."
-    return _double(kappa) + 1e-30
+    return in_double(kappa) + 1e-30
 
 
 def log_von_mises(
@@ -35,7 +32,7 @@ def log_von_mises(
     "Log-density of an angle, label `eq-nerf-vm`."
     concentration = _positive(kappa)
     below = (2 * math.pi * torch.special.i0e(concentration)).log()
-    cosine = (_double(angle) - _double(mean)).cos()
+    cosine = (in_double(angle) - in_double(mean)).cos()
     return (concentration * (cosine - 1) - below).to(kappa)
 
 # %% ../../nbs/03_nerf_lebm/angles.ipynb #d5dacda9
@@ -71,7 +68,7 @@ def angle_slope(
 
     Source: Figurnov et al. 2018, equation 6.
     """
-    angle, kappa = _double(angle), _double(kappa)
+    angle, kappa = in_double(angle), in_double(kappa)
     nodes, weights = _NODES.to(angle), _WEIGHTS.to(angle)
     t = angle[..., None] * (nodes + 1) / 2
     mean = torch.special.i1e(kappa) / torch.special.i0e(kappa)
@@ -92,14 +89,14 @@ class _Implicit(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad):
         angle, kappa = ctx.saved_tensors
-        return None, (_double(grad) * angle_slope(angle, kappa)).to(kappa)
+        return None, (in_double(grad) * angle_slope(angle, kappa)).to(kappa)
 
 # %% ../../nbs/03_nerf_lebm/angles.ipynb #61b83967
 @torch.no_grad()
 def _best_fisher(kappa, generator):  # (...) -> angles around 0
     "A fixed number of proposals, so that a batch draws the same in parts."
-    drawn = _double(uniform_like((*kappa.shape, 65), kappa, generator))
-    kappa = _double(kappa)[..., None]
+    drawn = in_double(uniform_like((*kappa.shape, 65), kappa, generator))
+    kappa = in_double(kappa)[..., None]
     inner = (1 + 4 * kappa**2).sqrt()
     root = (1 + inner).sqrt()
     # as published, but also right at kappa = 0

@@ -236,7 +236,7 @@ def train(
     from ebmbook.learn.log import seconds_trained
     from ebmbook.learn.runs import open_run
 
-    require(cfg.data)
+    known.of(cfg).check(cfg, require(cfg.data))
     where = dict(seed=given['seed'], out=given['out'], device=check_device(device))
     run = open_run(system, preset, cfg, known.presets[preset], **where)
     first = os.environ.get('RANK', '0') == '0'  # of several processes one speaks

@@ -47,7 +47,7 @@ def resolve(
         )
     if not system.tasks:
         raise ValueError(f"claims: nothing can be measured on {job.system}")
-    require(cfg.data)
+    system.of(cfg).check(cfg, require(cfg.data))
     return system, cfg
 
 # %% ../../nbs/shell/judging.ipynb #7097aef6
