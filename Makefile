@@ -42,7 +42,7 @@ $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3,11))' 2>/dev/null || { \
 	  echo "ebmbook needs Python 3.11 or newer; '$(PYTHON) --version' says: $$( ($(PYTHON) --version) 2>&1 | sed 's/.*: //' )"; \
 	  echo "Name another one: make PYTHON=python3.12 $(MAKECMDGOALS)"; exit 1; }
-	@$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); \
+	@[ -e $(VENV) ] && kept=1 || kept=; $(PYTHON) -m venv $(VENV) || { [ "$$kept" ] || rm -rf $(VENV); \
 	  echo "Python could not make a virtual environment; on Debian and Ubuntu install the package python3-venv."; exit 1; }
 
 $(VENV)/.installed-runtime: settings.ini setup.py constraints.txt | $(BIN)/python
