@@ -150,11 +150,12 @@ def _save(job):
     save_checkpoint(job.run.folder, job.total, state)
 
 # %% ../../nbs/learn/loop.ipynb #e680fde8
-def _misfit(saved, run, cfg, stages, nets):
+def _misfit(saved, run, stages, nets):
     "Why a checkpoint is not of this training, or ''."
     if not isinstance(saved, dict) or not {'stage', 'step', 'nets'} <= saved.keys():
         return "is no checkpoint of a training"
     # those of earlier versions have no identity: stage, step and networks must do
+    cfg = nets.cfg
     mine = _identity(run, cfg)
     theirs = saved.get('identity', mine)
     for key in ('system', 'seed'):
@@ -536,7 +537,7 @@ def train(
             raise ValueError("build must keep the settings: nets.cfg = cfg")
 
         def misfit(state):
-            return _misfit(state, run, cfg, system.stages, nets)
+            return _misfit(state, run, system.stages, nets)
 
         saved = load_checkpoint(run.folder, str(accelerator.device), misfit)
         examples = load(cfg.data) if examples is None else as_examples(examples)

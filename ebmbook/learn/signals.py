@@ -14,11 +14,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 
 # %% ../../nbs/learn/signals.ipynb #1fe4dc8b
-_KINDS = [
-    getattr(signal, name)
-    for name in ('SIGINT', 'SIGTERM', 'SIGHUP')
-    if hasattr(signal, name)
-]
+_KINDS = [o for o in signal.Signals if o.name in ('SIGINT', 'SIGTERM', 'SIGHUP')]
 
 
 def _obeyed():
@@ -84,11 +80,12 @@ def ignore_signals(
 @contextmanager
 def held_back() -> Iterator[None]:
     "Processes that are started in this block begin deaf to signals."
-    if not hasattr(signal, 'pthread_sigmask'):
+    mask = getattr(signal, 'pthread_sigmask', None)
+    if mask is None:
         yield
         return
-    old = signal.pthread_sigmask(signal.SIG_BLOCK, _KINDS)
+    old = mask(signal.SIG_BLOCK, _KINDS)
     try:
         yield
     finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, old)
+        mask(signal.SIG_SETMASK, old)
