@@ -122,7 +122,7 @@ def _contexts(job):
     frac = job.step / max(job.n_iters, 1)
     return [Context(job.step, frac, own, job.state, average) for own in draws]
 
-
+# %% ../../nbs/learn/loop.ipynb #792c0d7c
 def _identity(run, cfg):
     "Whose a checkpoint is."
     settings = settings_hash(plain_json(asdict(cfg)))
@@ -170,7 +170,7 @@ def _misfit(saved, run, stages, nets):
     wrong = differences(shapes_of(nets.state_dict()), shapes_of(saved['nets']))
     return f"is of other networks: {wrong}" if wrong else ''
 
-
+# %% ../../nbs/learn/loop.ipynb #87e00b5f
 def _restore_optimiser(optimiser, state, changed):
     "Put an optimiser back; with changed settings its rates are the new ones."
     new = [{k: v for k, v in o.items() if k != 'params'} for o in optimiser.param_groups]
@@ -393,10 +393,38 @@ def _record(job, lines, due, keep):
     return took
 
 # %% ../../nbs/learn/loop.ipynb #6351e311
+class _Stop:
+    "Whether a training was asked to end, by a signal to any of its processes."
+
+    def __init__(self, accelerator, folder):
+        self.main, self.folder, self.signals = accelerator.is_main_process, folder, []
+        # between the processors, so that no GPU waits
+        several = accelerator.num_processes > 1
+        self.channel = dist.new_group(backend='gloo') if several else None
+
+    def kept(self):
+        "What a message says of checkpoints; other processes do not know of them."
+        found = f"{saved_state(self.folder)}; " if self.main else ''
+        return f"{found}run the same command again to continue"
+
+    def asked(self):
+        return _any(self.signals, self.channel)
+
+    def failed(self, error):
+        "Whether an error, or None, came to any process."
+        return _any([error] if error else [], self.channel)
+
+    def leave(self, step):
+        "Raise what ends a training that was asked to."
+        who = signal_names(self.signals)
+        raise KeyboardInterrupt(f"stopped by {who} at step {step}; {self.kept()}")
+
+# %% ../../nbs/learn/loop.ipynb #28640175
 def _fit(
     job,  # State of the stage, new or restored
     examples,  # Training examples
     log: Log,  # Receives a line every `log_every` steps
+    stop: _Stop,  # Signals
     *,
     progress: bool = True,  # Show a bar
     keep_every: int = 0,  # As in `train`
@@ -407,40 +435,29 @@ def _fit(
     Raises `Diverged` when the watchdog stops it, `KeyboardInterrupt` after a signal and
     the error of data that cannot be read, both with a checkpoint written.
     """
-    accelerator, folder = job.accelerator, job.run.folder
-    hidden = not (progress and accelerator.is_main_process)
+    hidden = not (progress and job.accelerator.is_main_process)
     start = time.monotonic() - job.seconds
-    # between the processors, so that no GPU waits
-    channel = dist.new_group(backend='gloo') if accelerator.num_processes > 1 else None
     shown = dict(total=job.n_iters, initial=job.step, desc=job.stage.name, mininterval=2)
-
-    def kept():
-        found = f"{saved_state(folder)}; " if accelerator.is_main_process else ''
-        return f"{found}run the same command again to continue"
-
-    with deferred_signals(kept, channel is None) as asked:
-        bar = tqdm(_batches(job, examples), disable=hidden, **shown)
-        batches, lines = iter(bar), _Lines(job, log, bar)
-        while job.step < job.n_iters:
-            batch, error = _fetch(batches)
-            if _any([error] if error else [], channel):
-                _save_here(job, lines)
-                bar.close()
-                raise error or ChildProcessError("another process could not read its data")
-            logs = _advance(job, batch, lines)
-            job.seconds = time.monotonic() - start
-            lines.add(logs)
-            if on_step is not None:
-                on_step(job.step, job.nets)
-            stop = _any(asked, channel)
-            due = job.step == job.n_iters or stop or job.step % job.cfg.save_every == 0
-            start += _record(job, lines, due, keep_every)
-            if stop:
-                bar.close()
-                raise KeyboardInterrupt(
-                    f"stopped by {signal_names(asked)} at step {job.step}; {kept()}"
-                )
-        next(batches, None)  # the workers end
+    bar = tqdm(_batches(job, examples), disable=hidden, **shown)
+    batches, lines = iter(bar), _Lines(job, log, bar)
+    while job.step < job.n_iters:
+        batch, error = _fetch(batches)
+        if stop.failed(error):
+            _save_here(job, lines)
+            bar.close()
+            raise error or ChildProcessError("another process could not read its data")
+        logs = _advance(job, batch, lines)
+        job.seconds = time.monotonic() - start
+        lines.add(logs)
+        if on_step is not None:
+            on_step(job.step, job.nets)
+        asked = stop.asked()
+        due = job.step == job.n_iters or asked or job.step % job.cfg.save_every == 0
+        start += _record(job, lines, due, keep_every)
+        if asked:
+            bar.close()
+            stop.leave(job.total)
+    next(batches, None)  # the workers end
 
 # %% ../../nbs/learn/loop.ipynb #c025
 def make_accelerator(
@@ -488,8 +505,11 @@ def _steps_of(stages, cfg, saved):
     return sum(stage.n_iters(cfg) for stage in stages[: saved['stage']]) + saved['step']
 
 # %% ../../nbs/learn/loop.ipynb #524aa862
-def _fit_all(stages, nets, run, accelerator, saved, examples, log, **options):
-    "Run the stages that a checkpoint leaves to do."
+def _fit_all(stages, nets, run, accelerator, saved, examples, log, stop, **options):
+    """Run the stages that a checkpoint leaves to do.
+
+    A signal that comes while a stage ends is obeyed when it has ended.
+    """
     done, seconds = 0, 0.0
     for index, stage in enumerate(stages):
         job = _Job(stage, index, nets, run, accelerator, done)
@@ -500,9 +520,11 @@ def _fit_all(stages, nets, run, accelerator, saved, examples, log, **options):
         if saved is not None and saved['stage'] == index:
             _restore(job, saved)
         if job.step < job.n_iters:
-            _fit(job, examples, log, **options)
+            _fit(job, examples, log, stop, **options)
         job.settle(nets)
         job.check()
+        if stop.asked():
+            stop.leave(job.total)
         seconds, saved = job.seconds, None
 
 # %% ../../nbs/learn/loop.ipynb #c026
@@ -543,7 +565,10 @@ def train(
         examples = load(cfg.data) if examples is None else as_examples(examples)
         done = _steps_of(system.stages, cfg, saved)
         log = Log(run, done, tensorboard, accelerator.is_main_process)
-        _fit_all(system.stages, nets, run, accelerator, saved, examples, log, **options)
+        stop = _Stop(accelerator, run.folder)
+        todo = (system.stages, nets, run, accelerator, saved, examples, log, stop)
+        with deferred_signals(stop.kept, stop.channel is None) as stop.signals:
+            _fit_all(*todo, **options)
         if accelerator.is_main_process:
             store_weights(nets, run.folder / 'weights')
     accelerator.wait_for_everyone()
