@@ -8,6 +8,7 @@
 #   make book      build the book into _build/html, warnings are errors
 #   make claims    run what is missing for the papers' claims and print the verdicts
 #   make bench     time the sampler against its floor and its rivals
+#   make reliability  kill, damage and fill up trainings of all systems, some minutes; every one must end as if nothing had happened
 #   make gpu       train the long presets of GPU_PRESETS, on a machine with a GPU; GPU_ARGS are passed on to `ebmbook train`
 # PYTHON=... chooses the interpreter; VENV=... uses an environment of your own, into which nothing is installed.
 
@@ -34,7 +35,7 @@ RUNTIME := $(VENV)/.installed-runtime
 AUTHOR  := $(VENV)/.installed-author
 endif
 
-.PHONY: help demo test sync check measure outputs book bench gpu claims
+.PHONY: help demo test sync check measure outputs book bench reliability gpu claims
 help:
 	@sed -n 's/^#   //p' Makefile
 
@@ -42,7 +43,7 @@ $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3,11))' 2>/dev/null || { \
 	  echo "ebmbook needs Python 3.11 or newer; '$(PYTHON) --version' says: $$( ($(PYTHON) --version) 2>&1 | sed 's/.*: //' )"; \
 	  echo "Name another one: make PYTHON=python3.12 $(MAKECMDGOALS)"; exit 1; }
-	@$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); \
+	@[ -e $(VENV) ] && kept=1 || kept=; $(PYTHON) -m venv $(VENV) || { [ "$$kept" ] || rm -rf $(VENV); \
 	  echo "Python could not make a virtual environment; on Debian and Ubuntu install the package python3-venv."; exit 1; }
 
 $(VENV)/.installed-runtime: settings.ini setup.py constraints.txt | $(BIN)/python
@@ -95,6 +96,9 @@ book: $(AUTHOR)
 
 bench: $(AUTHOR)
 	$(BIN)/ebmbook bench
+
+reliability: $(AUTHOR)
+	OMP_NUM_THREADS=1 $(BIN)/python tests/reliability.py
 
 gpu: $(RUNTIME)
 	@for pair in $(GPU_PRESETS); do \

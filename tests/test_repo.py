@@ -35,6 +35,7 @@ FLOORS = {
 LOW = {
     'learn.settings': 0,
     'learn.blocks': 1,
+    'learn.files': 1,
     'learn.runs': 1,
     'learn.draws': 1,
     'learn.ledger': 1,

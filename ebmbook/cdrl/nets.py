@@ -14,11 +14,11 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from huggingface_hub import PyTorchModelHubMixin
 from torch import Tensor, nn
 
 from .presets import Config, check_config
 from ..learn.blocks import full, groups, sinusoid, snorm
+from ..learn.weights import Pretrained
 
 # %% ../../nbs/05_cdrl/nets.ipynb #c006
 def level_input(
@@ -484,7 +484,7 @@ class PointInit(LevelProposal):
         return self.exit(F.silu(start + self.dense2(F.silu(hidden))))
 
 # %% ../../nbs/05_cdrl/nets.ipynb #5125b42f
-class Nets(nn.Module, PyTorchModelHubMixin):
+class Nets(nn.Module, Pretrained):
     """The energy and the initialiser of one preset.
 
     `save_pretrained` and `from_pretrained` store both with their settings.

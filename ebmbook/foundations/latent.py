@@ -11,13 +11,13 @@ import math
 from collections.abc import Callable, Iterator
 
 import torch
-from huggingface_hub import PyTorchModelHubMixin
 from torch import Tensor, nn
 
 from .presets import Config, check_config
 from ..learn.contract import Context, Group, Stage
 from ..learn.objectives import cd_loss
 from ..learn.settings import strict
+from ..learn.weights import Pretrained
 from ..mcmc import Draws, frozen, in_chunks, langevin, normal, ula
 
 # %% ../../nbs/02_foundations/latent.ipynb #c077
@@ -49,7 +49,7 @@ class Flat(nn.Module):
         return z.new_zeros(len(z))
 
 # %% ../../nbs/02_foundations/latent.ipynb #213a9ca7
-class Nets(nn.Module, PyTorchModelHubMixin):
+class Nets(nn.Module, Pretrained):
     """Energy prior and decoder of one preset.
 
     `save_pretrained` and `from_pretrained` store both with their settings.

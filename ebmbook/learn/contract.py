@@ -106,4 +106,4 @@ class Context:
 
 
 class Diverged(RuntimeError):
-    "Training stopped because a number left its bounds; the last good checkpoint is intact."
+    "Training stopped because a number left its bounds; earlier checkpoints are intact."

@@ -8,11 +8,13 @@ __all__ = ['KEY', 'Measured', 'record', 'ledger_path', 'publish', 'ledger']
 # %% ../../nbs/learn/ledger.ipynb #4d5ea285
 import json
 import time
+import warnings
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from .files import append_lines, read_line
 from .runs import Run, plain_json, root, source_hash
 
 # %% ../../nbs/learn/ledger.ipynb #7d20aa10
@@ -52,8 +54,7 @@ def record(
         source=source_hash(),
         date=time.strftime('%Y-%m-%d'),
     )
-    with open(run.folder / 'record.jsonl', 'a', encoding='utf-8') as file:
-        file.write(json.dumps(line, sort_keys=True) + '\n')
+    append_lines(run.folder / 'record.jsonl', [json.dumps(line, sort_keys=True)])
     return line
 
 
@@ -67,8 +68,8 @@ def publish(
     path: Path | None = None,  # The ledger; None is the committed one
 ) -> None:
     "Append lines of a finished run to the ledger; a test run must not call this."
-    with open(path or ledger_path(), 'a', encoding='utf-8') as file:
-        file.writelines(json.dumps(line, sort_keys=True) + '\n' for line in lines)
+    texts = [json.dumps(line, sort_keys=True) for line in lines]
+    append_lines(path or ledger_path(), texts)
 
 # %% ../../nbs/learn/ledger.ipynb #c021
 # what a ledger line measured; the rest says how
@@ -77,13 +78,29 @@ KEY = ('system', 'preset', 'over', 'seed', 'metric', 'at', 'n', 'extractor')
 
 def _read_line(text, place):
     "One line of a ledger. Raises `ValueError` naming its place."
-    try:
-        line = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{place} is not a ledger line: {error}") from error
+    line = read_line(text)
+    if line is None:
+        raise ValueError(
+            f"{place} is not a ledger line: {text[:60]!r}; set it right or remove it, "
+            "the other lines are whole"
+        )
     if 'row' in line:
         line['preset'] = line.pop('row')
     return line
+
+
+def _whole_lines(path):
+    "Lines of a file without a last one that was cut off, which is said."
+    if not path.exists():
+        return []
+    text = path.read_text(encoding='utf-8', errors='replace')
+    lines = text.split('\n')
+    end = lines.pop()
+    if end and read_line(end) is None:
+        what = "was cut off and is left out"
+        warnings.warn(f"{path}:{len(lines) + 1} {what}: {end[:60]!r}", stacklevel=3)
+        end = ''
+    return [*lines, end] if end else lines
 
 
 def ledger(
@@ -95,8 +112,7 @@ def ledger(
     Raises `ValueError` naming the line that is not JSON.
     """
     path, newest = Path(path or ledger_path()), {}
-    lines = path.read_text(encoding='utf-8').splitlines() if path.exists() else []
-    for number, text in enumerate(lines, 1):
+    for number, text in enumerate(_whole_lines(path), 1):
         if not text.strip():
             continue
         line = _read_line(text, f'{path}:{number}')

@@ -8,51 +8,39 @@ __all__ = ['make_accelerator', 'train']
 # %% ../../nbs/learn/loop.ipynb #c002
 import copy
 import os
-import signal
-import threading
+import pickle
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import traceback
+import warnings
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import asdict
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from torch import nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from ..data.catalogue import load, require
 from ..data.examples import as_examples
 from .contract import Context
-from .draws import random_states, seed_all, set_random_states
-from .log import Log, watch
-from .runs import Run, load_checkpoint, save_checkpoint
+from .draws import random_states, seed_all, set_random_states, set_state
+from .files import locked
+from .log import Log, diverged, watch
+from .runs import Run, load_checkpoint, plain_json, save_checkpoint
+from .runs import saved_state, settings_hash
+from .signals import deferred_signals, held_back, ignore_signals
+from .signals import signal_names
 from .step import Steps, averaged, optimiser_step, use_average
 from .system import System
+from .weights import differences, finite, shapes_of, store_weights
 from ..mcmc import Slice
-from typing import Any
 
 # %% ../../nbs/learn/loop.ipynb #c021
-@contextmanager
-def _deferred_signals():
-    "An interrupt is obeyed between two steps, with everything saved."
-    asked = []
-    if threading.current_thread() is not threading.main_thread():
-        yield asked
-        return
-
-    def note(number, _frame):
-        asked.append(number)
-
-    old = {kind: signal.signal(kind, note) for kind in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield asked
-    finally:
-        for kind, handler in old.items():
-            signal.signal(kind, handler)
-
-
 def _divide(batch, n):
     "Equal parts of a dictionary of tensors."
     if n == 1:
@@ -73,10 +61,16 @@ class _Job:
             for part in group.optimiser.param_groups:
                 part.setdefault('initial_lr', part['lr'])
         self.step, self.seconds, self.state = 0, 0.0, {}
-        decay = stage.ema(self.cfg)
-        self.ema = averaged(nets, decay) if decay else None
+        self.saved = 0  # step of the last checkpoint
+        self.ema = self.average()
         place = index if stage.draws is None else stage.draws
-        self.generator = self._generator(run.seed + 1_000_003 * (1 + place))
+        self.seed = run.seed + 1_000_003 * (1 + place)
+        self.generator = self._generator(self.seed)
+
+    def average(self):
+        "A new average of the weights as they are, or None."
+        decay = self.stage.ema(self.cfg)
+        return averaged(self.nets, decay) if decay else None
 
     def _generator(self, seed):
         return torch.Generator(self.accelerator.device).manual_seed(seed)
@@ -85,6 +79,12 @@ class _Job:
     def total(self):
         "Optimiser steps done over all stages."
         return self.done + self.step
+
+    def check(self):
+        "Raises `Diverged` if weights are not finite, so that none is stored."
+        if not finite(self.nets.state_dict()):
+            where = f"stage {self.stage.name!r} stopped at step {self.step}"
+            raise diverged(where, "a weight is not finite", self.run.folder)
 
     def settle(self, nets):
         "Put into the networks what the stage leaves."
@@ -103,7 +103,7 @@ class _Job:
             return 0.0
         before, states = time.monotonic(), random_states()
         nets = self.settle(copy.deepcopy(self.nets)).eval()
-        nets.save_pretrained(self.run.folder / f'weights-{self.total:09d}')
+        store_weights(nets, self.run.folder / f'weights-{self.total:09d}')
         set_random_states(states)
         return time.monotonic() - before
 
@@ -122,12 +122,21 @@ def _contexts(job):
     frac = job.step / max(job.n_iters, 1)
     return [Context(job.step, frac, own, job.state, average) for own in draws]
 
+# %% ../../nbs/learn/loop.ipynb #792c0d7c
+def _identity(run, cfg):
+    "Whose a checkpoint is."
+    settings = settings_hash(plain_json(asdict(cfg)))
+    return dict(system=run.system, seed=run.seed, settings=settings)
+
 
 def _save(job):
     "Write a checkpoint: a dictionary of tensors and plain values."
+    job.check()
+    job.saved = job.step
     if not job.accelerator.is_main_process:
         return
     state = dict(
+        identity=_identity(job.run, job.cfg),
         stage=job.index,
         step=job.step,
         seconds=job.seconds,
@@ -140,17 +149,58 @@ def _save(job):
     )
     save_checkpoint(job.run.folder, job.total, state)
 
+# %% ../../nbs/learn/loop.ipynb #e680fde8
+def _misfit(saved, run, stages, nets):
+    "Why a checkpoint is not of this training, or ''."
+    if not isinstance(saved, dict) or not {'stage', 'step', 'nets'} <= saved.keys():
+        return "is no checkpoint of a training"
+    # those of earlier versions have no identity: stage, step and networks must do
+    cfg = nets.cfg
+    mine = _identity(run, cfg)
+    theirs = saved.get('identity', mine)
+    for key in ('system', 'seed'):
+        if theirs[key] != mine[key]:
+            return f"is of another run: its {key} is {theirs[key]}, not {mine[key]}"
+    if theirs['settings'] not in (mine['settings'], *run.settings):
+        return "is of a run with other settings"
+    index, step = saved['stage'], saved['step']
+    if not 0 <= index < len(stages) or not 0 <= step <= stages[index].n_iters(cfg):
+        place = f"step {step} of stage {index + 1}"
+        return f"is of another run: it stands at {place}, which this one does not have"
+    wrong = differences(shapes_of(nets.state_dict()), shapes_of(saved['nets']))
+    return f"is of other networks: {wrong}" if wrong else ''
+
+# %% ../../nbs/learn/loop.ipynb #87e00b5f
+def _restore_optimiser(optimiser, state, changed):
+    "Put an optimiser back; with changed settings its rates are the new ones."
+    new = [{k: v for k, v in o.items() if k != 'params'} for o in optimiser.param_groups]
+    optimiser.load_state_dict(state)
+    for part, values in zip(optimiser.param_groups, new if changed else []):
+        part.update(values)
+
 
 def _restore(job, saved):
     "Put back what a checkpoint holds."
     job.step, job.seconds, job.state = saved['step'], saved['seconds'], saved['state']
+    job.saved = job.step
     job.nets.load_state_dict(saved['nets'])
-    if job.ema is not None:
+    mine = _identity(job.run, job.cfg)
+    unknown = mine if len(job.run.settings) < 2 else None  # of an earlier version
+    changed = saved.get('identity', unknown) != mine
+    if changed:
+        job.ema = job.average()
+    if job.ema is not None and saved['ema'] is not None:
         job.ema.load_state_dict(saved['ema'])
     for key, group in job.groups.items():
-        group.optimiser.load_state_dict(saved['optimisers'][key])
-    job.generator.set_state(saved['generator'].cpu())
-    set_random_states(saved['random'])
+        _restore_optimiser(group.optimiser, saved['optimisers'][key], changed)
+    seed = job.seed + 7_919 * job.step
+    set_random_states(saved['random'], seed)
+    if not set_state(job.generator, saved['generator'], seed):
+        warnings.warn(
+            f"the checkpoint of step {job.total} is of another kind of device: its draws "
+            "go on from a seed of their own, so the end will differ slightly",
+            stacklevel=2,
+        )
 
 # %% ../../nbs/learn/loop.ipynb #c023
 def _same(batch):
@@ -222,8 +272,33 @@ class _Lines:
         self.bar.set_postfix(shown, refresh=False)
 
 # %% ../../nbs/learn/loop.ipynb #33a7a616
-def _loader(job, examples) -> Iterator:
-    "Batches of one stage, from the step at which it stands."
+def _portable(error):
+    "An error as it can travel between processes, with its traceback as a note."
+    error.add_note(traceback.format_exc())
+    try:
+        return pickle.loads(pickle.dumps(error))
+    except Exception:  # its class cannot be made again from its text
+        return RuntimeError(f"{type(error).__name__}: {error}")
+
+
+class _Careful(Dataset):
+    "Examples whose errors arrive as a batch: a worker would print its own traceback."
+
+    def __init__(self, examples):
+        self.examples = examples
+
+    def __len__(self):
+        return len(self.examples)
+
+    def __getitems__(self, idx):
+        try:
+            return self.examples.__getitems__(idx)
+        except Exception as error:
+            return _portable(error)
+
+# %% ../../nbs/learn/loop.ipynb #72a9ccd9
+def _batches(job, examples):
+    "Batches of one stage, from the step at which it stands; or the error of one."
     accelerator = job.accelerator
     sampler = Steps(
         len(examples),
@@ -234,14 +309,35 @@ def _loader(job, examples) -> Iterator:
         accelerator.process_index,
         accelerator.num_processes,
     )
-    return DataLoader(
-        examples,
+    loader = DataLoader(
+        _Careful(examples),
         batch_sampler=sampler,
         num_workers=job.cfg.workers,
         collate_fn=_same,
+        worker_init_fn=ignore_signals,
         pin_memory=accelerator.device.type == 'cuda',
         generator=torch.Generator(),  # a loader must not disturb the draws of the networks
     )
+    with held_back() if job.cfg.workers else nullcontext():
+        return iter(loader)
+
+
+def _worker_died(error):
+    return ChildProcessError(
+        f"a process that reads data ended ({error}); if memory is short, fewer workers or "
+        "-p over '{workers: 0}' with --change need less; run again to continue"
+    )
+
+
+def _fetch(batches):
+    "The next batch and None, or None and what went wrong."
+    try:
+        batch = next(batches)
+    except RuntimeError as error:
+        if 'DataLoader worker' not in str(error):
+            raise
+        return None, _worker_died(error)
+    return (None, batch) if isinstance(batch, Exception) else (batch, None)
 
 # %% ../../nbs/learn/loop.ipynb #c024
 def _step(job, batch):
@@ -260,10 +356,75 @@ def _step(job, batch):
     return logs
 
 # %% ../../nbs/learn/loop.ipynb #4fdc5a1a
+def _advance(job, batch, lines):
+    "One step; an error that only numbers gone astray explain becomes `Diverged`."
+    try:
+        return _step(job, batch)
+    except (ValueError, RuntimeError, ArithmeticError, IndexError) as error:
+        if 'DataLoader worker' in str(error):
+            raise _worker_died(error) from error
+        if lines.ok and finite(job.nets.state_dict()):
+            raise
+        where = f"stage {job.stage.name!r} stopped at step {job.step + 1}"
+        raise diverged(
+            where, f"numbers are not finite ({error})", job.run.folder
+        ) from error
+
+
+def _save_here(job, lines):
+    "Write log and checkpoint where a training must end, if it has gone on since the last."
+    if job.step == job.saved:
+        return
+    if lines.sums:
+        lines.write()
+    _save(job)
+
+
+def _record(job, lines, due, keep):
+    "What is due after a step: a line, weights that stay, a checkpoint; seconds that it took."
+    if due or job.step % job.cfg.log_every == 0:
+        lines.write()
+    took = 0.0
+    if keep and job.total % keep == 0:
+        job.check()
+        took = job.keep()  # no time of the training
+    if due:
+        _save(job)
+    return took
+
+# %% ../../nbs/learn/loop.ipynb #6351e311
+class _Stop:
+    "Whether a training was asked to end, by a signal to any of its processes."
+
+    def __init__(self, accelerator, folder):
+        self.main, self.folder, self.signals = accelerator.is_main_process, folder, []
+        # between the processors, so that no GPU waits
+        several = accelerator.num_processes > 1
+        self.channel = dist.new_group(backend='gloo') if several else None
+
+    def kept(self):
+        "What a message says of checkpoints; other processes do not know of them."
+        found = f"{saved_state(self.folder)}; " if self.main else ''
+        return f"{found}run the same command again to continue"
+
+    def asked(self):
+        return _any(self.signals, self.channel)
+
+    def failed(self, error):
+        "Whether an error, or None, came to any process."
+        return _any([error] if error else [], self.channel)
+
+    def leave(self, step):
+        "Raise what ends a training that was asked to."
+        who = signal_names(self.signals)
+        raise KeyboardInterrupt(f"stopped by {who} at step {step}; {self.kept()}")
+
+# %% ../../nbs/learn/loop.ipynb #28640175
 def _fit(
     job,  # State of the stage, new or restored
     examples,  # Training examples
     log: Log,  # Receives a line every `log_every` steps
+    stop: _Stop,  # Signals
     *,
     progress: bool = True,  # Show a bar
     keep_every: int = 0,  # As in `train`
@@ -271,42 +432,32 @@ def _fit(
 ):
     """Run one stage from where it stands to its end.
 
-    Raises `Diverged` when the watchdog stops it, and `KeyboardInterrupt` after a signal,
-    with a checkpoint written.
+    Raises `Diverged` when the watchdog stops it, `KeyboardInterrupt` after a signal and
+    the error of data that cannot be read, both with a checkpoint written.
     """
-    cfg, accelerator = job.cfg, job.accelerator
-    hidden = not (progress and accelerator.is_main_process)
-    bar = tqdm(
-        _loader(job, examples),
-        total=job.n_iters,
-        initial=job.step,
-        desc=job.stage.name,
-        disable=hidden,
-        mininterval=2,
-    )
-    lines, start = _Lines(job, log, bar), time.monotonic() - job.seconds
-    # between the processors, so that no GPU waits
-    channel = dist.new_group(backend='gloo') if accelerator.num_processes > 1 else None
-    with _deferred_signals() as asked:
-        for batch in bar:
-            logs = _step(job, batch)
-            job.seconds = time.monotonic() - start
-            lines.add(logs)
-            if on_step is not None:
-                on_step(job.step, job.nets)
-            stop = _any(asked, channel)
-            due = job.step == job.n_iters or stop or job.step % cfg.save_every == 0
-            if due or job.step % cfg.log_every == 0:
-                lines.write()
-            if keep_every and job.total % keep_every == 0:
-                start += job.keep()  # no time of the training
-            if due:
-                _save(job)
-            if stop:
-                raise KeyboardInterrupt(
-                    f"stopped by a signal at step {job.step}; "
-                    "run the same command again to continue"
-                )
+    hidden = not (progress and job.accelerator.is_main_process)
+    start = time.monotonic() - job.seconds
+    shown = dict(total=job.n_iters, initial=job.step, desc=job.stage.name, mininterval=2)
+    bar = tqdm(_batches(job, examples), disable=hidden, **shown)
+    batches, lines = iter(bar), _Lines(job, log, bar)
+    while job.step < job.n_iters:
+        batch, error = _fetch(batches)
+        if stop.failed(error):
+            _save_here(job, lines)
+            bar.close()
+            raise error or ChildProcessError("another process could not read its data")
+        logs = _advance(job, batch, lines)
+        job.seconds = time.monotonic() - start
+        lines.add(logs)
+        if on_step is not None:
+            on_step(job.step, job.nets)
+        asked = stop.asked()
+        due = job.step == job.n_iters or asked or job.step % job.cfg.save_every == 0
+        start += _record(job, lines, due, keep_every)
+        if asked:
+            bar.close()
+            stop.leave(job.total)
+    next(batches, None)  # the workers end
 
 # %% ../../nbs/learn/loop.ipynb #c025
 def make_accelerator(
@@ -353,6 +504,29 @@ def _steps_of(stages, cfg, saved):
         return 0
     return sum(stage.n_iters(cfg) for stage in stages[: saved['stage']]) + saved['step']
 
+# %% ../../nbs/learn/loop.ipynb #524aa862
+def _fit_all(stages, nets, run, accelerator, saved, examples, log, stop, **options):
+    """Run the stages that a checkpoint leaves to do.
+
+    A signal that comes while a stage ends is obeyed when it has ended.
+    """
+    done, seconds = 0, 0.0
+    for index, stage in enumerate(stages):
+        job = _Job(stage, index, nets, run, accelerator, done)
+        job.seconds = seconds
+        done += job.n_iters
+        if saved is not None and saved['stage'] > index:
+            continue
+        if saved is not None and saved['stage'] == index:
+            _restore(job, saved)
+        if job.step < job.n_iters:
+            _fit(job, examples, log, stop, **options)
+        job.settle(nets)
+        job.check()
+        if stop.asked():
+            stop.leave(job.total)
+        seconds, saved = job.seconds, None
+
 # %% ../../nbs/learn/loop.ipynb #c026
 def train(
     system: System,  # Its `build` and `stages`, or those of the rival that `cfg` names
@@ -371,41 +545,33 @@ def train(
     in `run.folder/weights`. One seed, device and thread count give identical weights,
     interrupted or not. `keep_every` counts optimiser steps over all stages.
     Raises `Diverged` when a number leaves its bounds, `ValueError` for a batch that does
-    not divide, or into too small parts, and for networks without these settings.
+    not divide, or into too small parts, for networks without these settings and for
+    checkpoints of another run, `OSError` if another process trains in the folder.
     """
     system = system.of(cfg)
     if examples is None:
         system.check(cfg, require(cfg.data))
-    accelerator, stages = make_accelerator(cfg, run.device), system.stages
-    _check_batches(stages, cfg, accelerator.num_processes)
-    seed_all(run.seed)
-    nets = system.build(cfg).to(accelerator.device)
-    if vars(nets).get('cfg') != cfg:
-        raise ValueError("build must keep the settings: nets.cfg = cfg")
-    saved = load_checkpoint(run.folder, str(accelerator.device))
-    examples = load(cfg.data) if examples is None else as_examples(examples)
-    log = Log(run, _steps_of(stages, cfg, saved), tensorboard, accelerator.is_main_process)
-    done, seconds = 0, 0.0
-    for index, stage in enumerate(stages):
-        job = _Job(stage, index, nets, run, accelerator, done)
-        job.seconds = seconds
-        done += job.n_iters
-        if saved is not None and saved['stage'] > index:
-            continue
-        if saved is not None and saved['stage'] == index:
-            _restore(job, saved)
-        if job.step < job.n_iters:
-            _fit(
-                job,
-                examples,
-                log,
-                progress=progress,
-                keep_every=keep_every,
-                on_step=on_step,
-            )
-        job.settle(nets)
-        seconds, saved = job.seconds, None
-    if accelerator.is_main_process:
-        nets.save_pretrained(run.folder / 'weights')
+    accelerator = make_accelerator(cfg, run.device)
+    _check_batches(system.stages, cfg, accelerator.num_processes)
+    options = dict(progress=progress, keep_every=keep_every, on_step=on_step)
+    with locked(run.folder) if accelerator.is_main_process else nullcontext():
+        seed_all(run.seed)
+        nets = system.build(cfg).to(accelerator.device)
+        if vars(nets).get('cfg') != cfg:
+            raise ValueError("build must keep the settings: nets.cfg = cfg")
+
+        def misfit(state):
+            return _misfit(state, run, system.stages, nets)
+
+        saved = load_checkpoint(run.folder, str(accelerator.device), misfit)
+        examples = load(cfg.data) if examples is None else as_examples(examples)
+        done = _steps_of(system.stages, cfg, saved)
+        log = Log(run, done, tensorboard, accelerator.is_main_process)
+        stop = _Stop(accelerator, run.folder)
+        todo = (system.stages, nets, run, accelerator, saved, examples, log, stop)
+        with deferred_signals(stop.kept, stop.channel is None) as stop.signals:
+            _fit_all(*todo, **options)
+        if accelerator.is_main_process:
+            store_weights(nets, run.folder / 'weights')
     accelerator.wait_for_everyone()
     return nets.eval()

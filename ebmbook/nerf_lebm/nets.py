@@ -10,10 +10,10 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from huggingface_hub import PyTorchModelHubMixin
 from torch import Tensor, nn
 
 from ..learn.blocks import mlp
+from ..learn.weights import Pretrained
 from .nerf import NeRF, RaySampling, Siren
 from .presets import Config, camera_of, check_config
 
@@ -129,7 +129,7 @@ def _siren(cfg):  # a field of unknown poses
     )
 
 # %% ../../nbs/03_nerf_lebm/nets.ipynb #26628c3f
-class Nets(nn.Module, PyTorchModelHubMixin):
+class Nets(nn.Module, Pretrained):
     """Field, energies and encoder, as far as the preset has them.
 
     `save_pretrained` and `from_pretrained` keep them with their settings.

@@ -222,6 +222,10 @@ def train(
         int,
         _option("iterations between weights that stay in DIR/weights-STEP; 0: none", min=0),
     ] = 0,
+    change: Annotated[
+        bool,
+        _option("go on with changed settings; config.json records them", '--change'),
+    ] = False,
 ) -> None:
     """Train a preset, without a notebook.
 
@@ -238,7 +242,7 @@ def train(
 
     known.of(cfg).check(cfg, require(cfg.data))
     where = dict(seed=given['seed'], out=given['out'], device=check_device(device))
-    run = open_run(system, preset, cfg, known.presets[preset], **where)
+    run = open_run(system, preset, cfg, known.presets[preset], change=change, **where)
     first = os.environ.get('RANK', '0') == '0'  # of several processes one speaks
     if first:
         typer.echo(

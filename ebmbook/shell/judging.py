@@ -8,7 +8,6 @@ __all__ = ['resolve', 'claim_run', 'do_job', 'run_claims']
 # %% ../../nbs/shell/judging.ipynb #13846d45
 import hashlib
 import json
-import shutil
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -20,7 +19,7 @@ from ..learn.contract import Diverged
 from ..learn.ledger import ledger, publish, record
 from ..learn.log import seconds_trained
 from ..learn.loop import train
-from ..learn.runs import Run, open_run, plain_json, source_hash
+from ..learn.runs import Run, forget, open_run, plain_json, source_hash
 from ..learn.system import System
 from .claims import missing
 from .systems import check_device, load_system, select
@@ -64,7 +63,7 @@ def claim_run(
     tag = hashlib.sha256(text.encode()).hexdigest()[:8]
     folder = Path(out) / f'{job.system}-{job.preset}-{tag}-{job.seed}'
     if fresh:
-        shutil.rmtree(folder, ignore_errors=True)
+        forget(folder)
     base, where = system.presets[job.preset], dict(seed=job.seed, out=folder, device=device)
     run = open_run(job.system, job.preset, cfg, base, **where)
     note = folder / 'source.txt'

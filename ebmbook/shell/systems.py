@@ -173,6 +173,15 @@ def _weights_folder(folder):
             )
     return folder
 
+
+def _stored_settings(system, path):
+    "Settings beside weights. Raises `ValueError` naming the file."
+    try:
+        return system.config(**json.loads(path.read_text(encoding='utf-8'))['cfg'])
+    except (ValueError, KeyError, TypeError) as error:
+        why = error if path.stat().st_size else "it is empty"
+        raise ValueError(f"{path} holds no settings of {system.name} ({why})") from error
+
 # %% ../../nbs/shell/systems.ipynb #35841daa
 def load_nets(
     system: System,
@@ -190,15 +199,15 @@ def load_nets(
             "or -p preset NAME for the book's"
         )
     folder = _weights_folder(Path(weights) if weights else _book_folder(system, preset))
-    from safetensors.torch import load_model
+    from ebmbook.learn.weights import load_weights
 
     try:
-        stored = json.loads((folder / 'config.json').read_text(encoding='utf-8'))['cfg']
-        cfg = system.config(**stored)
+        cfg = _stored_settings(system, folder / 'config.json')
         nets = system.of(cfg).build(cfg)
-        load_model(nets, folder / 'model.safetensors')
+        load_weights(nets, folder / 'model.safetensors')
     except Exception as error:
-        why = f"{type(error).__name__}: {error}"
+        plain = type(error) in (ValueError, FileNotFoundError)
+        why = str(error) if plain else f"{type(error).__name__}: {error}"
         name = system.name
         raise ValueError(f"{folder} cannot be read as weights of {name}: {why}") from error
     return nets.to(check_device(device)).eval()
