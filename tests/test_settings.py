@@ -10,11 +10,15 @@ from dataclasses import dataclass, fields, replace
 
 import numpy as np
 import pytest
+import torch
+from typer.testing import CliRunner
 
 from ebmbook.learn.contract import Loop
 from ebmbook.learn.limits import LARGEST, Filled, Range, kinds
 from ebmbook.learn.settings import read_over
+from ebmbook.shell import cli
 from ebmbook.shell.systems import SYSTEMS, load_system
+from ebmbook.shell.words import explain
 
 UNIONS = (typing.Union, type(int | str))
 FIELDS = [
@@ -268,3 +272,115 @@ def test_own_fields_need_no_limit():
             replace(cfg, **wrong)
     with pytest.raises(ValueError, match='width must be a whole number'):
         replace(cfg, width='wide')
+
+
+# --- the command line: one line that says what is wrong, before anything is computed
+
+CHECKERBOARD = ('-p', 'preset', 'checkerboard')
+TRAIN = ('train', 'cdrl', *CHECKERBOARD)
+AT = ('evaluate', 'cdrl', *CHECKERBOARD, '--at')
+IMAGES_AT = ('evaluate', 'cdrl', '-p', 'preset', 'digits-cond', '--at')
+SAMPLE = ('sample', 'cdrl', *CHECKERBOARD)
+OVER = [
+    '{n_iters: -5}', '{save_every: 0}', '{log_every: 0}', '{micro: 0}', '{batch: 0}',
+    '{ema: 1.5}', '{ema: -1}', '{ema: 1}', '{lr: .inf}', '{lr: .nan}', '{lr: 0}', '{lr: abc}',
+    '{ch: -8}', '{mult: [1, a]}', '{mult: []}', '{tweedie: .nan}', '{cooldown: 2}',
+    '{label_drop: 5}', '{clip: -1}', '{clip: 0}', '{blocks: -1}', '{warmup: -5}',
+    '{workers: -1}', '{workers: 100000}', '{max_gap: -1}', '{max_gap: .inf}', '{batch: 010}',
+    '{precision: off}', '{precision: fp16}', '{flip: 1}', '{n_steps: 1.5}', '{attn: 8}',
+    '{dropout: 1}', '{shape: []}', '{shape: 2}', '{data: }', '{n_levels: 0}', '{seed: 1}',
+    '{n_iters: 1, n_iters: 2}', '[1]', '{', 'n_iters', '{n_iters: ~}', '{n_iters: 1e30}',
+]  # fmt: skip
+REFUSED = [
+    *(((*TRAIN, '-p', 'over', over), '') for over in OVER),
+    ((*AT, '{n_steps: abc}'), 'n_steps must be'),
+    ((*AT, '{n_steps: -1}'), 'n_steps must be'),
+    ((*AT, '{n_steps: 010}'), 'leading zeros'),
+    ((*AT, '{tweedie: .nan}'), 'tweedie must be'),
+    ((*AT, '{propose: maybe}'), 'propose must be true or false'),
+    ((*AT, '{generator: 5}'), "no option 'generator'"),
+    ((*AT, '{nets: 5}'), "no option 'nets'"),
+    ((*AT, '{self: 5}'), "no option 'self'"),
+    ((*AT, '{seed: 3}'), '--seed'),
+    ((*AT, '{concepts: foo}'), "no option 'concepts'"),
+    ((*AT, '{task: 5}'), 'unknown task'),
+    ((*AT, '{task: }'), 'task must be'),
+    ((*AT, '{n_steps: 1, n_steps: 2}'), 'given twice'),
+    ((*AT, '3'), 'takes a mapping'),
+    ((*AT, '{n_steps: [}'), 'cannot be read'),
+    ((*IMAGES_AT, '{n: 0}'), 'n must be at least 1'),
+    ((*IMAGES_AT, '{n: abc}'), 'n must be'),
+    ((*IMAGES_AT, '{n: 1.5}'), 'n must be'),
+    ((*IMAGES_AT, '{n: 1e30}'), 'n must be'),
+    ((*IMAGES_AT, '{w: abc}'), 'w must be'),
+    ((*IMAGES_AT, '{w: .inf}'), 'w must be'),
+    ((*IMAGES_AT, '{w: [1]}'), 'w must be'),
+    ((*TRAIN, '-p', 'out', 'A', '--out', 'B'), 'given twice'),
+    ((*TRAIN, '-p', 'seed', '1', '--seed', '1'), 'given twice'),
+    ((*TRAIN, '-p', 'seed', 'abc'), '-p seed must be'),
+    ((*TRAIN, '-p', 'seed', '-1'), '-p seed must be'),
+    ((*TRAIN, '-p', 'seed', '9' * 30), '-p seed must be'),
+    ((*TRAIN, '-p', 'over', '{n_iters: 0}'), 'nothing would be trained'),
+    (('train', 'cdrl', '-p', 'preset', 'digits', '-p', 'dataset', 'folder:'), 'no folder'),
+    (('train', 'cdrl', '-p', 'preset', 'digits', '-p', 'dataset', 'folder: @8'), 'no folder'),
+    ((*TRAIN, '-p', 'over', "{data: 'folder:'}"), 'no folder'),
+    ((*SAMPLE, '--out', 'x.txt'), 'ending'),
+    ((*SAMPLE, '--out', 'x'), 'ending'),
+    ((*SAMPLE, '--out', '.'), 'ending'),
+    ((*SAMPLE, '--out', '/dev/null/x.npy'), '/dev/null'),
+    (('bench', '--preset', 'digits'), '--preset belongs'),
+    (('bench', '--batch', '64'), '--batch belongs'),
+    (('bench', '--steps', '20', '--over', '{n_steps: 1}'), '--over and --steps belongs'),
+    (('bench', 'cdrl', '--only', 'small'), '--only belongs'),
+    (('bench', 'cdrl', '--quick'), '--quick belongs'),
+    (('bench', 'cdrl', '--over', '{ch: -8}'), 'ch must be'),
+    (('cost', 'cdrl', *CHECKERBOARD, '-p', 'over', '{ch: 0}'), 'ch must be'),
+    (('claims', '--run', '--seeds=a'), '--seeds takes'),
+    (('claims', '--run', '--seeds='), '--seeds takes'),
+    (('run', 'cdrl', '-p', 'seed', 'abc'), '-p seed must be'),
+    (('run', 'cdrl', '-p', 'weights', '/nosuch'), "must be 'book'"),
+    (('run', 'cdrl', '-p', 'out', '/dev/null/x'), '/dev/null'),
+    (('run', 'cdrl', '-p', 'over', '{lr: -1}'), 'lr must be'),
+    (('run', 'cdrl', '-p', 'preset', 'nope'), 'unknown preset'),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize('args, words', REFUSED, ids=lambda value: ' '.join(value)[-60:])
+def test_a_command_refuses(args, words, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    found = CliRunner().invoke(cli.app, list(args))
+    lines = [line for line in found.stderr.splitlines() if line.strip()]
+    assert found.exit_code == 2 and len(lines) == 1 and words in lines[0], found.output
+    assert lines[0].startswith('ebmbook: ') and not list(tmp_path.iterdir())
+
+
+TYPED = [  # numbers that the command line itself checks
+    (*SAMPLE, '--w', 'nan'), (*SAMPLE, '--w', 'inf'), (*SAMPLE, '--w', 'abc'), (*SAMPLE, '-n', '0'),
+    (*SAMPLE, '-n', '1e3'), (*SAMPLE, '--seed', '-1'), (*SAMPLE, '--seed', '9' * 30),
+    ('cost', 'cdrl', *CHECKERBOARD, '--budget', 'nan'), ('bench', '--minutes', 'nan'),
+    ('bench', '--minutes', 'inf'), ('bench', '--row', 'digits'), (*TRAIN, '--keep-every', '-1'),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize('args', TYPED, ids=lambda value: ' '.join(value)[-40:])
+def test_a_number_is_refused(args):
+    found = CliRunner().invoke(cli.app, list(args))
+    assert found.exit_code == 2 and 'Error' in found.stderr, found.output
+
+
+def test_samples_that_are_no_numbers_are_not_written(tmp_path):
+    x = torch.zeros(3, 1, 8, 8)
+    x[1, 0, 0, 0] = math.nan
+    for path in ('x.png', 'x.npy'):
+        with pytest.raises(ValueError, match='1 of 3 samples are not finite'):
+            cli.save_samples(x, str(tmp_path / path))
+    assert not list(tmp_path.iterdir())
+
+
+def test_too_large_for_the_memory_is_a_sentence():
+    for text in (
+        "[enforce fail] DefaultCPUAllocator: can't allocate memory",
+        'not enough memory',
+    ):
+        assert explain(RuntimeError(text))[0] == 2
+    assert explain(RuntimeError('a bug')) is None

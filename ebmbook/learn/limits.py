@@ -151,8 +151,10 @@ def _cure(value):
 
 def _missed(kind, value):
     "The limit that a value of the right type misses, or ''."
-    parts = typing.get_args(kind)
-    if typing.get_origin(kind) is not Annotated or not fits(parts[0], value):
+    origin, parts = typing.get_origin(kind), typing.get_args(kind)
+    if origin in _UNIONS:
+        return next(filter(None, (_missed(part, value) for part in parts)), '')
+    if origin is not Annotated or not fits(parts[0], value):
         return ''
     missed = next((str(limit) for limit in parts[1:] if not limit.holds(value)), '')
     if isinstance(value, float) and not math.isfinite(value):
@@ -277,7 +279,9 @@ def read(
         return read(parts[0], value)
     if origin in _UNIONS:
         found = [(part, read(part, value)) for part in parts]
-        return next((one for part, one in found if fits(part, one)), value)
+        right = [one for part, one in found if fits(part, one)]
+        near = [one for _, one in found if type(one) is not type(value)]
+        return (right or near or [value])[0]
     if origin is Literal:
         return next((part for part in parts if str(part) == value), value)
     if origin is tuple:

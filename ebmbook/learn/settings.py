@@ -10,6 +10,7 @@ import difflib
 import functools
 import inspect
 import os
+import re
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import fields, replace
 from typing import Any
@@ -128,6 +129,12 @@ def check_least(
             raise ValueError(f"{name} must be at least {least}, got {value}")
 
 # %% ../../nbs/learn/settings.ipynb #c010
+def _check_folder(name):
+    "Without a path it would be the working directory, and all that is below."
+    if re.fullmatch(r'folder:\s*(@.*)?', name):
+        raise ValueError(f"data {name!r} names no folder: write folder:PATH")
+
+
 def choose(
     presets: Mapping,  # Presets by name, each a frozen dataclass with a field `data`
     default_preset: Mapping[str, str],  # Data set -> preset, for `-p dataset NAME` alone
@@ -141,6 +148,7 @@ def choose(
     data set or a wrong type.
     """
     own = dataset.startswith('folder:')
+    _check_folder(dataset)
     if not preset:
         if own:
             raise ValueError(
@@ -154,6 +162,7 @@ def choose(
         raise unknown('preset', preset, list(presets))
     settings = presets[preset]
     over = read_over(settings, over)
+    _check_folder(over.get('data', ''))
     if own:
         over = dict(data=dataset) | over
     elif settings.data != dataset:
