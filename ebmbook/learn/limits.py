@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['LARGEST', 'Integer', 'Steps', 'Count', 'Real', 'Weight', 'Positive', 'Share', 'Decay', 'Name', 'Text', 'Shape',
-           'Part', 'Degrees', 'Range', 'Filled', 'fits', 'describe', 'refusal', 'kinds', 'settle', 'read',
+           'Part', 'Degrees', 'Range', 'Filled', 'fits', 'describe', 'refusal', 'kinds', 'settle', 'numbers', 'read',
            'read_mapping', 'read_values']
 
 # %% ../../nbs/learn/limits.ipynb #a7c1e003
@@ -230,6 +230,17 @@ def _number(text):
         return text
 
 
+def numbers(
+    value: Any,  # From `read_mapping`
+) -> Any:
+    "The same, with text that is nothing but a number as the number."
+    if isinstance(value, dict):
+        return {name: numbers(each) for name, each in value.items()}
+    if isinstance(value, list):
+        return list(map(numbers, value))
+    return _number(value) if isinstance(value, str) else value
+
+
 def _from_text(kind, text):
     if kind is bool:
         known = dict.fromkeys(_TRUE, True) | dict.fromkeys(_FALSE, False)
@@ -245,6 +256,8 @@ def _read_plain(kind, value):
         return int(value)
     if kind is float and _fits_plain(int, value):
         return float(value) if abs(value) <= LARGEST**2 else math.inf
+    if kind is str and _fits_plain(int, value):  # as a name that is a number
+        return str(value)
     return _from_text(kind, value) if isinstance(value, str) else value
 
 

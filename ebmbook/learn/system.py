@@ -31,11 +31,7 @@ from ebmbook.learn.limits import (
 from .settings import WrongOption, check_options, unknown
 from ..mcmc import Draws
 
-# %% ../../nbs/learn/system.ipynb #a1f03c08
-def _fits(nets):
-    return ''
-
-
+# %% ../../nbs/learn/system.ipynb #a1f03e01
 # what options take wherever they occur, unless a task declares it or its default is another
 _OPTIONS: dict[str, Any] = dict(
     n=Count | None,
@@ -70,6 +66,10 @@ def _option_kind(name, default, declared):
         return _OPTIONS[name]
     plain = {int: Integer, float: Real, bool: bool, str: str}
     return declared or plain.get(type(default), object)
+
+# %% ../../nbs/learn/system.ipynb #a1f03c08
+def _fits(nets):
+    return ''
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 import typer
 from typer.core import TyperCommand
 
-from ..learn.limits import Steps, fits, read, read_mapping, refusal
+from ..learn.limits import Steps, fits, numbers, read, read_mapping, refusal
 from ..learn.settings import unknown
 from typing import Any
 from collections.abc import Iterator
@@ -70,8 +70,8 @@ def typed(
     out = {}
     for key, value in given.items():
         default = type(defaults[key])
-        if default is dict:  # its values stay text, for the fields that they are for
-            out[key] = read_mapping(value, f'-p {key}')
+        if default is dict:  # words stay text, for the fields that they are for
+            out[key] = numbers(read_mapping(value, f'-p {key}'))
             continue
         kind: Any = Steps if default is int else default
         out[key] = read(kind, value)
