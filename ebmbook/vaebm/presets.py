@@ -110,7 +110,7 @@ class ChainFields:
     n_steps: Steps = 10  # K, Langevin updates in training
     n_steps_test: Steps = 16  # K when sampling
     n_jumps: Steps = 0  # Autoencoder's proposals before a chain, by Metropolis' rule
-    eta: Positive = 8e-5  # Their step: drift eta/2, noise sqrt(eta)
+    eta: Weight = 8e-5  # Their step: drift eta/2, noise sqrt(eta)
     buffer: Count = 10_000  # Rows of the buffer
     p_rise: Steps = 5_000  # Steps over which p_max is reached
 
