@@ -143,7 +143,7 @@ def test_energy(nets):
 OVER = ('-p', 'preset', 'checkerboard', '-p', 'over')
 COMMANDS = [  # what is typed, and what the one line of the answer names
     (('train', 'cdrl', *OVER, '{n_iter: 5}'), "did you mean 'n_iters'?"),
-    (('train', 'cdrl', *OVER, '{n_iters: many}'), "'n_iters' takes"),
+    (('train', 'cdrl', *OVER, '{n_iters: many}'), 'n_iters must be a whole number (at least 0)'),
     (('train', 'cdrl', '-p', 'preset', 'checkerbord'), "did you mean 'checkerboard'?"),
     (('train', 'cdrl', '-p', 'datset', 'digits'), 'dataset'),
     (('train', 'cdlr', '-p', 'preset', 'digits'), "did you mean 'cdrl'?"),

@@ -33,6 +33,7 @@ FLOORS = {
 }
 # parts that stand lower than the rest of their room
 LOW = {
+    'learn.limits': -1,
     'learn.settings': 0,
     'learn.blocks': 1,
     'learn.files': 1,

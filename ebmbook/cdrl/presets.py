@@ -8,50 +8,61 @@ __all__ = ['PRESETS', 'DEFAULT_PRESET', 'ATTRIBUTES', 'SwitchFields', 'DataField
 
 # %% ../../nbs/05_cdrl/presets.ipynb #b222bebe
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from ..data.catalogue import check_shape
 from ..data.examples import Spec
 from ..learn.contract import Loop
-from ..learn.settings import check_least, check_words
+from ebmbook.learn.limits import (
+    Count,
+    Decay,
+    Integer,
+    Name,
+    Positive,
+    Shape,
+    Share,
+    Steps,
+    Text,
+    Weight,
+)
 
 # %% ../../nbs/05_cdrl/presets.ipynb #c008
 @dataclass(frozen=True, kw_only=True)
 class SwitchFields:
     "Choices that the paper's ablations turn, and ours; each default is the full method."
 
-    schedule: str = 'cosine'  # 'cosine' (this paper); 'drl-t6' or 'drl-t8' (predecessor's)
+    schedule: Literal['cosine', 'drl-t6', 'drl-t8'] = 'cosine'  # 'drl': predecessor's
     norm: bool = True  # Spectral norm on the energy
-    pretrain: int = 0  # Steps of the initialiser alone, denoising data; not in the paper
-    lr_pretrain: float = 3e-4  # Adam step size there
-    cooldown: float = 0.0  # Last part of the iterations, rates fall to 0; not in the paper
+    pretrain: Steps = 0  # Steps of the initialiser alone, denoising data; not in the paper
+    lr_pretrain: Positive = 3e-4  # Adam step size there
+    cooldown: Share = 0.0  # Last part of the iterations, rates fall to 0; not in the paper
     coop: bool = True  # Learn an initialiser; off is diffusion recovery likelihood (DRL)
     shared_noise: bool = True  # One noise for both levels of a pair (variance reduction)
-    predicts: str = 'y'  # What the initialiser predicts: 'y', 'x0' or 'eps'
-    target: str = 'refined'  # What it learns from: 'refined' samples or 'data'
-    residual: str = 'noisy'  # Compare the target with its 'noisy' sample or its 'mean'
+    predicts: Literal['y', 'x0', 'eps'] = 'y'  # What the initialiser predicts
+    target: Literal['refined', 'data'] = 'refined'  # What it learns from
+    residual: Literal['noisy', 'mean'] = 'noisy'  # Compared with the target
     weighted: bool = True  # Weight the energy's loss with sigma_1/sigma_{t+1}
-    tweedie: float = 1.0  # Weight of the last denoising step; 0: none, released code: 2
+    tweedie: Weight = 1.0  # Weight of the last denoising step; 0: none, released code: 2
 
 # %% ../../nbs/05_cdrl/presets.ipynb #4cf25efe
 @dataclass(frozen=True, kw_only=True)
 class DataFields:
     "What is modelled."
 
-    data: str  # Name in `ebmbook.data.DATASETS`, or folder:PATH
-    shape: tuple[int, ...]  # One example as the networks see it, e.g. (3, 32, 32) or (2,)
+    data: Name  # Name in `ebmbook.data.DATASETS`, or folder:PATH
+    shape: Shape  # One example as the networks see it, e.g. (3, 32, 32) or (2,)
     flip: bool = False  # Random horizontal flips
-    n_eval: int = 50_000  # Samples behind an FID, where Inception measures it
-    vae: str = ''  # Autoencoder whose latents are modelled; name or folder for diffusers
+    n_eval: Count = 50_000  # Samples behind an FID, where Inception measures it
+    vae: Text = ''  # Autoencoder whose latents are modelled; name or folder for diffusers
 
 # %% ../../nbs/05_cdrl/presets.ipynb #6dcbf31c
 @dataclass(frozen=True, kw_only=True)
 class ChainFields:
     "The ladder of noise and the Langevin chain of each level."
 
-    n_levels: int = 6  # T, noise levels
-    n_steps: int = 15  # K, Langevin updates at each level
-    step: float = 4e-4  # Constant of the step size: s_t^2 = step/sbar_0 * sbar_t * sigma^2
+    n_levels: Count = 6  # T, noise levels
+    n_steps: Steps = 15  # K, Langevin updates at each level
+    step: Positive = 4e-4  # Of the step size: s_t^2 = step/sbar_0 * sbar_t * sigma^2
     step_sbar: bool = True  # Whether the factor sbar_t is there; the plane does without it
 
 # %% ../../nbs/05_cdrl/presets.ipynb #eafb68ef
@@ -59,35 +70,35 @@ class ChainFields:
 class NetFields:
     "Sizes of the two networks."
 
-    ch: int = 128  # Width of the energy
-    mult: tuple[int, ...] = (1, 2, 2, 2)  # Widths of its levels, in units of ch
-    blocks: int = 8  # Residual blocks in each of them
-    init_ch: int = 64  # Width of the initialiser
-    init_mult: tuple[int, ...] = (1, 1, 1)  # Widths of its levels
-    init_blocks: int = 3  # Residual blocks in each of them
-    attn: tuple[int, ...] = (16, 8)  # Image sizes with attention
-    dropout: float = 0.1  # Of the initialiser
+    ch: Count = 128  # Width of the energy
+    mult: Shape = (1, 2, 2, 2)  # Widths of its levels, in units of ch
+    blocks: Count = 8  # Residual blocks in each of them
+    init_ch: Count = 64  # Width of the initialiser
+    init_mult: Shape = (1, 1, 1)  # Widths of its levels
+    init_blocks: Count = 3  # Residual blocks in each of them
+    attn: tuple[Count, ...] = (16, 8)  # Image sizes with attention
+    dropout: Decay = 0.1  # Of the initialiser
 
 # %% ../../nbs/05_cdrl/presets.ipynb #b92c806f
 @dataclass(frozen=True, kw_only=True)
 class OptimFields:
     "How the two networks are trained together."
 
-    n_iters: int  # Optimiser steps
-    lr: float = 1e-4  # Adam step size of the energy
-    lr_init: float = 1e-5  # Adam step size of the initialiser
-    warmup: int = 10_000  # Steps until the learning rates are reached
-    head_start: int = 500  # Steps by which the initialiser's warm-up is ahead; may be < 0
-    clip: float = 1.0  # Largest gradient norm of each network
+    n_iters: Steps  # Optimiser steps
+    lr: Positive = 1e-4  # Adam step size of the energy
+    lr_init: Positive = 1e-5  # Adam step size of the initialiser
+    warmup: Steps = 10_000  # Steps until the learning rates are reached
+    head_start: Integer = 500  # Steps by which the initialiser's warm-up is ahead, or late
+    clip: Positive = 1.0  # Largest gradient norm of each network
 
 # %% ../../nbs/05_cdrl/presets.ipynb #7d6aff9e
 @dataclass(frozen=True, kw_only=True)
 class LabelFields:
     "How classes enter."
 
-    n_classes: int = 0  # Classes of the energy; 0 is unconditional
+    n_classes: Steps = 0  # Classes of the energy; 0 is unconditional
     init_cond: bool = True  # Whether the initialiser sees the class too
-    label_drop: float = 0.1  # How often a label is replaced by "none" in training
+    label_drop: Share = 0.1  # How often a label is replaced by "none" in training
 
 # %% ../../nbs/05_cdrl/presets.ipynb #c009
 # dataclasses list the fields of the last base first: those of the loop, then the switches
@@ -177,12 +188,6 @@ DEFAULT_PRESET = {
 ATTRIBUTES = {'celeba64': (20, 31, 39)}
 
 # %% ../../nbs/05_cdrl/presets.ipynb #c011
-_WORDS = dict(
-    schedule=('cosine', 'drl-t6', 'drl-t8'),
-    predicts=('y', 'x0', 'eps'),
-    target=('refined', 'data'),
-    residual=('noisy', 'mean'),
-)
 _LEVELS = {'drl-t6': 6, 'drl-t8': 8}  # the predecessor's ladders have a fixed length
 
 
@@ -194,13 +199,11 @@ def check_config(
 
     Raises `ValueError` naming the field.
     """
-    check_words(cfg, _WORDS)
     n_levels = _LEVELS.get(cfg.schedule, cfg.n_levels)
     if cfg.n_levels != n_levels:
         raise ValueError(
             f"schedule {cfg.schedule!r} has n_levels={n_levels}, got {cfg.n_levels}"
         )
-    check_least(cfg, {'n_levels': 1, 'n_steps': 0})
     if not cfg.vae:  # latents have a shape of their own
         check_shape(cfg.data, cfg.shape, spec)
     return cfg

@@ -8,11 +8,21 @@ __all__ = ['PRESETS', 'DEFAULT_PRESET', 'SwitchFields', 'DataFields', 'StageFiel
 
 # %% ../../nbs/04_coopflow/presets.ipynb #4f0a687c
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any, Literal
 
 from ..data.catalogue import DATASETS, check_shape
 from ..learn.contract import Loop
-from ..learn.settings import check_least, check_words
+from ebmbook.learn.limits import (
+    Count,
+    Decay,
+    Name,
+    Positive,
+    Range,
+    Shape,
+    Share,
+    Steps,
+    Weight,
+)
 
 # %% ../../nbs/04_coopflow/presets.ipynb #c008
 @dataclass(frozen=True, kw_only=True)
@@ -28,56 +38,57 @@ class SwitchFields:
     Neither source rounds refined images (`quantise`).
     """
 
-    method: str = 'coopflow'  # What is trained: one of four words
-    noise: str = 'off'  # Noise of the chain: one of four words
-    decay: int = 0  # Optimiser steps K after which decaying noise is gone
-    clip: float = 0.1  # Clamp on the change of each pixel in one update; 0 is none
-    bound: float = 1.0  # Clamp on coordinates to [-bound, bound] after an update; 0 is none
+    # What is trained
+    method: Literal['coopflow', 'flow', 'shortrun', 'coopnets'] = 'coopflow'
+    noise: Literal['off', 'on', 'decay', 'printed'] = 'off'  # Of the chain
+    decay: Steps = 0  # Optimiser steps K after which decaying noise is gone
+    clip: Weight = 0.1  # Clamp on the change of each pixel in one update; 0 is none
+    bound: Weight = 1.0  # Largest |coordinate| after an update, a clamp; 0 is none
     exact: bool = True  # Undo the flow's contraction by 0.9 when it decodes
     wet: bool = False  # Dropout while the flow proposes in training
     quantise: bool = False  # Round refined images to grey levels before the flow learns
-    flow_every: int = 1  # The flow learns in every so-manieth iteration
+    flow_every: Count = 1  # The flow learns in every so-manieth iteration
 
 # %% ../../nbs/04_coopflow/presets.ipynb #37b315bd
 @dataclass(frozen=True, kw_only=True)
 class DataFields:
     "What is modelled and how it is measured."
 
-    data: str  # Name in `ebmbook.data.DATASETS`, or folder:PATH
-    shape: tuple[int, ...]  # Shape of one example, (C, H, W) or (2,)
+    data: Name  # Name in `ebmbook.data.DATASETS`, or folder:PATH
+    shape: Shape  # Shape of one example, (C, H, W) or (2,)
     flip: bool = False  # Random horizontal flips
-    n_eval: int = 50_000  # Samples behind an FID, where Inception measures it
+    n_eval: Count = 50_000  # Samples behind an FID, where Inception measures it
 
 # %% ../../nbs/04_coopflow/presets.ipynb #ba63bbcf
 @dataclass(frozen=True, kw_only=True)
 class StageFields:
     "Lengths of the parts of a training."
 
-    n_iters: int  # Optimiser steps of the energy, warm-up included
-    warm: int = 0  # The first of them, in which the flow rests
-    n_pre: int = 0  # Steps in which the flow learns alone from data, before
+    n_iters: Steps  # Optimiser steps of the energy, warm-up included
+    warm: Steps = 0  # The first of them, in which the flow rests
+    n_pre: Steps = 0  # Steps in which the flow learns alone from data, before
 
 # %% ../../nbs/04_coopflow/presets.ipynb #3ae49f82
 @dataclass(frozen=True, kw_only=True)
 class ChainFields:
     "The Langevin flow."
 
-    n_steps: int = 30  # T, Langevin updates
-    delta: float = 0.03  # Their step in training: drift delta^2/2, noise delta
-    delta_test: float = 0.04  # Their step when sampling
+    n_steps: Steps = 30  # T, Langevin updates
+    delta: Positive = 0.03  # Their step in training: drift delta^2/2, noise delta
+    delta_test: Positive = 0.04  # Their step when sampling
 
 # %% ../../nbs/04_coopflow/presets.ipynb #d5fd184f
 @dataclass(frozen=True, kw_only=True)
 class OptimFields:
     "Learning rates and limits of the gradients."
 
-    lr: float = 1e-4  # Adam step size of the energy
-    lr_flow: float = 1e-4  # Adam step size of the flow, or of the free generator
-    lr_pre: float = 1e-3  # Adam step size of the flow alone
-    lr_warm: int = 200  # Steps over which all of them rise from zero
-    cooldown: float = 0.0  # Last part of the steps in which they fall to zero; paper: none
-    ebm_clip: float = 0.0  # Largest gradient norm of the energy; 0 is none
-    flow_clip: float = 1.0  # Largest gradient norm of the flow
+    lr: Positive = 1e-4  # Adam step size of the energy
+    lr_flow: Positive = 1e-4  # Adam step size of the flow, or of the free generator
+    lr_pre: Positive = 1e-3  # Adam step size of the flow alone
+    lr_warm: Steps = 200  # Steps over which all of them rise from zero
+    cooldown: Share = 0.0  # Last part of the steps in which they fall to zero; paper: none
+    ebm_clip: Weight = 0.0  # Largest gradient norm of the energy; 0 is none
+    flow_clip: Positive = 1.0  # Largest gradient norm of the flow
 
 # %% ../../nbs/04_coopflow/presets.ipynb #c1226d7c
 @dataclass(frozen=True, kw_only=True)
@@ -87,15 +98,15 @@ class NetFields:
     `deq` holds couplings, blocks and context channels of the flow's dequantiser.
     """
 
-    ch: int = 128  # Width of the energy
-    blocks: int = 3  # Its residual blocks; each halves the image and doubles the width
-    flow_steps: tuple[int, ...] = (4, 2, 3)  # Couplings by group; one number for points
-    deq: tuple[int, ...] = (4, 2, 32)  # Dequantiser; () is uniform noise
-    flow_blocks: int = 10  # Blocks in each coupling's network
-    flow_width: int = 96  # Its channels
-    n_mix: int = 32  # Components of each mixture
-    drop: float = 0.2  # Dropout of the flow
-    levels: int = 256  # Grey levels of a pixel
+    ch: Count = 128  # Width of the energy
+    blocks: Count = 3  # Its residual blocks; each halves the image and doubles the width
+    flow_steps: Shape = (4, 2, 3)  # Couplings by group; one number for points
+    deq: tuple[()] | tuple[Count, Count, Count] = (4, 2, 32)  # () is uniform noise
+    flow_blocks: Count = 10  # Blocks in each coupling's network
+    flow_width: Count = 96  # Its channels
+    n_mix: Count = 32  # Components of each mixture
+    drop: Decay = 0.2  # Dropout of the flow
+    levels: Annotated[int, Range(2)] = 256  # Grey levels of a pixel
     save: bool = False  # Save memory in the flow at the price of time
 
 # %% ../../nbs/04_coopflow/presets.ipynb #ff971a19
@@ -103,12 +114,12 @@ class NetFields:
 class RivalFields:
     "What only CoopNets and the short-run EBM need."
 
-    nz: int = 100  # CoopNets: latent numbers
-    gen_ch: int = 64  # CoopNets: width of the generator
-    sigma: float = 0.3  # CoopNets: its observation noise
-    infer_steps: int = 0  # CoopNets: updates of the inference
-    infer_delta: float = 0.1  # CoopNets: their step
-    blur: float = 0.03  # Short-run EBM: noise on the data
+    nz: Count = 100  # CoopNets: latent numbers
+    gen_ch: Count = 64  # CoopNets: width of the generator
+    sigma: Positive = 0.3  # CoopNets: its observation noise
+    infer_steps: Steps = 0  # CoopNets: updates of the inference
+    infer_delta: Positive = 0.1  # CoopNets: their step
+    blur: Weight = 0.03  # Short-run EBM: noise on the data
 
 # %% ../../nbs/04_coopflow/presets.ipynb #c009
 # A dataclass lists the fields of its last base first; `ebmbook presets` shows the first.
@@ -279,12 +290,6 @@ DEFAULT_PRESET = {
 }
 
 # %% ../../nbs/04_coopflow/presets.ipynb #c011
-_KINDS = dict(
-    method=('coopflow', 'flow', 'shortrun', 'coopnets'),
-    noise=('off', 'on', 'decay', 'printed'),
-)
-
-
 def check_config(
     cfg: Config,  # Resolved settings
     spec: Any = None,  # What `require` returned for the data set; None looks its name up
@@ -293,12 +298,10 @@ def check_config(
 
     Raises `ValueError` naming the field.
     """
-    check_words(cfg, _KINDS)
     if cfg.noise in ('decay', 'printed') and cfg.decay < 1:
         raise ValueError(
             f"noise {cfg.noise!r} needs decay, the steps until it is gone, got {cfg.decay}"
         )
-    check_least(cfg, dict(flow_every=1, n_steps=0, warm=0, n_pre=0))
     if len(cfg.shape) == 3:
         _check_images(cfg)
     check_shape(cfg.data, cfg.shape, spec)

@@ -8,13 +8,13 @@ __all__ = ['PRESETS', 'DEFAULT_PRESET', 'SwitchFields', 'DataFields', 'Calibrati
 
 # %% ../../nbs/07_ecvae/presets.ipynb #5504e5f1
 from dataclasses import dataclass
+from typing import Annotated, Any, Literal
 
 
-from ..learn.settings import check_words
+from ..learn.limits import Count, Decay, Name, Positive, Range, Shape, Steps, Weight
 from ..learn.contract import Loop
 from ..data.catalogue import DATASETS, check_shape
 from .nets import SIZES
-from typing import Any
 
 # %% ../../nbs/07_ecvae/presets.ipynb #c008
 @dataclass(frozen=True, kw_only=True)
@@ -30,11 +30,11 @@ class SwitchFields:
     With `bound` a decoder that ends in tanh can reach its targets; the demo's have none.
     """
 
-    method: str = 'ecvae'  # The algorithm
+    method: Literal['ecvae', 'vae', 'wgan', 'ebm', 'ebm-vae', 'ecflow', 'flow'] = 'ecvae'
     dual: bool = True  # Dual ascent on the multipliers; False keeps them
-    tether: str = 'constant'  # What ties a chain to its start
-    prior: str = 'normal'  # Of the latent numbers: 'normal' or 'flow'
-    distance: str = 'mse'  # Of sample and target, data and reconstruction
+    tether: Literal['constant', 'demo', 'none'] = 'constant'  # Ties a chain to its start
+    prior: Literal['normal', 'flow'] = 'normal'  # Of the latent numbers: 'normal' or 'flow'
+    distance: Literal['mse', 'lpips'] = 'mse'  # Of sample and target, data and rebuilt
     posterior: bool = False  # Calibrate the encoder too (section 4.1)
     reuse: bool = False  # The energy learns from the decoder's targets
     bound: bool = True  # Targets of a network are kept in [-1, 1]
@@ -44,28 +44,28 @@ class SwitchFields:
 class DataFields:
     "Examples, length of the training, and networks."
 
-    data: str  # Name in `ebmbook.data.DATASETS`, or folder:PATH
-    shape: tuple[int, ...]  # Shape of one example, (C, H, W) or (2,)
-    n_iters: int  # Optimiser steps
-    net: str  # Name in `ecvae_nets.SIZES`
-    norm: str = ''  # Of encoder and decoder; '' is that of `net`
+    data: Name  # Name in `ebmbook.data.DATASETS`, or folder:PATH
+    shape: Shape  # Shape of one example, (C, H, W) or (2,)
+    n_iters: Steps  # Optimiser steps
+    net: Name  # Name in `ecvae_nets.SIZES`
+    norm: Literal['', 'batch', 'group', 'none'] = ''  # '' is that of `net`
     flip: bool = False  # Random horizontal flips
-    n_eval: int = 50_000  # Samples behind an FID, where Inception measures it
+    n_eval: Count = 50_000  # Samples behind an FID, where Inception measures it
 
 # %% ../../nbs/07_ecvae/presets.ipynb #4c343900
 @dataclass(frozen=True, kw_only=True)
 class CalibrationFields:
     "Chains on examples, and the multiplier that pulls the decoder to where they end."
 
-    n_steps: int = 15  # K, Langevin updates of a chain in training
-    n_steps_test: int = 0  # K when sampling; 0 is one pass of the decoder
-    eta: float = 1e-6  # Their step s: drift s/2, noise sqrt(s)
-    tau: float = 1e-5  # Temperature: the energy is f/tau
-    pull: float = 0.5  # Exponent by which a constant tether draws back, K s / (2 sigma_c^2)
-    slack: float = 0.1  # delta: margin = (1+delta) times the noise floor
-    lam0: float = 30.0  # Multiplier at the start
-    lam_max: float = 100.0  # Cap of both multipliers, only in the demo
-    lr_dual: float = 1e-2  # Step of its ascent
+    n_steps: Count = 15  # K, Langevin updates of a chain in training
+    n_steps_test: Steps = 0  # K when sampling; 0 is one pass of the decoder
+    eta: Positive = 1e-6  # Their step s: drift s/2, noise sqrt(s)
+    tau: Positive = 1e-5  # Temperature: the energy is f/tau
+    pull: Weight = 0.5  # Exponent by which a tether draws back, K s / (2 sigma_c^2)
+    slack: Annotated[float, Range(-1)] = 0.1  # delta: margin is (1+delta) noise floors
+    lam0: Weight = 30.0  # Multiplier at the start
+    lam_max: Weight = 100.0  # Cap of both multipliers, only in the demo
+    lr_dual: Weight = 1e-2  # Step of its ascent
 
 # %% ../../nbs/07_ecvae/presets.ipynb #ade58808
 @dataclass(frozen=True, kw_only=True)
@@ -76,33 +76,33 @@ class OptimFields:
     The energy's slope is bounded by spectral norm, and so is `max_gap`.
     """
 
-    kl: float = 0.1  # Weight of the divergence beside the summed squared error
-    lr_vae: float = 2e-4  # Adam step size of encoder and decoder, or of the flow
-    lr: float = 1e-4  # Adam step size of the energy
-    beta1: float = 0.0  # Of both
-    lr_prior: float = 2e-4  # Adam step size of the flow that is the prior
-    max_gap: float = 10.0  # Watchdog, in units of f
+    kl: Positive = 0.1  # Weight of the divergence beside the summed squared error
+    lr_vae: Positive = 2e-4  # Adam step size of encoder and decoder, or of the flow
+    lr: Positive = 1e-4  # Adam step size of the energy
+    beta1: Decay = 0.0  # Of both
+    lr_prior: Positive = 2e-4  # Adam step size of the flow that is the prior
+    max_gap: Positive = 10.0  # Watchdog, in units of f
 
 # %% ../../nbs/07_ecvae/presets.ipynb #006c6974
 @dataclass(frozen=True, kw_only=True)
 class LatentFields:
     "Chains on latent numbers, which calibrate the encoder."
 
-    z_steps: int = 5  # Updates of the chain on latent numbers
-    z_eta: float = 1e-3  # Their step
-    z_pull: float = 0.05  # As `pull`
-    z_lam: float = 1.0  # Multiplier of the encoder at the start
-    z_lr_dual: float = 1e-2  # Step of its ascent
+    z_steps: Count = 5  # Updates of the chain on latent numbers
+    z_eta: Positive = 1e-3  # Their step
+    z_pull: Weight = 0.05  # As `pull`
+    z_lam: Weight = 1.0  # Multiplier of the encoder at the start
+    z_lr_dual: Weight = 1e-2  # Step of its ascent
 
 # %% ../../nbs/07_ecvae/presets.ipynb #59b483d6
 @dataclass(frozen=True, kw_only=True)
 class FlowFields:
     "EC-Flow, a Glow in place of the autoencoder."
 
-    flow_levels: int = 3  # Its scales
-    flow_depth: int = 32  # Its steps at each scale
-    flow_width: int = 512  # Its hidden channels
-    levels: int = 256  # Grey levels of a pixel
+    flow_levels: Count = 3  # Its scales
+    flow_depth: Count = 32  # Its steps at each scale
+    flow_width: Count = 512  # Its hidden channels
+    levels: Annotated[int, Range(2)] = 256  # Grey levels of a pixel
 
 # %% ../../nbs/07_ecvae/presets.ipynb #c009
 # A dataclass reads its bases from the last to the first: the fields keep this order, from
@@ -159,29 +159,11 @@ PRESETS = {**_SMALL_PRESETS, **_PAPER_PRESETS}
 DEFAULT_PRESET = {name: name for name in PRESETS if name in DATASETS}
 
 # %% ../../nbs/07_ecvae/presets.ipynb #c011
-_WORDS = dict(
-    method=('ecvae', 'vae', 'wgan', 'ebm', 'ebm-vae', 'ecflow', 'flow'),
-    tether=('constant', 'demo', 'none'),
-    prior=('normal', 'flow'),
-    distance=('mse', 'lpips'),
-)
-
-
 def _check_chains(cfg):
-    for name in ('n_steps', 'z_steps'):
-        if getattr(cfg, name) < 1:
-            raise ValueError(f"{name} must be at least 1, got {getattr(cfg, name)}")
-    for name in ('eta', 'tau', 'kl'):
-        if getattr(cfg, name) <= 0:
-            raise ValueError(f"{name} must be above 0, got {getattr(cfg, name)}")
-    if not 0 <= cfg.lam0 <= cfg.lam_max or not 0 <= cfg.z_lam <= cfg.lam_max:
+    if max(cfg.lam0, cfg.z_lam) > cfg.lam_max:
         raise ValueError(
             f"lam0 and z_lam must lie between 0 and lam_max={cfg.lam_max:g}, "
             f"got {cfg.lam0:g} and {cfg.z_lam:g}"
-        )
-    if cfg.pull < 0 or cfg.z_pull < 0:
-        raise ValueError(
-            f"pull and z_pull must not be negative, got {cfg.pull} and {cfg.z_pull}"
         )
     if cfg.pull / cfg.n_steps >= 2:
         raise ValueError(
@@ -206,7 +188,6 @@ def check_config(
 
     Raises `ValueError` naming the field.
     """
-    check_words(cfg, _WORDS)
     if cfg.net not in SIZES:
         raise ValueError(f"net must be one of {', '.join(SIZES)}, got {cfg.net!r}")
     _check_chains(cfg)

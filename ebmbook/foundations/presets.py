@@ -7,50 +7,50 @@ __all__ = ['PRESETS', 'DEFAULT_PRESET', 'DataFields', 'NetFields', 'ChainFields'
 
 # %% ../../nbs/02_foundations/presets.ipynb #e0f7dc80
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from ..data.catalogue import check_shape
 from ..data.examples import Spec
 from ..learn.contract import Loop
-from ..learn.settings import check_words
+from ..learn.limits import Count, Name, Positive, Shape, Steps
 
 # %% ../../nbs/02_foundations/presets.ipynb #c073
 @dataclass(frozen=True, kw_only=True)
 class DataFields:
     "What is modelled."
 
-    data: str  # Name in `ebmbook.data.DATASETS`
-    shape: tuple[int, ...]  # Shape of one image
+    data: Name  # Name in `ebmbook.data.DATASETS`
+    shape: Shape  # Shape of one image
 
 # %% ../../nbs/02_foundations/presets.ipynb #d0a4029d
 @dataclass(frozen=True, kw_only=True)
 class NetFields:
     "Prior, decoder and observation noise."
 
-    prior: str = 'energy'  # 'energy', or 'gaussian' for E_alpha = 0
-    nz: int = 12  # Latent dimension
-    width: int = 192  # Of the decoder's hidden layers
-    prior_width: int = 96  # Of the energy's hidden layers
-    sigma: float = 0.15  # Std of the observation noise, images in [-1, 1]
+    prior: Literal['energy', 'gaussian'] = 'energy'  # 'gaussian' is E_alpha = 0
+    nz: Count = 12  # Latent dimension
+    width: Count = 192  # Of the decoder's hidden layers
+    prior_width: Count = 96  # Of the energy's hidden layers
+    sigma: Positive = 0.15  # Std of the observation noise, images in [-1, 1]
 
 # %% ../../nbs/02_foundations/presets.ipynb #000f7bc2
 @dataclass(frozen=True, kw_only=True)
 class ChainFields:
     "The two Langevin chains."
 
-    prior_steps: int = 30  # Langevin updates of a prior chain, from N(0, I)
-    prior_delta: float = 0.4  # Their thesis step
-    post_steps: int = 20  # Langevin updates of a posterior chain, from N(0, I)
-    post_delta: float = 0.12  # Their thesis step
+    prior_steps: Steps = 30  # Langevin updates of a prior chain, from N(0, I)
+    prior_delta: Positive = 0.4  # Their thesis step
+    post_steps: Steps = 20  # Langevin updates of a posterior chain, from N(0, I)
+    post_delta: Positive = 0.12  # Their thesis step
 
 # %% ../../nbs/02_foundations/presets.ipynb #39fdc0ca
 @dataclass(frozen=True, kw_only=True)
 class OptimFields:
     "Length and learning rates."
 
-    n_iters: int  # Optimiser steps
-    lr: float = 2e-3  # Adam step size of the decoder
-    lr_prior: float = 1e-3  # Adam step size of the energy
+    n_iters: Steps  # Optimiser steps
+    lr: Positive = 2e-3  # Adam step size of the decoder
+    lr_prior: Positive = 1e-3  # Adam step size of the energy
 
 # %% ../../nbs/02_foundations/presets.ipynb #8e5fee24
 @dataclass(frozen=True, kw_only=True)
@@ -85,8 +85,5 @@ def check_config(
 
     Raises `ValueError` naming the field.
     """
-    check_words(cfg, dict(prior=('energy', 'gaussian')))
-    if not cfg.sigma > 0:
-        raise ValueError(f"sigma must be positive, got {cfg.sigma}")
     check_shape(cfg.data, cfg.shape, spec)
     return cfg

@@ -8,12 +8,13 @@ __all__ = ['Loop', 'Group', 'Stage', 'Context', 'Diverged']
 # %% ../../nbs/learn/contract.ipynb #c002
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from .limits import Count, Decay, Positive, Range, settle
 from ..mcmc import Draws, Slice, normal, uniform
 
 # %% ../../nbs/learn/contract.ipynb #c006
@@ -21,20 +22,17 @@ from ..mcmc import Draws, Slice, normal, uniform
 class Loop:
     "Settings of the loop that every `Config` inherits."
 
-    batch: int  # Examples in one optimiser step, all processes together
-    ema: float = 0.9999  # Decay of the moving average of the weights; 0 switches it off
-    precision: str = 'no'  # 'no' is float32, 'bf16' is automatic mixed precision
-    micro: int = 1  # Parts in which a process works through its share; saves memory alone
-    workers: int = 0  # Processes that read data
-    save_every: int = 1_000  # Optimiser steps between checkpoints
-    log_every: int = 50  # Optimiser steps between log lines and watchdog checks
-    max_gap: float = 1e4  # Watchdog: largest |gap| that is logged, in units of the energy
+    batch: Count  # Examples in one optimiser step, all processes together
+    ema: Decay = 0.9999  # Decay of the moving average of the weights; 0 switches it off
+    precision: Literal['no', 'bf16'] = 'no'  # Float32, or automatic mixed precision
+    micro: Count = 1  # Parts in which a process works through its share; saves memory alone
+    workers: Annotated[int, Range(0, 512)] = 0  # Processes that read data
+    save_every: Count = 1_000  # Optimiser steps between checkpoints
+    log_every: Count = 50  # Optimiser steps between log lines and watchdog checks
+    max_gap: Positive = 1e4  # Watchdog: largest |gap| that is logged, in units of energy
 
     def __post_init__(self):
-        # JSON and YAML give lists where a preset has tuples
-        for name, value in vars(self).items():
-            if isinstance(value, list):
-                object.__setattr__(self, name, tuple(value))
+        settle(self)
 
 # %% ../../nbs/learn/contract.ipynb #4eeca2e0
 class Group(NamedTuple):

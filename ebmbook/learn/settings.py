@@ -10,13 +10,12 @@ import difflib
 import functools
 import inspect
 import os
-import types
-import typing
+import re
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import fields, replace
 from typing import Any
 
-import yaml
+from .limits import kinds, read_mapping, read_values
 
 # %% ../../nbs/learn/settings.ipynb #c005
 def _nearest(name, known):
@@ -86,58 +85,26 @@ def strict(
 
     return checked
 
-# %% ../../nbs/learn/settings.ipynb #38a8577d
-def _accepts(kind, value):
-    if typing.get_origin(kind) in (types.UnionType, typing.Union):
-        return any(_accepts(option, value) for option in typing.get_args(kind))
-    if kind is type(None):
-        return value is None
-    origin = typing.get_origin(kind) or kind
-    # bool is an int for Python, but not for a reader
-    if origin is float:
-        return isinstance(value, (int, float)) and not isinstance(value, bool)
-    if origin is int:
-        return isinstance(value, int) and not isinstance(value, bool)
-    return isinstance(value, origin)
-
-
-def _number(value):  # YAML 1.1 reads 1e-4 as a word; people mean a number
-    if not isinstance(value, str):
-        return value
-    try:
-        return float(value)
-    except ValueError:
-        return value
-
 # %% ../../nbs/learn/settings.ipynb #c342e362
 def read_over(
     config: Any,  # A Config instance: its fields say which names and types are allowed
     over: dict | str | None,  # Fields to replace, as dictionary or as YAML, "{n_iters: 10}"
 ) -> dict[str, Any]:  # The same with values of the right types
-    """Check the fields to replace and convert values given as text.
+    """Check the fields to replace and read values given as text.
 
-    Raises `KeyError` for an unknown field and `ValueError` for a value of the wrong type.
+    Raises `KeyError` for an unknown field, `ValueError` for a value that it does not take.
     """
     if isinstance(over, str):
-        over = yaml.safe_load(over) if over.strip() else {}
+        over = read_mapping(over, 'over')
     if over is None:
         over = {}
     if not isinstance(over, dict):
         raise ValueError(f"over must be a mapping of field to value, got {over!r}")
-    hints = typing.get_type_hints(type(config))
     known = [field.name for field in fields(config)]
-    out = {}
-    for name, value in over.items():
+    for name in over:
         if name not in known:
             raise unknown('field', name, known)
-        if isinstance(value, str) and not _accepts(hints[name], value):
-            value = _number(yaml.safe_load(value))
-        if isinstance(value, list):
-            value = tuple(value)
-        if not _accepts(hints[name], value):
-            raise ValueError(f"field {name!r} takes {hints[name]}, got {value!r}")
-        out[name] = float(value) if hints[name] is float else value
-    return out
+    return read_values(kinds(type(config)), over)
 
 # %% ../../nbs/learn/settings.ipynb #c007
 def check_words(
@@ -162,6 +129,12 @@ def check_least(
             raise ValueError(f"{name} must be at least {least}, got {value}")
 
 # %% ../../nbs/learn/settings.ipynb #c010
+def _check_folder(name):
+    "Without a path it would be the working directory, and all that is below."
+    if re.fullmatch(r'folder:\s*(@.*)?', name):
+        raise ValueError(f"data {name!r} names no folder: write folder:PATH")
+
+
 def choose(
     presets: Mapping,  # Presets by name, each a frozen dataclass with a field `data`
     default_preset: Mapping[str, str],  # Data set -> preset, for `-p dataset NAME` alone
@@ -175,6 +148,7 @@ def choose(
     data set or a wrong type.
     """
     own = dataset.startswith('folder:')
+    _check_folder(dataset)
     if not preset:
         if own:
             raise ValueError(
@@ -188,6 +162,7 @@ def choose(
         raise unknown('preset', preset, list(presets))
     settings = presets[preset]
     over = read_over(settings, over)
+    _check_folder(over.get('data', ''))
     if own:
         over = dict(data=dataset) | over
     elif settings.data != dataset:

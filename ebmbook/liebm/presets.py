@@ -8,12 +8,23 @@ __all__ = ['PRESETS', 'DEFAULT_PRESET', 'SwitchFields', 'DataFields', 'StageFiel
 
 # %% ../../nbs/08_liebm/presets.ipynb #8373d2b9
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Annotated, Any, Literal
 
 from ..data.catalogue import DATASETS, check_shape
 from ..data.examples import Spec
 from ..learn.contract import Loop
-from ..learn.settings import check_least, check_words
+from ebmbook.learn.limits import (
+    Count,
+    Decay,
+    Name,
+    Positive,
+    Range,
+    Shape,
+    Share,
+    Steps,
+    Text,
+    Weight,
+)
 from . import selfsup_presets
 from .nets import SIZES
 
@@ -28,11 +39,11 @@ class SwitchFields:
     along, as in CLEL), 'none' (a plain energy).
     """
 
-    method: str = 'em'  # How the generator learns: 'em', 'ejm' or 'erm'
-    encoder: str = 'frozen'  # Where latents come from: 'frozen', 'joint' or 'none'
-    posterior: str = 'cosine'  # p(z|x): 'cosine' (eq. 7), 'gaussian', 'cebm'
-    view: str = 'augment'  # Operation V: 'augment' (i) or 'dequantise' (ii)
-    top: str = 'square'  # F: 'square' is -|f|^2/2, 'linear' is learned
+    method: Literal['em', 'ejm', 'erm'] = 'em'  # How the generator learns
+    encoder: Literal['frozen', 'joint', 'none'] = 'frozen'  # Where latents come from
+    posterior: Literal['cosine', 'gaussian', 'cebm'] = 'cosine'  # p(z|x), eq. 7
+    view: Literal['augment', 'dequantise'] = 'augment'  # Operation V, (i) or (ii)
+    top: Literal['square', 'linear'] = 'square'  # -|f|^2/2, or learned
     literal: bool = False  # Noise of eq. 9 as printed, sqrt(step)
     norm: bool = True  # Spectral norm on every layer of the energy
     bias: bool = False  # Biases in the features; ours, the paper's networks have none
@@ -45,10 +56,10 @@ class SwitchFields:
 class DataFields:
     "What is learned from, for how long, and how it is measured."
 
-    data: str  # Name in `ebmbook.data.DATASETS`, or folder:PATH
-    shape: tuple[int, ...]  # Shape of one example, (C, H, W)
-    n_iters: int  # Optimiser steps of energy and generator
-    n_eval: int = 50_000  # Samples behind an FID, where Inception measures it
+    data: Name  # Name in `ebmbook.data.DATASETS`, or folder:PATH
+    shape: Shape  # Shape of one example, (C, H, W)
+    n_iters: Steps  # Optimiser steps of energy and generator
+    n_eval: Count = 50_000  # Samples behind an FID, where Inception measures it
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,47 +72,47 @@ class StageFields:
     The inference model of `n_infer` steps is that of appendix A.6; 'erm' has one anyway.
     """
 
-    net: str  # Name in `nets.SIZES`
-    enc: str  # Encoder: name in `selfsup_presets.PRESETS`
-    n_enc: int = -1  # Steps of the encoder; -1 is its own number, 0 leaves random weights
-    enc_weights: str = ''  # Folder of a trained encoder, which is then not trained here
-    n_post: int = 0  # Steps of the posterior alone; ours
-    n_infer: int = 0  # Steps of an inference model that is trained afterwards
+    net: Name  # Name in `nets.SIZES`
+    enc: Name  # Encoder: name in `selfsup_presets.PRESETS`
+    n_enc: Annotated[int, Range(-1)] = -1  # Steps of the encoder; -1: as many as its own
+    enc_weights: Text = ''  # Folder of a trained encoder, which is then not trained here
+    n_post: Steps = 0  # Steps of the posterior alone; ours
+    n_infer: Steps = 0  # Steps of an inference model that is trained afterwards
 
 # %% ../../nbs/08_liebm/presets.ipynb #c009c
 @dataclass(frozen=True, kw_only=True)
 class ChainFields:
     "The chains of the energy."
 
-    n_steps: int = 15  # T, updates of a chain
-    step: float = 25.0  # delta^2: the drift is half of it
-    noise: float = 1e-3  # Standard deviation of the noise in each update
-    clip: float = 0.0  # Longest drift of an image in one update; 0 has no limit
-    p_aug: float = 0.1  # Probability that V is applied to the start of a negative chain
+    n_steps: Steps = 15  # T, updates of a chain
+    step: Positive = 25.0  # delta^2: the drift is half of it
+    noise: Weight = 1e-3  # Standard deviation of the noise in each update
+    clip: Weight = 0.0  # Longest drift of an image in one update; 0 has no limit
+    p_aug: Share = 0.1  # Probability that V is applied to the start of a negative chain
 
 
 @dataclass(frozen=True, kw_only=True)
 class LossFields:
     "Weights of the losses, and of the score."
 
-    gamma: float = 0.01  # Concentration of the posterior in training
-    gamma_ood: float = 0.1  # Weight of the cosine in the joint score
-    tau2: float = 0.5  # Variance of the generator's pixels, tau^2
-    rho: float = 1.0  # ERM: weight of the cosine between z and h of a reconstruction
-    w_match: float = 1.0  # ERM: omega_1, of the matching term
-    w_data: float = 0.1  # ERM: omega_2, of the bound on data
-    reg: float = 0.0  # Weight of the squared energies of both batches
+    gamma: Weight = 0.01  # Concentration of the posterior in training
+    gamma_ood: Weight = 0.1  # Weight of the cosine in the joint score
+    tau2: Positive = 0.5  # Variance of the generator's pixels, tau^2
+    rho: Weight = 1.0  # ERM: weight of the cosine between z and h of a reconstruction
+    w_match: Weight = 1.0  # ERM: omega_1, of the matching term
+    w_data: Weight = 0.1  # ERM: omega_2, of the bound on data
+    reg: Weight = 0.0  # Weight of the squared energies of both batches
 
 # %% ../../nbs/08_liebm/presets.ipynb #c009o
 @dataclass(frozen=True, kw_only=True)
 class OptimFields:
     "Adam of energy, generator and inference model; its first beta is 0."
 
-    lr: float = 1e-4  # Step size of the energy
-    beta2: float = 0.999  # Its second beta
-    lr_gen: float = 2e-4  # Step size of the generator, betas (0, 0.9)
-    lr_inf: float = 2e-4  # Step size of the inference model, betas (0, 0.9)
-    lr_post: float = 0.0  # Step size in the steps of `n_post`; 0 is the energy's
+    lr: Positive = 1e-4  # Step size of the energy
+    beta2: Decay = 0.999  # Its second beta
+    lr_gen: Positive = 2e-4  # Step size of the generator, betas (0, 0.9)
+    lr_inf: Positive = 2e-4  # Step size of the inference model, betas (0, 0.9)
+    lr_post: Weight = 0.0  # Step size in the steps of `n_post`; 0 is the energy's
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -204,17 +215,6 @@ def _encoder_iters(cfg, full):
     return full if cfg.encoder == 'joint' or cfg.n_enc < 0 else cfg.n_enc
 
 # %% ../../nbs/08_liebm/presets.ipynb #c011c
-_WORDS = dict(
-    method=('em', 'ejm', 'erm'),
-    encoder=('frozen', 'joint', 'none'),
-    posterior=('cosine', 'gaussian', 'cebm'),
-    view=('augment', 'dequantise'),
-    top=('square', 'linear'),
-)
-_AT_LEAST_0 = 'n_steps n_post n_infer lr_post gamma gamma_ood noise clip rho reg'
-_LEAST: dict[str, float] = {name: 0 for name in [*_AT_LEAST_0.split(), 'w_match', 'w_data']}
-
-
 def _check_networks(cfg, spec):
     for name, known in dict(net=SIZES, enc=selfsup_presets.PRESETS).items():
         value = getattr(cfg, name)
@@ -265,16 +265,8 @@ def check_config(
 
     Raises `ValueError` naming the field.
     """
-    check_words(cfg, _WORDS)
     _check_networks(cfg, spec)
     _check_stages(cfg)
-    if not 0 <= cfg.p_aug <= 1:
-        raise ValueError(f"p_aug is a probability, got {cfg.p_aug}")
-    # -1 stands for the encoder's own number of steps
-    check_least(cfg, _LEAST | dict(n_enc=-1))
-    for name in ('step', 'tau2', 'lr', 'lr_gen', 'lr_inf'):
-        if getattr(cfg, name) <= 0:
-            raise ValueError(f"{name} must be above 0, got {getattr(cfg, name)}")
     return cfg
 
 

@@ -8,12 +8,24 @@ __all__ = ['SIMCLR_PRESETS', 'PRESETS', 'DEFAULT_PRESET', 'DataFields', 'NetFiel
 
 # %% ../../nbs/08_liebm/selfsup_presets.ipynb #cffb36ac
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Annotated, Any, Literal
 
 from ..data.catalogue import DATASETS, check_shape
 from ..data.examples import Spec
 from ..learn.contract import Loop
-from ..learn.settings import check_least, check_words
+from ebmbook.learn.limits import (
+    Count,
+    Decay,
+    Filled,
+    Name,
+    Positive,
+    Range,
+    Real,
+    Shape,
+    Share,
+    Steps,
+    Weight,
+)
 from .views import Views
 
 # %% ../../nbs/08_liebm/selfsup_presets.ipynb #c039
@@ -21,51 +33,52 @@ from .views import Views
 class DataFields:
     "What is learned from, and for how long."
 
-    data: str  # Name in `ebmbook.data.DATASETS`, or folder:PATH
-    shape: tuple[int, ...]  # Shape of one example, (C, H, W)
-    n_iters: int  # Optimiser steps
-    epoch: int  # Optimiser steps in one pass over the data
+    data: Name  # Name in `ebmbook.data.DATASETS`, or folder:PATH
+    shape: Shape  # Shape of one example, (C, H, W)
+    n_iters: Steps  # Optimiser steps
+    epoch: Count  # Optimiser steps in one pass over the data
 
 
 @dataclass(frozen=True, kw_only=True)
 class NetFields:
     "The encoder."
 
-    widths: tuple[int, ...] = ()  # As in `backbone`; () is a ResNet-18
-    hidden: int = 1024  # Hidden units of head and predictor
-    emb: int = 64  # Numbers of a code
-    mean: tuple[float, ...] = (0.5,)  # Subtracted from each channel, on [0, 1]
-    std: tuple[float, ...] = (0.5,)  # What it is divided by
+    widths: tuple[Count, ...] = ()  # As in `backbone`; () is a ResNet-18
+    hidden: Count = 1024  # Hidden units of head and predictor
+    emb: Count = 64  # Numbers of a code
+    # Subtracted from each channel, on [0, 1]
+    mean: Annotated[tuple[Real, ...], Filled()] = (0.5,)
+    std: Annotated[tuple[Positive, ...], Filled()] = (0.5,)  # What it is divided by
 
 # %% ../../nbs/08_liebm/selfsup_presets.ipynb #c039b
 @dataclass(frozen=True, kw_only=True)
 class LossFields:
     "The loss of each method."
 
-    method: str = 'simclr'  # 'simclr', 'byol' or 'wmse'
-    n_views: int = 2  # Views of each image, V
-    temp: float = 0.5  # SimCLR: temperature t
-    tau: float = 0.99  # BYOL: momentum at the start
-    w: int = 128  # W-MSE: images in a group
-    w_iter: int = 1  # W-MSE: partitions in one loss
-    eps: float = 0.0  # W-MSE: part of the covariance replaced by the unit matrix
+    method: Literal['simclr', 'byol', 'wmse'] = 'simclr'  # Its words are its names
+    n_views: Annotated[int, Range(2)] = 2  # Views of each image, V
+    temp: Positive = 0.5  # SimCLR: temperature t
+    tau: Share = 0.99  # BYOL: momentum at the start
+    w: Count = 128  # W-MSE: images in a group
+    w_iter: Count = 1  # W-MSE: partitions in one loss
+    eps: Share = 0.0  # W-MSE: part of the covariance replaced by the unit matrix
 
 
 @dataclass(frozen=True, kw_only=True)
 class OptimFields:
     "The optimiser."
 
-    lr: float = 3e-3  # Adam step size
-    weight_decay: float = 1e-6  # Coupled, on all parameters
-    warm: int = 500  # Steps over which the rate rises
-    drops: tuple[int, ...] = ()  # Steps before the end at which the rate is divided by 5
+    lr: Positive = 3e-3  # Adam step size
+    weight_decay: Weight = 1e-6  # Coupled, on all parameters
+    warm: Steps = 500  # Steps over which the rate rises
+    drops: tuple[Steps, ...] = ()  # Steps before the end at which the rate is divided by 5
 
 
 @dataclass(frozen=True, kw_only=True)
 class Config(Loop, Views, DataFields, NetFields, LossFields, OptimFields):
     "Numbers that differ between presets, all in one flat list."
 
-    ema: float = 0.0  # No average of the weights
+    ema: Decay = 0.0  # No average of the weights
 
 # %% ../../nbs/08_liebm/selfsup_presets.ipynb #c040
 def _preset(data, epochs, batch=512, *, drops=(50, 25), **more):
@@ -141,8 +154,6 @@ def check_config(
 
     Raises `ValueError` naming the field.
     """
-    check_words(cfg, dict(method=('simclr', 'byol', 'wmse')))
-    check_least(cfg, dict(n_views=2, epoch=1))
     if cfg.micro != 1:
         raise ValueError(
             "micro must be 1: the images of a batch are compared with each other, "
@@ -156,6 +167,9 @@ def check_config(
         raise ValueError(
             f"mean and std need one number, or one for each of {cfg.shape[0]} channels"
         )
+    for name in ('scale', 'ratio'):
+        if getattr(cfg, name)[0] > getattr(cfg, name)[1]:
+            raise ValueError(f"{name} must rise, got {getattr(cfg, name)}")
     check_shape(cfg.data, cfg.shape, spec)
     return cfg
 

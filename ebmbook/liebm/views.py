@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ..data.catalogue import random_flip
+from ..learn.limits import Part, Positive, Share
 from ..mcmc import Draws, uniform
 
 # %% ../../nbs/08_liebm/views.ipynb #c007
@@ -24,12 +25,13 @@ class Views:
     contrast then refers to the part.
     """
 
-    scale: tuple[float, ...] = (0.2, 1.0)  # Least and largest part of the area to cut out
-    ratio: tuple[float, ...] = (3 / 4, 4 / 3)  # Its least and largest width over height
+    scale: tuple[Part, Part] = (0.2, 1.0)  # Least and largest part of the area to cut out
+    # Its least and largest width over height
+    ratio: tuple[Positive, Positive] = (3 / 4, 4 / 3)
     # Reach of brightness, contrast and saturation; of hue, where 1 is the whole circle
-    jitter: tuple[float, ...] = (0.4, 0.4, 0.4, 0.1)
-    p_jitter: float = 0.8  # Probability that colours are changed
-    p_grey: float = 0.1  # Probability that colours are taken away
+    jitter: tuple[Share, Share, Share, Share] = (0.4, 0.4, 0.4, 0.1)
+    p_jitter: Share = 0.8  # Probability that colours are changed
+    p_grey: Share = 0.1  # Probability that colours are taken away
     flip: bool = True  # Mirror every second view
     crop_first: bool = False  # Cut out before colours change
 

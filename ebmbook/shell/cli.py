@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['app', 'System', 'Pairs', 'Device', 'Seed', 'Weights', 'datasets', 'main_numbers', 'presets', 'run', 'train',
-           'save_samples', 'sample', 'read_at', 'evaluate', 'claims', 'cost', 'bench', 'main']
+           'samples_path', 'save_samples', 'sample', 'read_at', 'evaluate', 'claims', 'cost', 'bench', 'main']
 
 # %% ../../nbs/shell/cli.ipynb #c002
 import json
+import math
 import os
 import re
 import time
@@ -17,11 +18,12 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-import yaml
 
+from ..learn.limits import LARGEST, Name, fits, read_mapping, refusal
 from ..learn.settings import unknown
 from .chapters import execute, find_notebook, notebook_out, read_parameters
 from ebmbook.shell.systems import (
+    SYSTEMS,
     check_device,
     load_nets,
     load_system,
@@ -50,6 +52,17 @@ def _option(about, *names, **settings):
     return typer.Option(*names, help=about, **settings)
 
 
+def _finite(value: float) -> float:
+    if not math.isfinite(value):
+        raise typer.BadParameter(f"{value} is no finite number")
+    return value
+
+
+def _typed_options(ctx, *names):
+    "Those options that were typed."
+    return [name for name in names if ctx.get_parameter_source(name).name == 'COMMANDLINE']
+
+
 _HIDDEN = dict(show_default=False)
 System = Annotated[str, typer.Argument(help="name of a system, e.g. cdrl", **_HIDDEN)]
 Pairs = Annotated[
@@ -57,7 +70,7 @@ Pairs = Annotated[
     _option("a parameter; may be repeated", '-p', metavar='KEY VALUE', **_HIDDEN),
 ]
 Device = Annotated[str, _option("cpu, cuda, cuda:1 or mps; empty picks the fastest")]
-Seed = Annotated[int, _option("seed of every draw")]
+Seed = Annotated[int, _option("seed of every draw", min=0, max=LARGEST)]
 Weights = Annotated[
     str, _option("folder with trained weights; without it, -p preset NAME takes the book's")
 ]
@@ -171,6 +184,20 @@ def presets(
             typer.echo(table(['method, in over', ''], methods) + '\n')
 
 # %% ../../nbs/shell/cli.ipynb #c025
+def _check_chapter(system, values):
+    "Refuse now what a chapter would refuse after a while, or ignore."
+    weights, out = values.get('weights', ''), values.get('out', '')
+    if weights not in ('', 'book'):
+        raise ValueError(f"-p weights must be 'book', or '' to train, got {weights!r}")
+    if out:
+        Path(out).mkdir(parents=True, exist_ok=True)
+        if not os.access(out, os.W_OK):
+            raise PermissionError(f"-p out {out} cannot be written: permission denied")
+    keys = ('dataset', 'preset', 'over')
+    if system in SYSTEMS and set(keys) <= set(values):
+        select(load_system(system), *(values[key] for key in keys))
+
+
 @app.command(cls=Command)
 def run(
     system: System,
@@ -184,7 +211,9 @@ def run(
     path = find_notebook(system)
     defaults = read_parameters(path)
     given = parameters(p, list(defaults))
-    values, target = typed(given, defaults), notebook_out(path, given, out)
+    values = typed(given, defaults)
+    _check_chapter(system, defaults | values)
+    target = notebook_out(path, given, out)
     wrong = execute(path, target, values)
     if wrong:
         message = f'ebmbook: the notebook failed.\n{wrong}\nThe traceback is in {target}'
@@ -206,8 +235,24 @@ def _fit(system, cfg, run, **options):
             dist.destroy_process_group()
 
 # %% ../../nbs/shell/cli.ipynb #0e810d09
+def _given_once(ctx, given):
+    "What -p gives beside options of the same name."
+    for name in _typed_options(ctx, 'seed', 'out'):
+        if name in given:
+            raise ValueError(f"{name} is given twice: by -p {name} and by --{name}")
+
+
+def _check_length(system, cfg):
+    "A training without a step would leave what it found and look like one."
+    if not any(stage.n_iters(cfg) for stage in system.of(cfg).stages):
+        raise ValueError(
+            "n_iters: no stage of this training has a step, so nothing would be trained"
+        )
+
+
 @app.command(cls=Command)
 def train(
+    ctx: typer.Context,
     system: System,
     p: Pairs = None,
     seed: Seed = 0,
@@ -233,9 +278,12 @@ def train(
     torchrun --nproc_per_node N -m ebmbook.shell.cli train ...
     """
     defaults = dict(dataset='', preset='', over='', seed=seed, out=out)
-    given = defaults | typed(parameters(p, list(defaults)), defaults)
+    pairs = parameters(p, list(defaults))
+    _given_once(ctx, pairs)
+    given = defaults | typed(pairs, defaults)
     known = load_system(system)
     preset, cfg = select(known, given['dataset'], given['preset'], given['over'])
+    _check_length(known, cfg)
     from ebmbook.data.catalogue import require
     from ebmbook.learn.log import seconds_trained
     from ebmbook.learn.runs import open_run
@@ -255,6 +303,30 @@ def train(
         typer.echo(f"next: ebmbook sample {system} --weights {weights}")
 
 # %% ../../nbs/shell/cli.ipynb #c035
+def samples_path(
+    out: str,  # File as typed; '' chooses samples.png or samples.npy
+    image: bool,  # Whether samples are images, or points
+) -> Path:  # The file; its folder is there
+    "Where samples go. Raises `ValueError` or `OSError` for a file that cannot be written."
+    from PIL import Image
+
+    path = Path(out or ('samples.png' if image else 'samples.npy'))
+    endings = {'.npy', *(Image.registered_extensions() if image else _FIGURES)}
+    if path.suffix.lower() not in endings:
+        raise ValueError(
+            f"--out {path}: the ending says how samples are written; take .png or .npy"
+        )
+    if path.is_dir():
+        raise IsADirectoryError(f"--out {path} is a folder; name a file in it")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise PermissionError(f"--out {path} cannot be written: permission denied")
+    return path
+
+
+_FIGURES = ('.png', '.pdf', '.svg', '.jpg', '.jpeg', '.webp')  # what Matplotlib writes
+
+# %% ../../nbs/shell/cli.ipynb #5a3c9e18
 def save_samples(
     x: Any,  # (n, C, H, W) images in [-1, 1], or points
     out: str = '',  # File; empty chooses samples.png or samples.npy
@@ -269,8 +341,13 @@ def save_samples(
     from ebmbook.plot import save_images, show_points
 
     image = x.ndim == 4
-    path = Path(out or ('samples.png' if image else 'samples.npy'))
-    path.parent.mkdir(parents=True, exist_ok=True)
+    path = samples_path(str(out), image)
+    lost = int((~x.isfinite()).flatten(1).any(1).sum())
+    if lost:
+        raise ValueError(
+            f"{lost} of {len(x)} samples are not finite, and {path} is not written: "
+            "the chains ran away, or the weights are damaged"
+        )
     if path.suffix == '.npy':
         np.save(path, x.numpy())
     elif image:
@@ -291,7 +368,7 @@ def sample(
         str,
         _option("classes counted from 0, or attributes: 3 or 0,1,2 or square,not-large"),
     ] = '',
-    w: Annotated[float, _option("strength of guidance")] = 0.0,
+    w: Annotated[float, _option("strength of guidance", callback=_finite)] = 0.0,
     seed: Seed = 0,
     device: Device = '',
     out: Annotated[
@@ -306,6 +383,7 @@ def sample(
     known = known.of(nets.cfg)
     import torch
 
+    samples_path(out, len(nets.cfg.shape) == 3)
     options = {}
     if w and not labels:
         raise ValueError("--w strengthens labels; give --labels too")
@@ -323,10 +401,12 @@ def sample(
 def read_at(
     text: str,  # YAML mapping
 ) -> dict:
-    "Options of an evaluation. Raises `ValueError` if they are no mapping."
-    at = yaml.safe_load(text) if text.strip() else {}
-    if not isinstance(at, dict):
-        raise ValueError(f"--at takes a mapping such as '{{n_steps: 3}}', got {text!r}")
+    "Options of an evaluation, as text. Raises `ValueError` if they are no mapping."
+    at = read_mapping(text, '--at')
+    if 'seed' in at:
+        raise ValueError("--at takes no seed; the seed of every draw is --seed")
+    if not fits(Name, at.get('task', 'the first')):
+        raise refusal('task', Name, at['task'])
     return at
 
 
@@ -364,6 +444,13 @@ def _chosen_claims(file, only):
         if name not in known:
             raise unknown('claim', name, known)
     return [claim for claim in claims if not only or claim.id in only]
+
+
+def _read_seeds(text):
+    words = [word for word in re.split(r'[,\s]+', text) if word]
+    if not words or not all(re.fullmatch(r'[0-9]{1,9}', word) for word in words):
+        raise ValueError(f"--seeds takes whole numbers such as 0 1 2, got {text!r}")
+    return list(map(int, words))
 
 
 def _verdict_text(results, as_json, markdown):
@@ -414,7 +501,7 @@ def claims(
     if run:
         from ebmbook.shell import judging
 
-        numbers = [int(word) for word in re.split(r'[,\s]+', seeds) if word.isdigit()]
+        numbers = _read_seeds(seeds)
         folder = Path(out) if out else root() / 'runs' / 'claims'
         failed = judging.run_claims(chosen, numbers, path, folder, device, fresh)
     results = verdicts(chosen, ledger(path))
@@ -457,7 +544,8 @@ def cost(
     p: Pairs = None,
     device: Device = '',
     budget: Annotated[
-        float, _option("seconds that one timed iteration may take", min=0.01)
+        float,
+        _option("seconds that one timed iteration may take", min=0.01, callback=_finite),
     ] = 1.0,
 ) -> None:
     """Count parameters, estimate the training time.
@@ -512,8 +600,19 @@ def _bench_rows(result):
     return '\n'.join(json.dumps(result['machine'] | row) for row in rows)
 
 # %% ../../nbs/shell/cli.ipynb #c053
+def _check_bench(ctx, system):
+    "Options that the other kind of measurement does not have."
+    alone, whole = ('preset', 'over', 'batch', 'steps'), ('only', 'quick')
+    wrong = _typed_options(ctx, *(whole if system else alone))
+    if wrong:
+        names = ' and '.join(f'--{name}' for name in wrong)
+        way = "without a system" if system else "with one: ebmbook bench SYSTEM"
+        raise ValueError(f"{names} belongs to a bench {way}")
+
+
 @app.command(cls=Command)
 def bench(
+    ctx: typer.Context,
     system: Annotated[
         str, typer.Argument(help="time a preset of this system instead", **_HIDDEN)
     ] = '',
@@ -535,7 +634,12 @@ def bench(
         bool, _option("tiny networks, a few seconds; nothing is stored", '--quick')
     ] = False,
     minutes: Annotated[
-        float, _option("time for the rounds; preparation and memory come on top", min=0)
+        float,
+        _option(
+            "time for the rounds; preparation and memory come on top",
+            min=0,
+            callback=_finite,
+        ),
     ] = 5.5,
     as_json: Annotated[
         bool, _option("print one JSON line per measurement", '--json')
@@ -550,6 +654,7 @@ def bench(
     Langevin updates against the least they can cost, the loop of public scripts, and
     torchebm; memory against the number of samples.
     """
+    _check_bench(ctx, system)
     from ebmbook.shell import bench as timing
 
     device, whole = check_device(device), not (system or only or quick)

@@ -10,9 +10,9 @@ import re
 from contextlib import contextmanager
 
 import typer
-import yaml
 from typer.core import TyperCommand
 
+from ..learn.limits import Steps, fits, numbers, read, read_mapping, refusal
 from ..learn.settings import unknown
 from typing import Any
 from collections.abc import Iterator
@@ -59,12 +59,6 @@ def parameters(
     return out
 
 # %% ../../nbs/shell/words.ipynb #87218c67
-def _converted(value, kind):
-    if kind is str:
-        return value
-    return (yaml.safe_load(value) or {}) if kind is dict else kind(value)
-
-
 def typed(
     given: dict,  # Values as text
     defaults: dict,  # Decide the types
@@ -75,17 +69,21 @@ def typed(
     """
     out = {}
     for key, value in given.items():
-        kind = type(defaults[key])
-        wrong = f"-p {key} takes {kind.__name__}, got {value!r}"
-        try:
-            out[key] = _converted(value, kind)
-        except (ValueError, yaml.YAMLError) as error:
-            raise ValueError(wrong) from error
-        if not isinstance(out[key], kind):
-            raise ValueError(wrong)
+        default = type(defaults[key])
+        if default is dict:  # words stay text, for the fields that they are for
+            out[key] = numbers(read_mapping(value, f'-p {key}'))
+            continue
+        kind: Any = Steps if default is int else default
+        out[key] = read(kind, value)
+        if not fits(kind, out[key]):
+            raise refusal(f'-p {key}', kind, value)
     return out
 
 # %% ../../nbs/shell/words.ipynb #c008
+# how PyTorch says on a CPU that there is too little memory, or far too little
+_NO_MEMORY = "not enough memory|an't allocate memory|Storage size calculation overflowed"
+
+
 def explain(
     error: BaseException,  # What was raised
 ) -> tuple[int, str] | None:  # Exit status and message; None if a traceback is wanted
@@ -98,7 +96,8 @@ def explain(
         return 1, text
     if isinstance(error, KeyboardInterrupt):
         return 130, text or 'stopped'
-    if kinds & {'OutOfMemoryError', 'MemoryError'}:
+    full = isinstance(error, RuntimeError) and re.search(_NO_MEMORY, text)
+    if kinds & {'OutOfMemoryError', 'MemoryError'} or full:
         first = text.splitlines()[0] if text else type(error).__name__
         cure = "A larger micro, e.g. -p over '{micro: 4}', or a smaller batch needs less."
         return 2, f"not enough memory: {first}\n{cure}"
@@ -106,7 +105,7 @@ def explain(
         return 2, str(error.args[0]) if error.args else 'unknown key'
     if 'WrongOption' in kinds:
         return 2, text
-    if isinstance(error, (ValueError, OSError, ImportError, yaml.YAMLError)):
+    if isinstance(error, (ValueError, OSError, ImportError)) or 'YAMLError' in kinds:
         return 2, text
     return None
 

@@ -8,11 +8,22 @@ __all__ = ['PRESETS', 'DEFAULT_PRESET', 'SwitchFields', 'DataFields', 'VaeFields
 
 # %% ../../nbs/06_vaebm/presets.ipynb #17cba5ef
 from dataclasses import dataclass
+from typing import Annotated, Literal
 
 from ..data.catalogue import DATASETS, check_shape
 from ..data.examples import Spec
 from ..learn.contract import Loop
-from ..learn.settings import check_least, check_words
+from ebmbook.learn.limits import (
+    Count,
+    Name,
+    Positive,
+    Range,
+    Shape,
+    Share,
+    Steps,
+    Text,
+    Weight,
+)
 
 # %% ../../nbs/06_vaebm/presets.ipynb #c008
 @dataclass(frozen=True, kw_only=True)
@@ -25,15 +36,15 @@ class SwitchFields:
     determinant. The `sampler` 'mala' refuses what a steep energy makes of a step.
     """
 
-    method: str = 'vaebm'  # 'vaebm', or a rival: 'vae', 'ebm', 'ebm-vae', 'wgan'
-    potential: str = 'paper'  # Target of chains in noise space: 'paper' or 'official'
-    space: str = 'eps'  # Where the chains run: 'eps', or 'xz' (appendix B)
-    sampler: str = 'langevin'  # Of the chains in noise space: 'langevin' or 'mala'
-    negative: str = 'sample'  # What the energy raises: 'sample', or the decoder's 'mean'
+    method: Literal['vaebm', 'vae', 'ebm', 'ebm-vae', 'wgan'] = 'vaebm'  # Itself or a rival
+    potential: Literal['paper', 'official'] = 'paper'  # Of chains in noise space
+    space: Literal['eps', 'xz'] = 'eps'  # Where chains run
+    sampler: Literal['langevin', 'mala'] = 'langevin'  # Of the chains in noise space
+    negative: Literal['sample', 'mean'] = 'sample'  # What the energy raises
     data_init: bool = True  # Set the energy's gains from data
     cautious: bool = True  # Limit each gradient by Adam's own idea of its size
-    penalty: float = 0.0  # Weight of |grad E|^2 at data and samples; the paper has none
-    p_max: float = 0.0  # Largest probability that a chain starts from the buffer; 0 is none
+    penalty: Weight = 0.0  # Weight of |grad E|^2 at data and samples; the paper has none
+    p_max: Share = 0.0  # Largest probability that a chain starts from the buffer; 0 is none
     keep_x: bool = False  # The buffer keeps the noise of x too; the paper's does not
     decoder: bool = False  # Train decoder too, on the energy of its samples (appendix C)
 
@@ -42,11 +53,11 @@ class SwitchFields:
 class DataFields:
     "The data, and how long both stages see them."
 
-    data: str  # Name in `ebmbook.data.DATASETS`, or folder:PATH
-    shape: tuple[int, ...]  # Shape of one example, (C, H, W) or (2,)
-    n_vae: int  # Optimiser steps of the autoencoder
-    n_iters: int  # Optimiser steps of the energy
-    batch_vae: int  # Examples in one step of the autoencoder
+    data: Name  # Name in `ebmbook.data.DATASETS`, or folder:PATH
+    shape: Shape  # Shape of one example, (C, H, W) or (2,)
+    n_vae: Steps  # Optimiser steps of the autoencoder
+    n_iters: Steps  # Optimiser steps of the energy
+    batch_vae: Count  # Examples in one step of the autoencoder
 
 # %% ../../nbs/06_vaebm/presets.ipynb #9ddab2ce
 @dataclass(frozen=True, kw_only=True)
@@ -57,51 +68,51 @@ class VaeFields:
     single one; a number > 0 stays fixed.
     """
 
-    ch: int = 128  # NVAE: channels at the first scale
-    groups: tuple[int, ...] = (30,)  # NVAE: groups on each grid, coarsest first
-    latent: int = 20  # Latent channels of each group, or latent numbers of points
-    cells: int = 2  # NVAE: residual cells for each group
-    flows: int = 1  # NVAE: pairs of flow steps in each posterior
-    std: float | str = 'each'  # Spread of the decoder: 'each', 'one' or a number > 0
-    lr_vae: float = 1e-2  # Adamax step size
-    lr_last: float = 1e-2  # Where its cosine ends, as a part of lr_vae
-    warm_vae: int = 0  # Steps over which it rises
-    spectral_vae: float = 0.1  # Weight of spectral and batch norms
-    spectral_start: float = 0.0  # Its weight at the start; 0 is the same
+    ch: Count = 128  # NVAE: channels at the first scale
+    groups: Shape = (30,)  # NVAE: groups on each grid, coarsest first
+    latent: Count = 20  # Latent channels of each group, or latent numbers of points
+    cells: Count = 2  # NVAE: residual cells for each group
+    flows: Steps = 1  # NVAE: pairs of flow steps in each posterior
+    std: Literal['each', 'one'] | Positive = 'each'  # Spread of the decoder
+    lr_vae: Positive = 1e-2  # Adamax step size
+    lr_last: Share = 1e-2  # Where its cosine ends, as a part of lr_vae
+    warm_vae: Steps = 0  # Steps over which it rises
+    spectral_vae: Weight = 0.1  # Weight of spectral and batch norms
+    spectral_start: Weight = 0.0  # Its weight at the start; 0 is the same
 
 # %% ../../nbs/06_vaebm/presets.ipynb #8f0ef9a6
 @dataclass(frozen=True, kw_only=True)
 class ImageFields:
     "What both stages see of an image, and how many samples are measured."
 
-    bits: int = 8  # Bits of a pixel
+    bits: Annotated[int, Range(1, 8)] = 8  # Bits of a pixel
     flip: bool = False  # Random horizontal flips
-    n_eval: int = 50_000  # Samples behind an FID, where Inception measures it
+    n_eval: Count = 50_000  # Samples behind an FID, where Inception measures it
 
 # %% ../../nbs/06_vaebm/presets.ipynb #4a3da7b7
 @dataclass(frozen=True, kw_only=True)
 class EnergyFields:
     "The energy, its training, and that of the decoder after it."
 
-    net: str = 'cifar10'  # Name in `vaebm.nets.SIZES`, or blocks such as '32/2 32'
-    width: float = 1.0  # Multiplies its widths
-    first: int = 32  # Width of the first layer where `net` gives blocks; of points' layers
-    lr: float = 4e-5  # Adam step size of the energy
-    weight_decay: float = 3e-5  # Coupled, on all of the energy's parameters
-    spectral: float = 0.2  # Weight of the energy's spectral norms
-    lr_decoder: float = 5e-6  # Adam step size of the decoder, where it is trained
+    net: Text = 'cifar10'  # Name in `vaebm.nets.SIZES`, or blocks such as '32/2 32'
+    width: Positive = 1.0  # Multiplies its widths
+    first: Count = 32  # Width of the first layer of blocks; of points' layers
+    lr: Positive = 4e-5  # Adam step size of the energy
+    weight_decay: Weight = 3e-5  # Coupled, on all of the energy's parameters
+    spectral: Weight = 0.2  # Weight of the energy's spectral norms
+    lr_decoder: Positive = 5e-6  # Adam step size of the decoder, where it is trained
 
 # %% ../../nbs/06_vaebm/presets.ipynb #b8cbf53f
 @dataclass(frozen=True, kw_only=True)
 class ChainFields:
     "The chains and their buffer; the jumps are not in the paper."
 
-    n_steps: int = 10  # K, Langevin updates in training
-    n_steps_test: int = 16  # K when sampling
-    n_jumps: int = 0  # Autoencoder's proposals before a chain, accepted by Metropolis' rule
-    eta: float = 8e-5  # Their step: drift eta/2, noise sqrt(eta)
-    buffer: int = 10_000  # Rows of the buffer
-    p_rise: int = 5_000  # Steps over which p_max is reached
+    n_steps: Steps = 10  # K, Langevin updates in training
+    n_steps_test: Steps = 16  # K when sampling
+    n_jumps: Steps = 0  # Autoencoder's proposals before a chain, by Metropolis' rule
+    eta: Weight = 8e-5  # Their step: drift eta/2, noise sqrt(eta)
+    buffer: Count = 10_000  # Rows of the buffer
+    p_rise: Steps = 5_000  # Steps over which p_max is reached
 
 # %% ../../nbs/06_vaebm/presets.ipynb #c009
 # Python collects the fields of the last base first: switches lead every list of them
@@ -261,19 +272,7 @@ PRESETS = {**_POINT_PRESETS, **_DIGIT_PRESETS, **_PAPER_PRESETS}
 DEFAULT_PRESET = {name: name for name in PRESETS if name in DATASETS}
 
 # %% ../../nbs/06_vaebm/presets.ipynb #c011
-_KINDS = dict(
-    method=('vaebm', 'vae', 'ebm', 'ebm-vae', 'wgan'),
-    potential=('paper', 'official'),
-    space=('eps', 'xz'),
-    sampler=('langevin', 'mala'),
-    negative=('sample', 'mean'),
-)
-
-
-def _check_numbers(cfg):
-    check_least(cfg, {'n_steps': 0, 'n_vae': 0})
-    if not 0 <= cfg.p_max <= 1:
-        raise ValueError(f"p_max is a probability, got {cfg.p_max}")
+def _check_buffer(cfg):
     if cfg.p_max and cfg.buffer < cfg.batch:
         raise ValueError(f"a buffer of {cfg.buffer} rows cannot start {cfg.batch} chains")
 
@@ -307,8 +306,7 @@ def check_config(
 
     Raises `ValueError` naming the field.
     """
-    check_words(cfg, _KINDS)
-    _check_numbers(cfg)
+    _check_buffer(cfg)
     _check_potential(cfg)
     _check_space(cfg)
     check_shape(cfg.data, cfg.shape, spec)
