@@ -158,6 +158,7 @@ TURNS = dict(
         blocks=turn(2, base='images'),
         flow_steps=turn((3,)),
         deq=turn((1, 1, 4), base='images'),
+        flow_released=turn(True, base='images'),
         flow_blocks=turn(2, base='images'),
         flow_width=turn(9),
         n_mix=turn(3),

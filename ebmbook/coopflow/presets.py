@@ -84,13 +84,16 @@ class OptimFields:
 class NetFields:
     """Sizes of the energy and of the flow.
 
-    `deq` holds couplings, blocks and context channels of the flow's dequantiser.
+    `deq` holds couplings, blocks and context channels of the flow's dequantiser. As
+    released, its context has no skip connections, and squeezed channels are ordered by
+    colour, then pixel; the number of parameters is the same.
     """
 
     ch: int = 128  # Width of the energy
     blocks: int = 3  # Its residual blocks; each halves the image and doubles the width
     flow_steps: tuple[int, ...] = (4, 2, 3)  # Couplings by group; one number for points
     deq: tuple[int, ...] = (4, 2, 32)  # Dequantiser; () is uniform noise
+    flow_released: bool = False  # The flow of images is arranged as in the released program
     flow_blocks: int = 10  # Blocks in each coupling's network
     flow_width: int = 96  # Its channels
     n_mix: int = 32  # Components of each mixture
@@ -243,6 +246,7 @@ def _paper(data, batch, T, deltas, epochs, pre=0, warm=0, **more):  # a line of 
         warm=_passes(data, batch, warm),
         ema=0.0,
         save_every=1_000,
+        flow_released=True,
         **more,
     )
 
