@@ -159,6 +159,7 @@ TURNS = dict(
         cooldown=turn(1.0),
         ebm_clip=turn(1e-3),
         flow_clip=turn(1e-3),
+        clip_apart=turn(True, base='images', flow_clip=1e-2),
         ch=turn(9),
         blocks=turn(2, base='images'),
         flow_steps=turn((3,)),

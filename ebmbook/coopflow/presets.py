@@ -78,6 +78,7 @@ class OptimFields:
     cooldown: float = 0.0  # Last part of the steps in which they fall to zero; paper: none
     ebm_clip: float = 0.0  # Largest gradient norm of the energy; 0 is none
     flow_clip: float = 1.0  # Largest gradient norm of the flow
+    clip_apart: bool = False  # Its weight-norm gains and the rest each have this limit
 
 # %% ../../nbs/04_coopflow/presets.ipynb #c1226d7c
 @dataclass(frozen=True, kw_only=True)
@@ -247,6 +248,7 @@ def _paper(data, batch, T, deltas, epochs, pre=0, warm=0, **more):  # a line of 
         ema=0.0,
         save_every=1_000,
         flow_released=True,
+        clip_apart=True,
         **more,
     )
 
