@@ -269,7 +269,7 @@ def _check_band(cfg):
             f" got {cfg.band}"
         )
 
-
+# %% ../../nbs/03_nerf_lebm/presets.ipynb #checkviews
 def _check_views(cfg):
     if cfg.views > 1 and cfg.data not in CAMERAS:
         raise ValueError(
