@@ -28,6 +28,7 @@ def small_flowpp(deq, **options):
 
 SMALL = {
     'flowpp': lambda **options: small_flowpp((1, 1, 4), **options),
+    'flowpp-released': lambda **options: small_flowpp((1, 1, 4), released=True, **options),
     'flowpp-uniform': lambda **options: small_flowpp((), **options),
     'glow': lambda **options: Glow((3, 4, 4), n_levels=2, depth=2, width=8, **options),
     'points-flowpp': lambda: PointFlowPP(4, 16, 3, 4),
@@ -267,6 +268,55 @@ def test_dequantiser_without_couplings():
     exact = log_normal(logit) - (v * (1 - v)).log().flatten(1).sum(1)
     assert torch.allclose(log_r, exact, atol=1e-8)
     assert flow.log_prob(x, gen()).isfinite().all()
+
+
+# --- the arrangement of the released program
+
+
+def test_released_squeeze_is_colour_then_pixel():
+    "The half that goes on is all of red and the upper half of green."
+    x = torch.arange(48.0).view(1, 3, 4, 4)
+    kept, done = flowpp.squeeze(x, True).chunk(2, 1)
+    red, green, blue = x[0]
+    both_rows = [red[::2, ::2], red[::2, 1::2], red[1::2, ::2], red[1::2, 1::2]]
+    assert torch.equal(
+        kept[0], torch.stack([*both_rows, green[::2, ::2], green[::2, 1::2]])
+    )
+    assert sorted(done[0].flatten().tolist())[-16:] == blue.flatten().tolist()
+    assert torch.equal(flowpp.unsqueeze(flowpp.squeeze(x, True), True), x)
+
+
+def test_released_body_splits_by_colour():
+    "What is done after the first group is the lower half of green, and blue."
+    torch.manual_seed(0)
+    sizes = dict(released=True, width=8, blocks=1, n_mix=2, heads=2)
+    body = flowpp.ImageBody(3, (0, 1, 1), **sizes).double().eval()
+    x = torch.randn(1, 3, 4, 4, generator=gen(), dtype=torch.float64)
+    still = (body(x)[0] == x)[0]
+    assert not still[0].any() and still[2].all()
+    assert still[1, 1::2].all() and not still[1, ::2].any()
+
+
+@pytest.mark.parametrize('released', [False, True])
+def test_context_of_the_dequantiser(released):
+    "As released, a convolution and three gated ones in a row; ours adds each to its input."
+    torch.manual_seed(0)
+    sizes = dict(width=8, n_mix=2, heads=2)
+    deq = flowpp.Dequantiser(3, 1, 1, 4, released=released, **sizes).double().eval()
+    x, eps = torch.randn(2, 2, 3, 4, 4, generator=gen(), dtype=torch.float64).tanh()
+    seen = []
+    deq.steps[0].register_forward_hook(lambda layer, args, out: seen.append(args[2]))
+    deq(x, eps)
+    hidden = deq.look[0](torch.cat(flowpp.checker(x / 2), 1))
+    for block in deq.look[1:]:
+        hidden = block(hidden) + (0 if released else hidden)
+    assert torch.equal(seen[0], hidden)
+
+
+def test_released_arrangement_has_the_same_parameters():
+    with torch.device('meta'):
+        ours, theirs = (FlowPP(released=k).state_dict() for k in (False, True))
+    assert {k: v.shape for k, v in ours.items()} == {k: v.shape for k, v in theirs.items()}
 
 
 # --- the conduct of all flows

@@ -253,6 +253,56 @@ def test_an_iteration_of_the_encoder_written_out():  # Algorithm 2
     agree(ours, want)
 
 
+@pytest.mark.parametrize('views', [1, 2, 3])
+def test_what_is_charged_is_the_divergence_of_what_is_drawn(views):
+    "Many draws of one object's codes have the mean and variance whose divergence is charged."
+    cfg = replace(TINY, views=views, data='cars_views', prior='gaussian')
+    nets = built(cfg)
+    x = load('cars_views').batch(range(0, 10 * views, 10))['x']  # of any cars
+    with torch.no_grad():
+        seen = nets.eval().encoder(x)
+        mean, spread = (
+            torch.cat(part, 1).mean(0) for part in (seen.mean, seen.log_var)
+        )  # fmt: skip
+        batch = dict(x=x[None], c2w=torch.zeros(1, views, 3, 4))
+        found = [lebm.amortised(nets, batch, gen(seed)) for seed in range(400)]
+    z = torch.stack([torch.cat(codes, 1)[0] for codes, _, _ in found])
+    q = torch.distributions.Normal(mean, (spread / 2).exp())
+    normal = torch.distributions.Normal(0.0, 1.0)
+    want = torch.distributions.kl_divergence(q, normal).sum().item()
+    assert found[0][2].item() == pytest.approx(want, rel=1e-4)
+    assert ((z.mean(0) - q.loc).abs() < 5 * q.scale / 20).all()
+    assert ((z.var(0) / q.variance - 1).abs() < 5 * (2 / 399) ** 0.5).all()
+
+
+def test_energies_that_learn_first_meet_the_encoder():
+    "The loss of the encoder holds the energies after their step, and the same codes."
+    cfg = replace(TINY, energies_first=True)
+    nets, batch = built(cfg), cars()
+    found = lebm.losses(nets, batch, context(seed=1))
+    assert next(found)[0] == 'prior'
+    with torch.no_grad():
+        for net in (nets.e_shape, nets.e_colour):
+            for value in net.parameters():
+                value.mul_(2).add_(0.1)
+    name, _, logs = next(found)
+    z, _, cost = lebm.amortised(nets, {k: batch[k][:, None] for k in ('x', 'c2w')}, gen(1))
+    assert name == 'field' and next(found, None) is None
+    assert logs['cost'].item() == pytest.approx(cost.mean().item(), rel=1e-5)
+
+
+def test_an_early_look_leaves_no_trace_in_the_norms():
+    "An iteration counts a batch once in the running means, whatever its order."
+    seen = []
+    for first in (False, True):
+        cfg = replace(TINY, energies_first=first, encoder='resnet34')
+        nets = built(cfg)
+        for _ in lebm.losses(nets, cars(), context(seed=1)):
+            pass
+        seen.append({k: v.clone() for k, v in nets.encoder.named_buffers()})
+    assert seen[0] and all(torch.equal(seen[0][k], seen[1][k]) for k in seen[0])
+
+
 @pytest.mark.parametrize('change', [dict(inference='mcmc', post_steps=0), dict()], ids=str)
 def test_sigma_is_wide_at_first(change):
     # four times at the start, so the misfit counts a sixteenth; the squared error that is
@@ -514,6 +564,11 @@ SWITCHES = [
     dict(focus=5.0),
     dict(encoder='resnet34'),
     dict(views=2, data='cars_views'),
+    dict(views=2, data='cars_views', merge='draws'),
+    dict(energies_first=True),
+    dict(energies_first=True, encoder='resnet34'),
+    dict(energies_first=True, inference='persistent', data='cars_views'),
+    dict(depths='ends', n_fine=3, coarse=True, band=(5.0, 90.0)),
 ]
 
 

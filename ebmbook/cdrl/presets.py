@@ -42,7 +42,7 @@ class SwitchFields:
     target: Literal['refined', 'data'] = 'refined'  # What it learns from
     residual: Literal['noisy', 'mean'] = 'noisy'  # Compared with the target
     weighted: bool = True  # Weight the energy's loss with sigma_1/sigma_{t+1}
-    tweedie: Weight = 1.0  # Weight of the last denoising step; 0: none, released code: 2
+    tweedie: Weight = 1.0  # Weight of the last denoising step; 0: none; the paper's is 2
 
 # %% ../../nbs/05_cdrl/presets.ipynb #4cf25efe
 @dataclass(frozen=True, kw_only=True)
@@ -147,7 +147,7 @@ _CLAIM_PRESETS = {
 # fmt: off
 # batch from the released code (32 on each of 8 GPUs), lengths too where it differs from the
 # text
-_FULL: dict[str, Any] = dict(batch=256, save_every=5_000, flip=True)
+_FULL: dict[str, Any] = dict(batch=256, save_every=5_000, flip=True, tweedie=2.)
 _CIFAR: dict[str, Any] = dict(_FULL, data='cifar10', shape=(3, 32, 32))
 _IMAGENET: dict[str, Any] = dict(_FULL, data='imagenet32', shape=(3, 32, 32))
 _FACES: dict[str, Any] = dict(

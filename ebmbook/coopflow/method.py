@@ -4,16 +4,17 @@
 
 # %% auto #0
 __all__ = ['STAGES', 'langevin_flow', 'noise_decay', 'noise_share', 'propose', 'refine', 'init_norms', 'flow_target', 'losses',
-           'flow_losses', 'schedule', 'flow_group', 'energy_group', 'optimisers', 'flow_optimisers', 'sample', 'energy',
-           'pixel_error', 'Found', 'reconstruct', 'explain', 'inpaint', 'interpolate']
+           'flow_losses', 'schedule', 'clip_sets', 'flow_group', 'energy_group', 'optimisers', 'flow_optimisers',
+           'sample', 'energy', 'pixel_error', 'Found', 'reconstruct', 'explain', 'inpaint', 'interpolate']
 
 # %% ../../nbs/04_coopflow.ipynb #c005
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.utils import parametrize
+from torch.nn.utils import clip_grad_norm_, parametrize
 
 from .nets import Nets
 from .presets import Config
@@ -220,6 +221,15 @@ def schedule(
     return factor
 
 
+def clip_sets(
+    optimiser: torch.optim.Optimizer,  # Gradients of its parameters are changed in place
+    limit: float,  # Largest gradient norm of each of its sets of parameters
+) -> None:
+    "Clip each set of an optimiser by itself, as the released program does."
+    for part in optimiser.param_groups:
+        clip_grad_norm_(part['params'], limit)
+
+
 def flow_group(
     nets: Nets,  # With `flow`
     lr: float,  # Step size
@@ -233,7 +243,10 @@ def flow_group(
     groups: list[dict[str, Any]] = [dict(params=rest)]
     if slow:
         groups.append(dict(params=slow, weight_decay=5e-5))
-    return Group(torch.optim.Adam(groups, lr), schedule(cfg, total), cfg.flow_clip)
+    limit: Any = cfg.flow_clip
+    if limit and cfg.clip_apart:
+        limit = partial(clip_sets, limit=limit)
+    return Group(torch.optim.Adam(groups, lr), schedule(cfg, total), limit)
 
 
 def energy_group(

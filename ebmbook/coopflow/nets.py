@@ -80,6 +80,7 @@ def flow_of(
         levels=cfg.levels,
         exact=cfg.exact,
         save=cfg.save,
+        released=cfg.flow_released,
         width=cfg.flow_width,
         n_mix=cfg.n_mix,
         drop=cfg.drop,

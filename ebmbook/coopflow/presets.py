@@ -89,19 +89,23 @@ class OptimFields:
     cooldown: Share = 0.0  # Last part of the steps in which they fall to zero; paper: none
     ebm_clip: Weight = 0.0  # Largest gradient norm of the energy; 0 is none
     flow_clip: Positive = 1.0  # Largest gradient norm of the flow
+    clip_apart: bool = False  # Its weight-norm gains and the rest each have this limit
 
 # %% ../../nbs/04_coopflow/presets.ipynb #c1226d7c
 @dataclass(frozen=True, kw_only=True)
 class NetFields:
     """Sizes of the energy and of the flow.
 
-    `deq` holds couplings, blocks and context channels of the flow's dequantiser.
+    `deq` holds couplings, blocks and context channels of the flow's dequantiser. As
+    released, its context has no skip connections, and squeezed channels are ordered by
+    colour, then pixel; the number of parameters is the same.
     """
 
     ch: Count = 128  # Width of the energy
     blocks: Count = 3  # Its residual blocks; each halves the image and doubles the width
     flow_steps: Shape = (4, 2, 3)  # Couplings by group; one number for points
     deq: tuple[()] | tuple[Count, Count, Count] = (4, 2, 32)  # () is uniform noise
+    flow_released: bool = False  # The flow of images is arranged as in the released program
     flow_blocks: Count = 10  # Blocks in each coupling's network
     flow_width: Count = 96  # Its channels
     n_mix: Count = 32  # Components of each mixture
@@ -254,6 +258,8 @@ def _paper(data, batch, T, deltas, epochs, pre=0, warm=0, **more):  # a line of 
         warm=_passes(data, batch, warm),
         ema=0.0,
         save_every=1_000,
+        flow_released=True,
+        clip_apart=True,
         **more,
     )
 

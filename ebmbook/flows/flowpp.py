@@ -116,12 +116,16 @@ def unchecker(
 # %% ../../nbs/flows/flowpp.ipynb #8e91a49b
 def squeeze(
     x: Tensor,  # (B, C, H, W), H and W even
+    released: bool = False,  # Order by colour, then pixel
 ) -> Tensor:  # (B, 4C, H/2, W/2)
     """Turn squares of 2x2 pixels into channels.
 
     Their order: upper left pixel of each square, then lower right, upper right, lower left;
     so the first half of the channels is one colour of the checkerboard.
+    As released: all four pixels of the first colour, row by row, then those of the next.
     """
+    if released:
+        return F.pixel_unshuffle(x, 2)
     upper_left = x[..., ::2, ::2]
     lower_right = x[..., 1::2, 1::2]
     upper_right = x[..., ::2, 1::2]
@@ -131,8 +135,11 @@ def squeeze(
 
 def unsqueeze(
     x: Tensor,  # (B, 4C, H/2, W/2)
+    released: bool = False,  # As in `squeeze`
 ) -> Tensor:  # (B, C, H, W)
     "Turn channels into squares of 2x2 pixels again."
+    if released:
+        return F.pixel_shuffle(x, 2)
     upper_left, lower_right, upper_right, lower_left = x.chunk(4, 1)
     upper = torch.stack((upper_left, upper_right), -1).flatten(-2)
     lower = torch.stack((lower_left, lower_right), -1).flatten(-2)
@@ -490,9 +497,11 @@ class Dequantiser(nn.Module):
         ctx: int = 32,  # Channels of the context
         drop: float = 0.2,  # Dropout in training mode
         save: bool = False,  # As in `Coupling`
+        released: bool = False,  # Whether the context has no skip connections
         **net: Any,  # Further arguments of `ImageNet`: width, n_mix, heads
     ) -> None:
         super().__init__()
+        self.released = released
         first = nn.Conv2d(2 * ch, ctx, 3, padding=1)
         self.look = nn.ModuleList([first, *(GatedConv(ctx, drop=drop) for _ in range(3))])
         sizes = dict(blocks=blocks, drop=drop, ctx=ctx, **net)
@@ -507,7 +516,7 @@ class Dequantiser(nn.Module):
     ) -> tuple[Tensor, Tensor]:  # v (B, C, H, W) in (0, 1), and log r(v|x) (B,) in nats
         context = self.look[0](torch.cat(checker(x / 2), 1))
         for block in self.look[1:]:
-            context = context + block(context)
+            context = block(context) if self.released else context + block(context)
         *halves, logdet = _through(self.steps, *checker(eps), context)
         logit = unchecker(*halves)
         v = logit.sigmoid()
@@ -527,9 +536,11 @@ class ImageBody(nn.Module):
         ch: int,  # Channels of the image
         steps: tuple[int, ...] = (4, 2, 3),  # Couplings of each group
         save: bool = False,  # As in `Coupling`
+        released: bool = False,  # As in `squeeze`
         **net: Any,  # Arguments of `ImageNet`: width, blocks, n_mix, heads, drop
     ) -> None:
         super().__init__()
+        self.released = released
 
         def group(n, half):
             return nn.ModuleList(Step(ImageNet(half, **net), half, save) for _ in range(n))
@@ -543,22 +554,21 @@ class ImageBody(nn.Module):
         h: Tensor,  # (B, C, H, W)
     ) -> tuple[Tensor, Tensor]:  # z (B, C, H, W), log-determinant (B,)
         *halves, logdet_board = _through(self.board, *checker(h))
-        keep, done = squeeze(unchecker(*halves)).chunk(2, 1)
+        keep, done = squeeze(unchecker(*halves), self.released).chunk(2, 1)
         *halves, logdet_channels = _through(self.channels, *keep.chunk(2, 1))
         *halves, logdet_small = _through(self.small, *checker(torch.cat(halves, 1)))
-        z = unsqueeze(torch.cat((unchecker(*halves), done), 1))
+        z = unsqueeze(torch.cat((unchecker(*halves), done), 1), self.released)
         return z, logdet_board + logdet_channels + logdet_small
 
     def inverse(
         self,
         z: Tensor,  # (B, C, H, W)
     ) -> Tensor:  # (B, C, H, W)
-        keep, done = squeeze(z).chunk(2, 1)
+        keep, done = squeeze(z, self.released).chunk(2, 1)
         keep = unchecker(*_back(self.small, *checker(keep)))
         keep = torch.cat(_back(self.channels, *keep.chunk(2, 1)), 1)
-        return unchecker(
-            *_back(self.board, *checker(unsqueeze(torch.cat((keep, done), 1))))
-        )
+        whole = unsqueeze(torch.cat((keep, done), 1), self.released)
+        return unchecker(*_back(self.board, *checker(whole)))
 
 # %% ../../nbs/flows/flowpp.ipynb #c058
 def to_line(
@@ -595,7 +605,8 @@ class FlowPP(Flow):
     """Flow++ for images in [-1, 1]; the defaults are the 28,784,792 parameters of CoopFlow.
 
     Raises `ValueError` for sizes that cannot be split.
-    Source: Ho et al. 2019; sizes and order from the released code of Xie et al. 2022.
+    Source: Ho et al. 2019; sizes from the released code of Xie et al. 2022, and with
+    `released` the arrangement too.
     """
 
     def __init__(
@@ -608,6 +619,7 @@ class FlowPP(Flow):
         levels: int = 256,  # Grey levels L of a pixel
         exact: bool = True,  # As in `from_line`
         save: bool = False,  # Whether to save memory in training at the price of time
+        released: bool = False,  # The arrangement of the released program
         **net: Any,  # Arguments of `ImageNet`: width, n_mix, heads, drop
     ) -> None:
         super().__init__()
@@ -618,8 +630,8 @@ class FlowPP(Flow):
         self.shape = tuple(shape)
         self.levels = levels
         self.exact = exact
-        self.body = ImageBody(shape[0], steps, save, blocks=blocks, **net)
-        options: Any = dict(save=save, **net)
+        options: Any = dict(save=save, released=released, **net)
+        self.body = ImageBody(shape[0], steps, blocks=blocks, **options)
         numbers: Any = deq
         self.deq = Dequantiser(shape[0], *numbers, **options) if deq else None
 

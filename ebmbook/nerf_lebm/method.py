@@ -10,10 +10,12 @@ __all__ = ['Codes', 'Energy', 'STAGES', 'prior_energy', 'start_codes', 'misfit',
 # %% ../../nbs/03_nerf_lebm.ipynb #dc86401d
 import math
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.func import functional_call
 
 from ..data.catalogue import load
 from ..data.examples import Examples
@@ -200,25 +202,41 @@ def posterior_cameras(
     return camera_to_world(camera_angles(turn, cfg.half, cfg.tilt), camera_of(cfg))
 
 # %% ../../nbs/03_nerf_lebm.ipynb #5c591f54
+def _merged(seen, shape, merge, generator=None, noise=None):
+    """Codes of objects from the posteriors of `shape` (B, V) views.
+
+    Gives codes, their divergence (B,) from the normal distribution in nats, and the noise
+    that was drawn unless it is given.
+    """
+    z, costs, drawn = [], [], []
+    for i, (mean, log_var) in enumerate(zip(seen.mean, seen.log_var)):
+        if merge == 'posterior':
+            mean, log_var = (part.unflatten(0, shape).mean(1) for part in (mean, log_var))
+        eps = noise[i] if noise else normal(mean, generator)
+        drawn.append(eps)
+        z.append(mean + (log_var / 2).exp() * eps)
+        costs.append((mean.square() + log_var.exp() - 1 - log_var).sum(1) / 2)
+    cost = sum(costs)
+    if merge == 'draws':
+        z = [code.unflatten(0, shape).mean(1) for code in z]
+        cost = cost.unflatten(0, shape).mean(1)
+    return (z[0], z[1]), cost, drawn
+
+
 def amortised(
     nets: Nets,  # With an encoder
     views: dict[str, Tensor],  # From `with_views`
     generator: Draws = None,  # Source of the draws
+    noise: list[Tensor] | None = None,  # Of the codes, standard normal; None is drawn
 ) -> tuple[Codes, Tensor, Tensor]:  # Cameras (B, V, 3, 4); what they cost, (B,) nats
-    """Codes from the encoder, the mean over views.
+    """Codes from the encoder, for all views of an object together.
 
     Their cost is all but the first term of label `eq-nerf-lebm-elbo`.
     """
     cfg = nets.cfg
     shape = views['x'].shape[:2]
     seen = nets.encoder(views['x'].flatten(0, 1))
-    z = []
-    costs = []
-    for mean, log_var in zip(seen.mean, seen.log_var):
-        drawn = mean + (log_var / 2).exp() * normal(mean, generator)
-        z.append(drawn.unflatten(0, shape).mean(1))
-        costs.append((mean.square() + log_var.exp() - 1 - log_var).sum(1) / 2)
-    cost = sum(costs).unflatten(0, shape).mean(1)
+    z, cost, _ = _merged(seen, shape, cfg.merge, generator, noise)
     if cfg.pose == 'vmf':  # every view has a camera of its own
         c2w = posterior_cameras(seen, cfg, generator).unflatten(0, shape)
         cost = cost + kl_uniform(seen.kappa).sum(1).unflatten(0, shape).sum(1)
@@ -323,6 +341,16 @@ def _codes_now(nets, rows, nll, ctx):  # codes of what is seen, without an encod
     return draw_posterior(nets, nll, len(rows), n_steps=n_steps, generator=ctx.generator)
 
 
+def _early_codes(nets, views, generator):  # the encoder's codes and their noise, no graph
+    shape = views['x'].shape[:2]
+    # its norms count a batch once, so this pass leaves no trace in them
+    kept = {name: buffer.clone() for name, buffer in nets.encoder.named_buffers()}
+    with torch.no_grad():
+        seen = functional_call(nets.encoder, kept, (views['x'].flatten(0, 1),))
+        z, _, noise = _merged(seen, shape, nets.cfg.merge, generator)
+    return z, noise
+
+
 def _prior_loss(nets, z, ctx):  # loss of the energies, and what to log
     cfg = nets.cfg
     n = max(1, cfg.n_neg // ctx.parts)
@@ -337,6 +365,11 @@ def _prior_loss(nets, z, ctx):  # loss of the energies, and what to log
         spread_seen=torch.cat(seen, 1).std(),
     )
 
+
+def _energy_step(nets, z, ctx):  # the energies' part of an iteration, if they learn now
+    if nets.cfg.prior == 'ebm' and ctx.step >= nets.cfg.ramp[0]:
+        yield 'prior', *_prior_loss(nets, z, ctx)
+
 # %% ../../nbs/03_nerf_lebm.ipynb #523bce02
 def losses(
     nets: Nets,  # The networks
@@ -350,19 +383,26 @@ def losses(
     cfg = nets.cfg
     nets.train()
     views = with_views(batch, cfg, ctx.generator)
+    first = cfg.energies_first
     if cfg.inference == 'amortised':
-        z, c2w, cost = amortised(nets, views, ctx.generator)
+        noise = None
+        if first:
+            z, noise = _early_codes(nets, views, ctx.generator)
+            yield from _energy_step(nets, z, ctx)
+        z, c2w, cost = amortised(nets, views, ctx.generator, noise)
         error = _misfit_now(nets, views, c2w, ctx)(*z)
         logs = dict(mse=_mse(error, views, cfg, ctx), cost=cost.detach().mean())
         yield 'field', (error + cost).mean(), logs
     else:
         nll = _misfit_now(nets, views, views['c2w'], ctx)
         z = _codes_now(nets, batch['object'], nll, ctx)
+        if first:
+            yield from _energy_step(nets, z, ctx)
         for _ in range(cfg.gen_steps):
             error = nll(*z)
             yield 'field', error.mean(), dict(mse=_mse(error, views, cfg, ctx))
-    if cfg.prior == 'ebm' and ctx.step >= cfg.ramp[0]:
-        yield 'prior', *_prior_loss(nets, z, ctx)
+    if not first:
+        yield from _energy_step(nets, z, ctx)
 
 # %% ../../nbs/03_nerf_lebm.ipynb #7b9db191
 def _set_of(name):  # parameters of one name share a step size
@@ -458,8 +498,14 @@ def draw_cameras(
     n: int,  # How many
     generator: Draws = None,  # Source of the draw
 ) -> Tensor:  # (n, 3, 4)
-    "Cameras like those of the training pictures."
+    "Cameras like those of the training pictures, or uniform on a band of the sphere."
     cfg, like = nets.cfg, next(nets.parameters())
+    if cfg.band:
+        turn, height = uniform(2 * n, like, generator).view(2, n)
+        low, high = (math.sin(math.radians(bound)) for bound in cfg.band)
+        elevation = (low + (high - low) * height).asin()
+        pose = torch.stack([(2 * turn - 1) * math.pi, elevation], 1)
+        return camera_to_world(pose, camera_of(cfg))
     if cfg.pose == 'known':
         # kept, since loading may decode every picture
         c2w = objects_of(cfg.data)[0].extra['c2w']
@@ -489,8 +535,11 @@ def draw_images(
 ) -> tuple[Tensor, Tensor]:  # Pictures (B, 3, S, S) in [-1, 1], depths (B, 1, S, S)
     "What cameras see of objects. A field has no resolution of its own, so `size` is free."
     camera, size = camera_of(nets.cfg), size or nets.cfg.shape[1]
+    sampling, fine = nets.sampling, nets.fine
+    if nets.cfg.coarse:  # the first of two fields
+        sampling, fine = replace(sampling, n_fine=0), None
     with frozen(nets.field):
-        return image(nets.field, c2w, size, *z, camera, nets.sampling, fine=nets.fine)
+        return image(nets.field, c2w, size, *z, camera, sampling, fine=fine)
 
 # %% ../../nbs/03_nerf_lebm.ipynb #66145b05
 @strict

@@ -64,6 +64,16 @@ def colours_at(
     return flat.gather(1, pixels[..., None].expand(-1, -1, x.shape[1])) / 2 + 0.5
 
 # %% ../../nbs/03_nerf_lebm/nerf.ipynb #9b7b7d05
+def _between_middles(shape, camera, like, jitter, generator):
+    "Depths with both planes among them; jitter draws each between middles."
+    t = torch.linspace(camera.near, camera.far, shape[-1], device=like.device).to(like)
+    if not jitter:
+        return t.expand(shape)
+    middles = (t[1:] + t[:-1]) / 2
+    low, high = torch.cat([t[:1], middles]), torch.cat([middles, t[-1:]])
+    return low + (high - low) * uniform_like(shape, like, generator).to(like)
+
+
 def stratified(
     shape: tuple[int, ...],  # (B, R), rays
     n: int,  # M, depths of each
@@ -71,9 +81,12 @@ def stratified(
     like: Tensor,  # Gives dtype and device
     *,
     jitter: bool = True,  # Draw within each part; False takes the middles
+    ends: bool = False,  # As released: depths with both planes, drawn between middles
     generator: Draws = None,
 ) -> Tensor:  # (B, R, n), rising
     "One depth in each of `n` equal parts between the near and the far plane."
+    if ends:
+        return _between_middles((*shape, n), camera, like, jitter, generator)
     if jitter:
         within = uniform_like((*shape, n), like, generator).to(like)
     else:
@@ -88,12 +101,14 @@ def resample(
     n: int,  # Draws for each ray
     *,
     jitter: bool = True,  # Draw; False takes the middles of n parts of equal mass
+    free: bool = False,  # As released: draws do not know of each other
     generator: Draws = None,
 ) -> Tensor:  # (B, R, n), rising
     """Draw depths from a density that is constant between edges.
 
     It inverts the distribution function. A ray without mass is treated as one with equal
-    mass everywhere.
+    mass everywhere. Free draws without jitter take n equal steps from the first edge to
+    the last.
     Source: Mildenhall et al. 2020, section 5.2.
     """
     weights = weights.detach() + 1e-12
@@ -105,6 +120,9 @@ def resample(
         within = weights.new_full(shape, 0.5)
     # one draw in each n-th: sorted, and less scattered than free draws
     value = (torch.arange(n, device=within.device) + within) / n * mass[..., -1:]
+    if free:
+        steps = torch.linspace(0, 1, n, device=within.device).to(within).expand(shape)
+        value = (within.sort(-1).values if jitter else steps) * mass[..., -1:]
     cell = torch.searchsorted(mass[..., 1:].contiguous(), value.contiguous(), right=True)
     cell = cell.clamp(max=weights.shape[-1] - 1)
     low, high = edges.gather(-1, cell), edges.gather(-1, cell + 1)
@@ -391,6 +409,7 @@ class RaySampling:
     n_fine: int = 0  # Further ones, drawn where the first pass found something
     background: float = 1.0  # Colour behind everything; 1 is white
     last: str = 'far'  # far, or endless as released
+    depths: str = 'parts'  # One in each equal part, or 'ends' as released
 
 
 def _one_pass(field, t, lines, codes, camera, sampling):  # (B, R, M) depths -> Rendered
@@ -410,6 +429,19 @@ def _one_pass(field, t, lines, codes, camera, sampling):  # (B, R, M) depths -> 
     )
 
 # %% ../../nbs/03_nerf_lebm/nerf.ipynb #656afd1c
+def _density_of(first, camera, sampling):  # edges (B, R, K+1), weights (B, R, K)
+    "Where a first pass found something, as `resample` takes it."
+    t, weights = first.t, first.weights
+    middles = (t[..., 1:] + t[..., :-1]) / 2
+    if sampling.depths == 'ends':  # the inner weights alone, as released
+        return middles, weights[..., 1:-1] + 1e-5
+    near = torch.full_like(t[..., :1], camera.near)
+    far = torch.full_like(t[..., :1], camera.far)
+    if sampling.last == 'endless':  # an endless segment weighs as background
+        weights = F.pad(weights[..., :-1], (0, 1))
+    return torch.cat([near, middles, far], -1), weights + 1e-5
+
+
 def render(
     field: Callable[..., tuple[Tensor, Tensor]],  # As `RadianceField.forward`
     origin: Tensor,  # (B, R, 3)
@@ -431,18 +463,14 @@ def render(
     lines = (origin, ray, ray.norm(dim=-1))
     codes = (z_shape, z_colour)
     n_rays = ray.shape[:2]
-    t = stratified(n_rays, sampling.n, camera, ray, jitter=jitter, generator=generator)
+    options: dict[str, Any] = dict(jitter=jitter, generator=generator)
+    ends = sampling.depths == 'ends'
+    t = stratified(n_rays, sampling.n, camera, ray, ends=ends, **options)
     first = _one_pass(field, t, lines, codes, camera, sampling)
     if not sampling.n_fine:
         return first
-    near = torch.full_like(t[..., :1], camera.near)
-    far = torch.full_like(t[..., :1], camera.far)
-    edges = torch.cat([near, (t[..., 1:] + t[..., :-1]) / 2, far], -1)
-    weights = first.weights
-    if sampling.last == 'endless':  # an endless segment weighs as background
-        weights = F.pad(weights[..., :-1], (0, 1))
-    weights = weights + 1e-5
-    more = resample(edges, weights, sampling.n_fine, jitter=jitter, generator=generator)
+    edges, weights = _density_of(first, camera, sampling)
+    more = resample(edges, weights, sampling.n_fine, free=ends, **options)
     t = torch.cat([t, more], -1).sort(-1).values
     second = _one_pass(fine or field, t, lines, codes, camera, sampling)
     return second._replace(coarse=first)

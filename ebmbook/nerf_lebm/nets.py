@@ -155,7 +155,10 @@ class Nets(nn.Module, Pretrained):
 
     @property
     def sampling(self) -> RaySampling:
-        return RaySampling(n=self.cfg.n_depths, n_fine=self.cfg.n_fine, last=self.cfg.last)
+        cfg = self.cfg
+        return RaySampling(
+            n=cfg.n_depths, n_fine=cfg.n_fine, last=cfg.last, depths=cfg.depths
+        )
 
 
 def build(

@@ -28,6 +28,11 @@ class SwitchFields:
     'persistent' go on where they ended. The uniform q_0 lies in [-1, 1], with walls; with
     'free' chains start there, but nothing keeps them (the released program). Without
     `alternate` chains of the posterior change both codes at once, as released.
+
+    Of several views an encoder makes one posterior, whose mean and log-variance are their
+    means, and one draw of it ('posterior'); the released program takes the mean of one
+    draw for each view, and charges the mean of their divergences ('draws'), which is not
+    the divergence of what is drawn.
     """
 
     prior: Literal['ebm', 'gaussian'] = 'ebm'  # 'gaussian': no energies
@@ -40,6 +45,10 @@ class SwitchFields:
     alternate: bool = False  # Posterior chains: one code after the other, as printed
     masked: bool = True  # Corrupted pixels do not count, where the data say which they are
     last: Literal['far', 'endless'] = 'far'  # Behind the far plane; 'endless' as released
+    merge: Literal['posterior', 'draws'] = (
+        'posterior'  # Views of an encoder; 'draws' as released
+    )
+    energies_first: bool = False  # Before field and encoder, as printed; released: after
 
 # %% ../../nbs/03_nerf_lebm/presets.ipynb #fbdc4c79
 @dataclass(frozen=True, kw_only=True)
@@ -70,6 +79,9 @@ class DataFields:
     views: Count = 1  # Pictures of an object in one iteration
     tilt: tuple[()] | tuple[Degrees, Degrees] = ()  # Bounds of an elevation, degrees (ours)
     n_eval: Count = 10_000  # Pictures behind an FID, where Inception measures it
+    band: (
+        tuple[()] | tuple[Degrees, Degrees]
+    ) = ()  # Elevations of sampled cameras; () the data's
 
 # %% ../../nbs/03_nerf_lebm/presets.ipynb #0a70c547
 @dataclass(frozen=True, kw_only=True)
@@ -99,6 +111,8 @@ class LikelihoodFields:
     focus: Positive = 1.0  # How much likelier pixels are chosen that are not background
     n_depths: Count = 64  # Stratified depths of a ray
     n_fine: Steps = 0  # Further ones, where the first found something, for a second field
+    depths: Literal['parts', 'ends'] = 'parts'  # In equal parts; 'ends' as released
+    coarse: bool = False  # Pictures show the first of two fields, as released
     sigma: Positive = 0.05  # Spread of a pixel, in units of the range of a colour
     temp: Positive = 1.0  # Temperature of the likelihood; 1 is what the thesis writes
     anneal: tuple[Positive, Steps] = (1.0, 0)  # First factor on sigma; iterations until 1
@@ -170,20 +184,22 @@ _CLAIM_PRESETS = {
 # fmt: off
 _PAPER: dict[str, Any] = dict(n_iters=500_000, ema=0.)
 _CARLA: dict[str, Any] = dict(
-    data='carla', shape=(3, 64, 64), batch=8, last='endless', **_PAPER,
+    data='carla', shape=(3, 64, 64), batch=8, last='endless', depths='ends',
+    band=(5., 90.), **_PAPER,
 )
 _DEEP: dict[str, Any] = dict(e_shape=(4, 256), e_colour=(4, 256))
 _UNPOSED: dict[str, Any] = dict(
     inference='amortised', pose='vmf', field='siren', encoder='resnet34', last='endless',
-    e_shape=(2, 128), e_colour=(2, 64), batch=16, rays=1024, anneal=(4., 100), temp=12.,
-    prior_noise=0., lr=3e-5, lr_heads=5e-6, warm=(100, 10_000), lr_prior=7e-6, **_PAPER,
+    depths='ends', e_shape=(2, 128), e_colour=(2, 64), batch=16, rays=1024,
+    anneal=(4., 100), temp=12., prior_noise=0., lr=3e-5, lr_heads=5e-6,
+    warm=(100, 10_000), lr_prior=7e-6, **_PAPER,
 )
 # Tables 3.2 and 3.3, and the released program
 _PAPER_PRESETS = {
     'carla-mcmc':       Config(**_CARLA, **_DEEP, reference='free', gen_steps=3,
                                ramp=(2_000, 5_000), prior_noise=.02, temp=30.72),
     'carla-amortised':  Config(**_CARLA, inference='amortised', encoder='resnet34',
-                               n_fine=64, lr_prior=7e-6,
+                               n_fine=64, coarse=True, lr_prior=7e-6,
                                decay_prior=3e4/math.log10(2), temp=15.36),
     'carla-unposed':    Config(**_UNPOSED, data='carla', shape=(3, 64, 64)),
     # length and temperature are ours
@@ -224,7 +240,21 @@ def _check_cameras(cfg):
     if cfg.tilt and not cfg.tilt[0] < cfg.tilt[1]:
         raise ValueError(f"tilt must rise, got {cfg.tilt}")
 
+    _check_band(cfg)
 
+
+def _check_band(cfg):
+    if not cfg.band:
+        return
+    if cfg.pose != 'known':
+        raise ValueError(
+            "band is for known cameras (pose='known'): of others, samples take the angles"
+            " that the encoder finds"
+        )
+    if not cfg.band[0] < cfg.band[1]:
+        raise ValueError(f"band must rise, got {cfg.band}")
+
+# %% ../../nbs/03_nerf_lebm/presets.ipynb #checkviews
 def _check_views(cfg):
     if cfg.views > 1 and cfg.data not in CAMERAS:
         raise ValueError(
@@ -257,6 +287,13 @@ def _check_field(cfg):
         raise ValueError("a siren needs the mapping nets: mapping must be above 0")
     if cfg.n_fine and cfg.field == 'siren':
         raise ValueError("a siren has no second field: n_fine must be 0")
+    if cfg.coarse and not cfg.n_fine:
+        raise ValueError("coarse shows the first of two fields: n_fine must be above 0")
+    least = 3 if cfg.n_fine else 2
+    if cfg.depths == 'ends' and cfg.n_depths < least:
+        raise ValueError(
+            f"depths='ends' needs n_depths of {least} at least, got {cfg.n_depths}"
+        )
 
 # %% ../../nbs/03_nerf_lebm/presets.ipynb #c87ef484
 def _check_ramp(cfg):

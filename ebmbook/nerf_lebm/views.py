@@ -46,6 +46,8 @@ def choose_rays(
     bias = None
     if cfg.focus != 1:  # pixels that are not white
         ink = (1 - pictures).flatten(2).amax(1) > 0.1
+        if mask is not None:
+            ink = ink & mask.flatten(0, 1).flatten(1).bool()
         bias = 1 + (cfg.focus - 1) * ink
     at = pick_pixels(len(pictures), size, n, x, weight=bias, generator=generator)
     origin, ray = rays(c2w.flatten(0, 1), size, camera_of(cfg).fov, at)
