@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from huggingface_hub import PyTorchModelHubMixin
 from torch import Tensor, nn
 
 from .presets import Config, check_config
@@ -19,6 +18,7 @@ from ..flows.flowpp import FlowPP, PointFlowPP
 from ..foundations.method import PlaneEnergy
 from ..learn.blocks import Flow
 from ..learn.settings import check_words
+from ..learn.weights import Pretrained
 from ..mcmc import Draws, normal
 
 # %% ../../nbs/04_coopflow/nets.ipynb #c023
@@ -108,7 +108,7 @@ def in_box(
     return x.clamp(-cfg.bound, cfg.bound) if cfg.bound else x
 
 # %% ../../nbs/04_coopflow/nets.ipynb #c025
-class Nets(nn.Module, PyTorchModelHubMixin):
+class Nets(nn.Module, Pretrained):
     """The pair of a preset: an energy and a flow that proposes.
 
     `save_pretrained` and `from_pretrained` keep them with their settings.

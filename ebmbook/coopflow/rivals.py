@@ -11,7 +11,6 @@ from functools import partial
 from typing import Any
 
 import torch
-from huggingface_hub import PyTorchModelHubMixin
 from torch import Tensor, nn
 
 from ebmbook.coopflow.method import (
@@ -34,6 +33,7 @@ from ebmbook.learn.rivals import (
     short_run_losses,
 )
 from ..learn.settings import check_words
+from ..learn.weights import Pretrained
 from ..mcmc import Draws, normal
 
 # %% ../../nbs/04_coopflow/rivals.ipynb #7628c936
@@ -43,7 +43,7 @@ def _settings(cfg, method):
     return cfg
 
 
-class FlowNets(nn.Module, PyTorchModelHubMixin):
+class FlowNets(nn.Module, Pretrained):
     "A flow alone; its proposals are its samples."
 
     energy = None  # and no chain
@@ -62,7 +62,7 @@ class FlowNets(nn.Module, PyTorchModelHubMixin):
         return in_box(self.flow.decode(normal(like, generator)), self.cfg)
 
 
-class ShortRunNets(nn.Module, PyTorchModelHubMixin):
+class ShortRunNets(nn.Module, Pretrained):
     "An energy alone, whose chains start from noise."
 
     flow = None
@@ -87,7 +87,7 @@ def _generator_of(cfg):
     return Generator(cfg.shape, cfg.nz, cfg.gen_ch)
 
 
-class CoopNets(nn.Module, PyTorchModelHubMixin):
+class CoopNets(nn.Module, Pretrained):
     "An energy, and a free generator without density in the place of the flow."
 
     flow = None

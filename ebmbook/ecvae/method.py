@@ -14,12 +14,12 @@ from functools import cache
 from itertools import chain, repeat
 
 import torch
-from huggingface_hub import PyTorchModelHubMixin
 from torch import Tensor, nn
 
 from ..learn.objectives import contrast
 from ..flows.glow import Glow, PointGlow
 from ..learn.blocks import collect_norms, log_normal, settle_norms
+from ..learn.weights import Pretrained
 from ..measure.restoration import Operator, project
 from ..learn.contract import Group, Stage
 from ..data.catalogue import load
@@ -45,7 +45,7 @@ def _all_networks(cfg):
     return encoder, decoder, prior, energy
 
 # %% ../../nbs/07_ecvae.ipynb #c016
-class Nets(nn.Module, PyTorchModelHubMixin):
+class Nets(nn.Module, Pretrained):
     """Encoder, decoder and energy, and a flow as prior; None is what is missing.
 
     `save_pretrained` and `from_pretrained` keep them with their settings.
@@ -122,7 +122,7 @@ def _glow(cfg):
     return Glow(cfg.shape, **sizes, levels=cfg.levels)
 
 
-class FlowNets(nn.Module, PyTorchModelHubMixin):
+class FlowNets(nn.Module, Pretrained):
     """EC-Flow: one invertible network in place of encoder and decoder, and an energy.
 
     The autoencoder is drawn and dropped, so that both models start with the same energy.

@@ -13,7 +13,6 @@ from functools import partial
 from typing import Any, ClassVar
 
 import torch
-from huggingface_hub import PyTorchModelHubMixin
 from torch import Tensor, nn
 
 from .method import STAGES, FlowNets, Nets, build_flow, check_no_encoder
@@ -27,6 +26,7 @@ from ..learn.contract import Context
 from ..learn.objectives import contrast
 from ..learn.rivals import from_noise
 from ..learn.settings import check_words, strict
+from ..learn.weights import Pretrained
 from ..mcmc import Draws, frozen, in_chunks, langevin, ula
 
 # %% ../../nbs/07_ecvae/rivals.ipynb #e1a00007
@@ -75,7 +75,7 @@ class PairedNets(Nets):
     methods: ClassVar[tuple[str, ...]] = ('wgan', 'ebm-vae')
 
 # %% ../../nbs/07_ecvae/rivals.ipynb #e1a0000b
-class EnergyNets(nn.Module, PyTorchModelHubMixin):
+class EnergyNets(nn.Module, Pretrained):
     "An energy on x alone. Raises `ValueError` for settings of another method."
 
     decoder = None

@@ -12,11 +12,11 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from huggingface_hub import PyTorchModelHubMixin
 from torch import Tensor, nn
 
 from ..learn.blocks import settle_norms
 from ..learn.settings import check_words
+from ..learn.weights import Pretrained, differences, shapes_of
 from . import selfsup
 from .nets import SIZES, networks
 from .presets import Config, check_config, check_ejm, encoder_config
@@ -127,7 +127,7 @@ class Energy(nn.Module):
         return value - log_posterior(self.kind, head, z, gamma)
 
 # %% ../../nbs/08_liebm/joint.ipynb #c022
-class Nets(nn.Module, PyTorchModelHubMixin):
+class Nets(nn.Module, Pretrained):
     """Encoder `h`, energy, generator and inference model `q` of EM.
 
     The encoder has settings of its own, `h.cfg`, and the networks of its own method.
@@ -210,9 +210,16 @@ def _load_encoder(encoder, folder):
             "as in the folder weights/ of a run of `ebmbook train selfsup`"
         )
     try:
-        encoder.load_state_dict(type(encoder).from_pretrained(folder).state_dict())
-    except (RuntimeError, ValueError) as error:
+        found = type(encoder).from_pretrained(folder).state_dict()
+    except ValueError as error:
         raise ValueError(
             f"the encoder in {folder} has other networks than the encoder of this "
             f"preset: {error}"
         ) from error
+    apart = differences(shapes_of(encoder.state_dict()), shapes_of(found))
+    if apart:
+        raise ValueError(
+            f"the encoder in {folder} has other networks than the encoder of this "
+            f"preset: {apart}"
+        )
+    encoder.load_state_dict(found)

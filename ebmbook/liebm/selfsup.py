@@ -19,7 +19,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from huggingface_hub import PyTorchModelHubMixin
 from torch import Tensor, nn
 
 from ..data.catalogue import load
@@ -29,6 +28,7 @@ from ..learn.contract import Context, Group, Stage
 from ..learn.ledger import Measured
 from ..learn.settings import check_words
 from ..learn.system import System, Task, seed_of
+from ..learn.weights import Pretrained
 from .selfsup_presets import DEFAULT_PRESET as DEFAULT_PRESET
 from .selfsup_presets import PRESETS as PRESETS
 from .selfsup_presets import Config, check_config, check_wmse
@@ -242,7 +242,7 @@ def wmse_loss(
     return total / n_iter
 
 # %% ../../nbs/08_liebm/selfsup.ipynb #c044
-class Nets(nn.Module, PyTorchModelHubMixin):
+class Nets(nn.Module, Pretrained):
     """The networks of SimCLR: an encoder.
 
     `save_pretrained` and `from_pretrained` keep them with their settings.

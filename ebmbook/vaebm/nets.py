@@ -9,12 +9,12 @@ __all__ = ['SIZES', 'swish', 'Block', 'EnergyNet', 'energy_net', 'data_init', 'P
 # %% ../../nbs/06_vaebm/nets.ipynb #c002
 import torch
 import torch.nn.functional as F
-from huggingface_hub import PyTorchModelHubMixin
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from ..learn.blocks import full, mlp, wnorm
 from ..learn.settings import check_words
+from ..learn.weights import Pretrained
 from .nvae import NVAE
 from .presets import Config, check_config
 from .vae import VAE, PointVAE
@@ -230,7 +230,7 @@ def vae_of(
     return NVAE(cfg.shape[1], cfg.shape[0], *sizes, std=cfg.std)
 
 # %% ../../nbs/06_vaebm/nets.ipynb #b6e2d4f8
-class Nets(nn.Module, PyTorchModelHubMixin):
+class Nets(nn.Module, Pretrained):
     "Autoencoder and energy; `save_pretrained` and `from_pretrained` keep their settings."
 
     cfg: Config  # Resolved settings

@@ -11,12 +11,12 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from huggingface_hub import PyTorchModelHubMixin
 from torch import Tensor, nn
 
 from ..learn.contract import Context, Group
 from ..learn.rivals import from_noise
 from ..learn.settings import check_words, strict
+from ..learn.weights import Pretrained
 from ..mcmc import Draws, frozen, in_chunks, langevin, recall, ula
 from ebmbook.vaebm.method import (
     STAGES,
@@ -35,7 +35,7 @@ from .presets import Config, check_config
 from .vae import VAE
 
 # %% ../../nbs/06_vaebm/rivals.ipynb #3a7c90d7
-class VaeNets(nn.Module, PyTorchModelHubMixin):
+class VaeNets(nn.Module, Pretrained):
     "The autoencoder of 'vae'. Raises `ValueError` for the settings of another method."
 
     cfg: Config  # Resolved settings
@@ -49,7 +49,7 @@ class VaeNets(nn.Module, PyTorchModelHubMixin):
         self.vae, self.energy = vae_of(cfg), None
 
 
-class RivalNets(nn.Module, PyTorchModelHubMixin):
+class RivalNets(nn.Module, Pretrained):
     """Autoencoder and energy of 'ebm', 'ebm-vae' and 'wgan'.
 
     Raises `ValueError` for the settings of another method.
