@@ -45,9 +45,7 @@ class SwitchFields:
     alternate: bool = False  # Posterior chains: one code after the other, as printed
     masked: bool = True  # Corrupted pixels do not count, where the data say which they are
     last: Literal['far', 'endless'] = 'far'  # Behind the far plane; 'endless' as released
-    merge: Literal['posterior', 'draws'] = (
-        'posterior'  # Views of an encoder; 'draws' as released
-    )
+    merge: Literal['posterior', 'draws'] = 'posterior'  # Of an encoder's views; see above
     energies_first: bool = False  # Before field and encoder, as printed; released: after
 
 # %% ../../nbs/03_nerf_lebm/presets.ipynb #fbdc4c79
@@ -79,9 +77,7 @@ class DataFields:
     views: Count = 1  # Pictures of an object in one iteration
     tilt: tuple[()] | tuple[Degrees, Degrees] = ()  # Bounds of an elevation, degrees (ours)
     n_eval: Count = 10_000  # Pictures behind an FID, where Inception measures it
-    band: (
-        tuple[()] | tuple[Degrees, Degrees]
-    ) = ()  # Elevations of sampled cameras; () the data's
+    band: tuple[()] | tuple[Degrees, Degrees] = ()  # Elevations drawn; () the data's
 
 # %% ../../nbs/03_nerf_lebm/presets.ipynb #0a70c547
 @dataclass(frozen=True, kw_only=True)
