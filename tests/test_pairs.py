@@ -61,7 +61,7 @@ def chosen(system, name, base, method):
 
 def few(task):
     # a distance between samples and data needs 128 of them
-    n = 128 if 'extractor' in task.options else 8
+    n = 128 if task.name == 'sample' or 'extractor' in task.options else 8
     wanted = dict(n=n) if 'n' in task.options else {}
     return wanted | (dict(chunk=128) if 'chunk' in task.options else {})
 
