@@ -40,14 +40,14 @@ WITH_CHAINS = [name for name in SYSTEMS if name != 'selfsup']
 @pytest.mark.parametrize('name', WITH_CHAINS)
 def test_logged_from_the_first_step_without_effect(name, tmp_path, monkeypatch):
     whole = load_system(name)
-    cfg = settings(whole, log_every=2, n_iters=3)
+    # no step ends a whole line: what the line of the last step tells is of the first
+    cfg = settings(whole, log_every=50)
     system = bare(whole, cfg)
     nets, lines = trained(system, cfg, tmp_path / 'with')
-    seen = [line for line in lines if 'chain/moved' in line]
-    assert seen and seen[0]['step'] == 2  # the first line, of steps 1 and 2
-    for line in seen:
-        assert all(value == value for value in line.values())  # no NaN
-        assert {'gap', *(key for key in line if key.startswith('grad/'))} <= line.keys()
+    line = lines[-1]
+    assert 'chain/moved' in line and line['step'] == cfg.n_iters > 1
+    assert 'gap' in line and any(key.startswith('grad/') for key in line)
+    assert all(value == value for line in lines for value in line.values())  # no NaN
     monkeypatch.setattr(learn_step, 'Health', Nobody)
     blind, less = trained(system, cfg, tmp_path / 'without')
     assert digest(blind) == digest(nets)

@@ -46,8 +46,7 @@ _drawn = replace(
 
 def _draw(nets, n, **options):
     "By the sampler of VAEBM, or of the rival that the networks belong to."
-    own = _drawn.of(nets.cfg)
-    return (sample if own is _drawn else own.sample)(nets, n, **options)
+    return _drawn.of(nets.cfg).sample(nets, n, **options)
 
 # %% ../../nbs/06_vaebm/tasks.ipynb #c045
 def vae_log_density(
