@@ -1,6 +1,9 @@
 "Every command with every system and rival: it ends well, or says in one line why not."
 
 import json
+import os
+import subprocess
+import sys
 from dataclasses import fields
 
 import pytest
@@ -108,3 +111,24 @@ def test_presets_tell_of_rivals(name):
     for method, rival in load_system(name).rivals.items():
         told = [line.split() for line in found.output.splitlines()]
         assert [method, *rival.about.split()] in told
+
+
+def chapters():
+    return [
+        (name, method) for name in SYSTEMS for method in ('', *load_system(name).rivals)
+    ]
+
+
+@pytest.mark.long
+@pytest.mark.parametrize('name, method', chapters())
+def test_run(name, method, tmp_path):
+    "The chapter itself, by papermill, at the settings a person gets who names only a rival."
+    line = ['-m', 'ebmbook.shell.cli', 'run', name, '--out', str(tmp_path / 'out.ipynb')]
+    line += ['-p', 'out', str(tmp_path / 'run')]
+    line += ['-p', 'over', f'{{method: {method}}}'] if method else []
+    env = {key: value for key, value in os.environ.items() if key != 'IN_TEST'}
+    done = subprocess.run(
+        [sys.executable, *line], env=env, cwd=tmp_path, text=True, capture_output=True
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert (tmp_path / 'out.ipynb').is_file()
