@@ -55,6 +55,11 @@ def amount(
             raise ValueError(f"{what} must be finite and at least 0, got {end}")
 
 
+def _number(value, what):
+    if not isinstance(value, Real):
+        raise TypeError(f"{what} must be a number, got {type(value).__name__}")
+
+
 def positive(
     value: Any,  # A number
     what: str,  # Its name in messages
@@ -63,8 +68,7 @@ def positive(
 
     Raises `TypeError` and `ValueError`.
     """
-    if not isinstance(value, Real):
-        raise TypeError(f"{what} must be a number, got {type(value).__name__}")
+    _number(value, what)
     if not 0 < value < math.inf:
         raise ValueError(f"{what} must be finite and above 0, got {value}")
 
@@ -77,8 +81,7 @@ def share(
 
     Raises `TypeError` and `ValueError`.
     """
-    if not isinstance(value, Real):
-        raise TypeError(f"{what} must be a number, got {type(value).__name__}")
+    _number(value, what)
     if not 0 <= value <= 1:
         raise ValueError(f"{what} must lie between 0 and 1, got {value}")
 

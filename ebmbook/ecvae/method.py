@@ -11,7 +11,7 @@ __all__ = ['STAGES', 'Nets', 'build', 'check_no_encoder', 'FlowNets', 'build_flo
 import math
 from collections.abc import Callable
 from functools import cache
-from itertools import chain, repeat
+from itertools import repeat
 
 import torch
 from torch import Tensor, nn
@@ -211,8 +211,9 @@ def _demo_tether(x, weights):
 
 def _annealed(n_steps):
     "Weights of the demo's tether, from the first update to the last; that one has none."
-    shares = (left / n_steps for left in range(n_steps - 1, -1, -1))
-    return chain(shares, repeat(0.0))  # who looks at the chain's end asks once more
+    for left in range(n_steps - 1, -1, -1):
+        yield left / n_steps
+    yield from repeat(0.0)  # who looks at the end of a chain asks once more
 
 
 def _tether(x, cfg, weights):

@@ -38,8 +38,7 @@ _drawn = replace(
 
 def _draw(nets, n, **options):
     "By the sampler of EC-VAE, or of the rival that the networks belong to."
-    own = _drawn.of(nets.cfg)
-    return (sample if own is _drawn else own.sample)(nets, n, **options)
+    return _drawn.of(nets.cfg).sample(nets, n, **options)
 
 # %% ../../nbs/07_ecvae/tasks.ipynb #c049
 def measure_points(

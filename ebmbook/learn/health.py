@@ -50,6 +50,8 @@ def _acceptance(energy, blocks, rates, seed):
     with watching():
         chance = mala(tempered, blocks, etas, 1, generator=generator)[1]
     set_random_states(states)
+    if isinstance(temp, Tensor):  # chains at rest have no temperature, and no say
+        chance = torch.where(temp.isfinite(), chance, torch.nan)
     return dict(accept=chance.nanmean())
 
 # %% ../../nbs/learn/health.ipynb #71c0aa12

@@ -348,8 +348,9 @@ def _step(job, batch):
     contexts = _contexts(job)
     # at the first step, and where a line of the log ends
     closely = job.step == 0 or (job.step + 1) % job.cfg.log_every == 0
-    everything = (job.stage, job.nets, parts, contexts, job.groups, job.accelerator)
-    logs = optimiser_step(*everything, closely)
+    logs = optimiser_step(
+        job.stage, job.nets, parts, contexts, job.groups, job.accelerator, closely
+    )
     if job.ema is not None:
         job.ema.update_parameters(job.nets)
     job.step += 1

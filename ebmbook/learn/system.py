@@ -10,7 +10,7 @@ __all__ = ['Task', 'points_only', 'images_only', 'energy_net', 'generator_of', '
 import inspect
 import typing
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
@@ -215,17 +215,16 @@ class System:
         name: str = '',  # Its name; '' takes the first that fits
     ) -> Task:
         "Find a task. Raises `KeyError` for a wrong name, `ValueError` if none fits."
-        if self.rivals:
-            return replace(self.of(nets.cfg), rivals={}).task(nets, name)
-        named = [task for task in self.tasks if not name or task.name == name]
+        own = self.of(nets.cfg)
+        named = [task for task in own.tasks if not name or task.name == name]
         if not named:
-            known = list(dict.fromkeys(task.name for task in self.tasks))
-            raise unknown(f'task of {self.name}', name, known)
+            known = list(dict.fromkeys(task.name for task in own.tasks))
+            raise unknown(f'task of {own.name}', name, known)
         for task in named:
             reason = task.unfit(nets)
             if not reason:
                 return task
-        raise ValueError(f"task {task.name!r} of {self.name} {reason}")
+        raise ValueError(f"task {task.name!r} of {own.name} {reason}")
 
     def evaluate(
         self,

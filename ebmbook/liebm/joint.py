@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..learn.blocks import settle_norms
-from ..learn.settings import check_words
+from ..learn.settings import check_words, suits
 from ..learn.weights import Pretrained, differences, shapes_of
 from . import selfsup
 from .nets import SIZES, networks
@@ -162,6 +162,14 @@ class Nets(nn.Module, Pretrained):
         self.energy = Energy(made['f'], head, made.get('F'), cfg.posterior)
         self.generator = made['generator']
         self.q: Any = made.get('q')
+
+    @classmethod
+    def _from_pretrained(cls, **options):
+        "By the class whose method the stored settings name."
+        kinds = (cls, *cls.__subclasses__())
+        stored = options['cfg']
+        fit = [kind for kind in kinds if suits(stored, dict(method=kind.methods))]
+        return super(Nets, (fit or kinds)[0])._from_pretrained(**options)
 
     def draw(
         self,

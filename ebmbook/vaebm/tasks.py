@@ -43,6 +43,11 @@ _drawn = replace(
     _vaebm, rivals={name: replace(_vaebm, **changes) for name, changes in RIVALS.items()}
 )
 
+
+def _draw(nets, n, **options):
+    "By the sampler of VAEBM, or of the rival that the networks belong to."
+    return _drawn.of(nets.cfg).sample(nets, n, **options)
+
 # %% ../../nbs/06_vaebm/tasks.ipynb #c045
 def vae_log_density(
     vae: VAE,  # Autoencoder of points
@@ -118,7 +123,7 @@ def measure_points(
     truth = log_density(data, x)
     out['truth'] = truth.mean().item()
     how: dict[str, Any] = dict(n_steps=n_steps, temp=temp, chunk=chunk, alone=alone)
-    made = _drawn.of(nets.cfg).sample(nets, n, generator=generator, **how).cpu()
+    made = _draw(nets, n, generator=generator, **how).cpu()
     near = log_density(data, made) > truth.quantile(0.01)
     out['near'] = near.float().mean().item()
     return {name: Measured(value, n) for name, value in out.items()}
@@ -142,7 +147,7 @@ def measure_images(
     how: dict[str, Any] = dict(n_steps=n_steps, temp=temp, chunk=chunk, alone=alone)
 
     def draw(n):
-        return _drawn.of(nets.cfg).sample(nets, n, generator=generator, **how)
+        return _draw(nets, n, generator=generator, **how)
 
     out, made, _ = image_report(draw, nets.cfg, n or stacked, extractor)
     if not stacked:
