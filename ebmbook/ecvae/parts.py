@@ -7,7 +7,7 @@ __all__ = ['all_networks', 'started', 'examples', 'draw_latents', 'decode_now', 
            'with_multipliers', 'prior_loss', 'in_chains', 'energy_loss', 'target_loss', 'adam', 'model_groups',
            'energy_group']
 
-# %% ../../nbs/07_ecvae/parts.ipynb #f28e7036
+# %% ../../nbs/07_ecvae/parts.ipynb #4e8638e5
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -23,7 +23,7 @@ from ..learn.contract import Context, Group
 from ..learn.objectives import contrast
 from ..mcmc import frozen
 
-# %% ../../nbs/07_ecvae/parts.ipynb #10729aa7
+# %% ../../nbs/07_ecvae/parts.ipynb #4c87cae2
 def all_networks(
     cfg: Config,  # Resolved settings
 ) -> tuple[nn.Module, nn.Module, nn.Module | None, nn.Module]:
@@ -34,7 +34,7 @@ def all_networks(
     encoder, decoder, energy, prior = networks(**SIZES[cfg.net] | changes)
     return encoder, decoder, prior, energy
 
-# %% ../../nbs/07_ecvae/parts.ipynb #6b017948
+# %% ../../nbs/07_ecvae/parts.ipynb #e1551e0d
 def started(
     nets: Any,  # Networks with a flow on examples; changed in place
 ) -> Any:  # The same
@@ -46,7 +46,7 @@ def started(
         pass
     return nets
 
-# %% ../../nbs/07_ecvae/parts.ipynb #2d0634b8
+# %% ../../nbs/07_ecvae/parts.ipynb #c4d4f33d
 def examples(
     nets: Any,  # Networks, which now train
     batch: dict,  # x (B, ...)
@@ -57,7 +57,7 @@ def examples(
     nets.train()
     return x
 
-# %% ../../nbs/07_ecvae/parts.ipynb #d50642eb
+# %% ../../nbs/07_ecvae/parts.ipynb #5bf5f4c2
 def draw_latents(
     nets: Any,  # Networks that draw
     x: Tensor,  # (B, ...) data; as many are drawn
@@ -84,14 +84,14 @@ def inside(
     "Targets that a decoder which ends in tanh can reach, where the settings ask for it."
     return x.clamp(-1, 1) if cfg.bound else x
 
-# %% ../../nbs/07_ecvae/parts.ipynb #ed3ab8eb
+# %% ../../nbs/07_ecvae/parts.ipynb #bbd41b3c
 def squared_norm(
     x: Tensor,  # (B, ...)
 ) -> Tensor:  # (B,)
     "Sum of squares of each example."
     return x.flatten(1).square().sum(1)
 
-# %% ../../nbs/07_ecvae/parts.ipynb #cbe49915
+# %% ../../nbs/07_ecvae/parts.ipynb #3c6452d6
 def multipliers(
     cfg: Config,  # Uses lam0, z_lam
     x: Tensor,  # For device and type
@@ -119,7 +119,7 @@ def prior_loss(
     if nets.prior is not None:
         yield 'prior', -nets.prior.log_prob(z).mean(), {}
 
-# %% ../../nbs/07_ecvae/parts.ipynb #5a60dbf7
+# %% ../../nbs/07_ecvae/parts.ipynb #d04af7bf
 @contextmanager
 def in_chains(
     nets: Any,  # Networks with an energy
@@ -143,7 +143,7 @@ def in_chains(
     finally:
         net.train(mode)
 
-# %% ../../nbs/07_ecvae/parts.ipynb #35c0656a
+# %% ../../nbs/07_ecvae/parts.ipynb #55678704
 def energy_loss(
     nets: Any,  # Networks with an energy
     x: Tensor,  # (B, ...) data
@@ -164,7 +164,7 @@ def target_loss(
     loss, logs = energy_loss(nets, x, inside(target, nets.cfg))
     return loss, logs | dict(moved=squared_norm(target - made.detach()).mean())
 
-# %% ../../nbs/07_ecvae/parts.ipynb #6506d437
+# %% ../../nbs/07_ecvae/parts.ipynb #9c57447a
 def adam(
     cfg: Config,  # Uses beta1
     lr: float,  # Step size
