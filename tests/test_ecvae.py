@@ -9,6 +9,7 @@ import pickle
 import sys
 from dataclasses import replace
 from types import SimpleNamespace
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -18,6 +19,7 @@ import yaml
 from chapters import ROOT, claims_can_be_measured, ends_without_data, trains_in_full
 from ebmbook import ecvae
 from ebmbook.learn.settings import choose
+from ebmbook.learn.limits import kinds
 from ebmbook.learn.blocks import count, settle_norms
 from ebmbook.learn.runs import load_checkpoint, open_run
 from ebmbook.learn.contract import Context, Diverged
@@ -28,6 +30,8 @@ from ebmbook.data import load
 from ebmbook.ecvae import PRESETS, SIZES
 from ebmbook.ecvae.nets import EnergyNet
 from ebmbook.mcmc import frozen
+from ebmbook.measure.restoration import operator
+from ebmbook.shell.bench import preset_case
 
 SMALL_FLOW = dict(flow_depth=1, flow_width=8)
 TINY = replace(
@@ -155,7 +159,7 @@ def test_every_experiment_names_a_preset():
         ecvae.check_config(choose(PRESETS, ecvae.DEFAULT_PRESET, *chosen)[1])
 
 
-@pytest.mark.parametrize('method', ['ecvae', 'wgan', 'ecflow', 'ebm', 'ebm-vae'])
+@pytest.mark.parametrize('method', ['ecvae', 'ecflow', 'ebm', 'ebm-vae'])
 @pytest.mark.parametrize('tether', ['constant', 'demo', 'none'])
 def test_the_energy_of_a_chain_can_be_asked_any_number_of_times(method, tether):
     "`ebmbook bench` asks far more often than a chain of training has updates."
@@ -170,7 +174,7 @@ def test_the_energy_of_a_chain_can_be_asked_any_number_of_times(method, tether):
     assert (tied.abs().max() > 0) == (tether != 'none' and not on_x)
 
 
-@pytest.mark.parametrize('method', ecvae.presets._WORDS['method'])
+@pytest.mark.parametrize('method', get_args(kinds(ecvae.Config)['method']))
 def test_networks_refuse_settings_of_another_method(method):
     "So that no rival is trained or loaded as EC-VAE by mistake."
     cfg = replace(TINY, method=method)
@@ -281,7 +285,7 @@ def test_flows_and_priors_learn_by_likelihood(monkeypatch):
 
 
 def test_flips_reach_the_losses(monkeypatch):
-    monkeypatch.setattr(ecvae.method, 'flip_if', lambda wanted, x, generator: 0 * x)
+    monkeypatch.setattr(ecvae.parts, 'flip_if', lambda wanted, x, generator: 0 * x)
     parts = outcomes(replace(TINY, method='vae', flip=True), monkeypatch)[3]
     error = parts[0].mean().item()
     torch.manual_seed(0)
@@ -333,6 +337,150 @@ def test_temperature_does_not_matter_to_adam():
         ends.append(flat(nets.energy))
     moved = (ends[0] - start).abs().mean()
     assert (ends[0] - ends[1]).abs().mean() < 1e-3 * moved
+
+
+# --- what the released program does, by a switch
+
+
+WITH_ENERGY = ['ecvae', 'ecflow', 'wgan', 'ebm', 'ebm-vae']
+
+
+def energy_step(cfg, monkeypatch):
+    "Gradients of the energy's loss in the first iteration, and how far Adam then moves it."
+    nets, _, found, *_ = outcomes(cfg, monkeypatch)
+    loss, logs = found['energy']
+    loss.backward()
+    before = flat(nets.energy)
+    adam = ecvae.optimisers(nets) if cfg.method != 'ebm' else ecvae.parts.energy_group(nets)
+    adam['energy'].optimiser.step()
+    grads = torch.cat([param.grad.flatten() for param in nets.energy.parameters()])
+    return loss.item(), logs['gap'].item(), grads, flat(nets.energy) - before
+
+
+@pytest.mark.parametrize('method', WITH_ENERGY)
+def test_in_nats_gradients_grow_and_adam_forgets_it_but_for_its_epsilon(
+    method, monkeypatch
+):
+    "The first update is lr g/(|g|+eps); in nats g/tau stands there, so that eps counts as tau eps."
+    cfg = replace(TINY, method=method, lr=0.1)
+    plain, nats = (
+        energy_step(replace(cfg, nats=nats), monkeypatch) for nats in (False, True)
+    )
+    assert nats[0] == pytest.approx(plain[0] / cfg.tau, rel=1e-4)
+    assert nats[1] == plain[1] == pytest.approx(plain[0], abs=1e-6)  # logged in units of f
+    assert torch.allclose(nats[2], plain[2] / cfg.tau, rtol=1e-3, atol=1e-4 / cfg.tau)
+    for (_, _, grads, moved), eps in ((plain, 1e-8), (nats, 1e-8)):
+        want = -cfg.lr * grads / (grads.abs() + eps)
+        assert torch.allclose(moved, want, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize('scale,share', [(1e-9, 0.1 / 1.1), (1e-8, 0.5), (1e-6, 100 / 101)])
+def test_epsilon_holds_small_gradients_back(scale, share):
+    "Of f, updates are shorter by |g|/(|g|+eps); of f/tau they are whole."
+    for nats, want in ((False, share), (True, 1.0)):
+        net = torch.nn.Linear(1, 1, bias=False)
+        torch.nn.init.zeros_(net.weight)
+        cfg = replace(TINY, nats=nats, tau=1e-5, lr=1.0)
+        nets = SimpleNamespace(energy=lambda x, net=net: net(x)[:, 0], cfg=cfg)
+        loss, _ = ecvae.parts.energy_loss(
+            nets, torch.full((2, 1), scale), torch.zeros(2, 1)
+        )
+        loss.backward()
+        ecvae.parts.adam(cfg, cfg.lr, net).optimiser.step()
+        assert -net.weight.item() == pytest.approx(want, rel=1e-3)
+
+
+@pytest.mark.parametrize('method', ['ecvae', 'ecflow', 'ebm', 'ebm-vae'])
+def test_norms_that_go_on_in_chains_are_those_of_a_network_in_training(method, monkeypatch):
+    "Bit for bit; the default leaves them to the losses."
+    cfg = replace(TINY, method=method, n_steps=4)
+    torch.manual_seed(0)
+    nets, x = built(cfg).train(), load('digits').tensor(4)
+    before = [own.clone() for own in nets.energy.buffers()]
+    module = ecvae.rivals if method in ('ebm', 'ebm-vae') else ecvae.method
+    targets = getattr(module, '_targets_on_x', None) or module._targets
+    plain = targets(nets, x, gen(1))
+    assert all(map(torch.equal, before, nets.energy.buffers()))
+    nets.cfg = replace(cfg, sn_chains=True)
+    renewed = targets(nets, x, gen(1))
+    after = [own.clone() for own in nets.energy.buffers()]
+    torch.manual_seed(0)
+    demo = built(cfg).train()
+    tied = {} if module is ecvae.method else dict(tether='none')
+    want = ecvae.calibrate(demo.energy, x, replace(cfg, **tied), 4, gen(1))
+    assert torch.equal(renewed, want) and not torch.equal(renewed, plain)
+    assert all(map(torch.equal, after, demo.energy.buffers()))
+    assert nets.energy.training
+
+
+def test_what_is_logged_changes_no_norm(tmp_path):
+    "Where the log looks at chains it asks their energy once more."
+    cfg = replace(TINY, sn_chains=True)
+    often, rare = (
+        trained(replace(cfg, log_every=n), tmp_path / str(n)) for n in (1, cfg.n_iters + 1)
+    )
+    assert equal(often, rare)
+    plain = trained(replace(cfg, sn_chains=False), tmp_path / 'plain')
+    assert not equal(often, plain)
+
+
+def test_norms_of_training_are_kept_where_none_are_collected(tmp_path):
+    cfg = replace(TINY, norm='batch')
+    collected, kept = (
+        trained(replace(cfg, collect=collect), tmp_path / str(collect))
+        for collect in (True, False)
+    )
+    params = zip(collected.parameters(), kept.parameters(), strict=True)
+    assert all(torch.equal(one, other) for one, other in params)
+    assert not equal(collected, kept)
+    norm = next(o for o in kept.decoder.modules() if isinstance(o, torch.nn.BatchNorm2d))
+    assert norm.num_batches_tracked == 3 * cfg.n_iters  # two of samples, one of data
+    x = [ecvae.sample(nets, 4, generator=gen()) for nets in (collected, kept)]
+    assert not torch.equal(*x)
+
+
+def test_without_an_average_the_last_weights_are_kept(tmp_path):
+    "The demo has none."
+    seen = {}
+
+    def note(step, nets):
+        seen['last'] = flat(nets)
+
+    last = trained(replace(TINY, ema=0.0), tmp_path / 'last', on_step=note)
+    assert torch.equal(flat(last), seen['last'])
+    mean = trained(TINY, tmp_path / 'mean', on_step=note)
+    assert not torch.equal(flat(mean), seen['last'])
+
+
+def test_the_papers_weight_of_the_energy_in_restoration():
+    "With w = 1/tau the start of a chain moves by the slope of E = f/tau."
+    torch.manual_seed(0)
+    nets = ecvae.build(TINY).eval()
+    op = operator('sr4', (1, 8, 8))
+    y = op.A(load('digits').tensor(6))
+    brief = dict(n_steps=3, tries=2)
+    paper, same, usual, none = (
+        ecvae.restore(nets, op, y, weight=w, **brief, generator=gen())
+        for w in (None, 1 / TINY.tau, 200.0, 0.0)
+    )
+    assert torch.equal(paper, same)
+    assert torch.equal(usual, ecvae.restore(nets, op, y, **brief, generator=gen()))
+    far, near = ((o - none).square().mean().sqrt() for o in (paper, usual))
+    assert far > 5 * near > 0
+    for other in ('ecvae', 'vae'):  # a plain autoencoder has nothing to weigh
+        own = built(replace(TINY, method=other)).eval()
+        options = dict(task='restore', n=4, **brief)
+        paper = ecvae.evaluate(own, **options, weight=None)['psnr']
+        assert (paper == ecvae.evaluate(own, **options, weight=0)['psnr']) == (
+            other == 'vae'
+        )
+
+
+def test_no_chain_of_a_critic_is_timed():
+    cfg = replace(TINY, method='wgan')
+    assert ecvae.SYSTEM.of(cfg).chain_energy is None
+    with pytest.raises(ValueError, match='no chain'):
+        preset_case('ecvae', 'digits', 2, 1, 'cpu', dict(method='wgan'))
 
 
 # --- training

@@ -273,6 +273,9 @@ TURNS = dict(
         posterior=turn(True),
         reuse=turn(True),
         bound=turn(True, eta=1.0, tau=1.0),
+        nats=turn(True),
+        sn_chains=turn(True),
+        collect=turn(False, base='images', look='end', norm='batch'),
         data=turn('spiral'),
         shape=refused((3,)),
         n_iters=turn(3),
@@ -398,6 +401,15 @@ def look_build(system, cfg, folder):
     return digest(system.build(cfg))
 
 
+def look_end(system, cfg, folder):
+    "Fresh networks after what follows the last stage."
+    torch.manual_seed(0)
+    nets = system.build(cfg)
+    finish = load_system(system.name).of(cfg).stages[-1].finish
+    finish(nets, torch.Generator().manual_seed(0))
+    return digest(nets)
+
+
 def look_sample(system, cfg, folder):
     nets, _ = trained(system, cfg, folder)
     return system.sample(nets, 4, generator=torch.Generator().manual_seed(0)).tolist()
@@ -444,6 +456,7 @@ def look_saved(system, cfg, folder):
 LOOKS = dict(
     train=look_train,
     build=look_build,
+    end=look_end,
     sample=look_sample,
     count=look_count,
     saved=look_saved,

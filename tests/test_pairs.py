@@ -26,6 +26,7 @@ NO_CHAINS = NO_SAMPLES | {
     ('coopflow', 'flow'),
     ('ecvae', 'vae'),
     ('ecvae', 'flow'),
+    ('ecvae', 'wgan'),
     *(('vaebm', method) for method in ('', 'vae', 'ebm', 'ebm-vae', 'wgan')),
 }
 

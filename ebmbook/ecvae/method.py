@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['STAGES', 'Nets', 'build', 'check_no_encoder', 'FlowNets', 'build_flow', 'spread', 'calibrate', 'noise_floor',
            'margin', 'drift_to_noise', 'dual_ascent', 'reconstruction_error', 'evidence', 'refine_latents',
-           'likelihood_loss', 'losses', 'optimisers', 'settle', 'sample', 'energy', 'chain_energy', 'restore']
+           'likelihood_loss', 'ascend_decoder', 'ascend_encoder', 'losses', 'optimisers', 'settle', 'sample', 'energy',
+           'chain_energy', 'restore']
 
 # %% ../../nbs/07_ecvae.ipynb #c005
 import math
@@ -16,14 +17,16 @@ from itertools import repeat
 import torch
 from torch import Tensor, nn
 
-from ..learn.objectives import contrast
 from ..flows.glow import Glow, PointGlow
 from ..learn.blocks import collect_norms, log_normal, settle_norms
 from ..learn.weights import Pretrained
 from ..measure.restoration import Operator, project
-from ..learn.contract import Group, Stage
+from ..learn.contract import Stage
 from ..data.catalogue import load
-from .nets import PRIOR_BLOCKS, SIZES, networks
+from .parts import all_networks, decode_now, draw_latents, energy_group
+from .parts import examples, in_chains, inside, model_groups, multipliers
+from .parts import prior_loss, squared_norm, started, target_loss
+from .parts import with_multipliers
 from ..mcmc import frozen, in_chunks, langevin, normal, ula
 from .presets import Config
 from .presets import check_config
@@ -33,16 +36,6 @@ from ..learn.system import energy_net
 from ..mcmc import Draws
 from collections.abc import Iterator
 from typing import Any, ClassVar
-from ..data.catalogue import flip_if
-
-# %% ../../nbs/07_ecvae.ipynb #be5ff6a3
-def _all_networks(cfg):
-    "Encoder, decoder, prior and energy of the settings, drawn in one order."
-    changes: dict[str, Any] = dict(flow=PRIOR_BLOCKS if cfg.prior == 'flow' else 0)
-    if cfg.norm:
-        changes['norm'] = cfg.norm
-    encoder, decoder, energy, prior = networks(**SIZES[cfg.net] | changes)
-    return encoder, decoder, prior, energy
 
 # %% ../../nbs/07_ecvae.ipynb #c016
 class Nets(nn.Module, Pretrained):
@@ -59,7 +52,7 @@ class Nets(nn.Module, Pretrained):
         super().__init__()
         self.cfg = check_config(cfg)
         check_words(cfg, dict(method=self.methods))
-        self.encoder, self.decoder, self.prior, self.energy = _all_networks(cfg)
+        self.encoder, self.decoder, self.prior, self.energy = all_networks(cfg)
 
     @property
     def model(self) -> tuple[nn.Module, ...]:
@@ -136,7 +129,7 @@ class FlowNets(nn.Module, Pretrained):
         super().__init__()
         self.cfg = check_no_encoder(cfg)
         check_words(cfg, dict(method=self.methods))
-        *_, energy = _all_networks(cfg)
+        *_, energy = all_networks(cfg)
         self.flow, self.energy = _glow(cfg), energy
 
     @property
@@ -162,23 +155,13 @@ class FlowNets(nn.Module, Pretrained):
         return self.flow.decode(z)
 
 # %% ../../nbs/07_ecvae.ipynb #91fa2b67
-def _started(nets):
-    "A flow sees data before it starts; `ebmbook cost` runs without the data."
-    generator = torch.Generator().manual_seed(0)
-    try:
-        nets.flow.init(load(nets.cfg.data).tensor(256), generator=generator)
-    except FileNotFoundError:
-        pass
-    return nets
-
-
 def build_flow(
     cfg: Config,  # Resolved settings
 ) -> FlowNets:  # Fresh networks from torch's global seed; the flow has seen data
     "Networks of EC-Flow."
     nets = FlowNets(cfg)
     settle_norms(nets)
-    return _started(nets)
+    return started(nets)
 
 # %% ../../nbs/07_ecvae.ipynb #c021
 def spread(
@@ -188,14 +171,9 @@ def spread(
     return math.sqrt(cfg.eta * cfg.n_steps / (2 * cfg.pull)) if cfg.pull else math.inf
 
 # %% ../../nbs/07_ecvae.ipynb #d6fcbd93
-def _squared_norm(x):
-    "Sum of squares of each example, (B,)."
-    return x.flatten(1).square().sum(1)
-
-
 def _constant_tether(x, cfg):
     weight = 1 / (2 * spread(cfg) ** 2)
-    return lambda moved: weight * _squared_norm(moved - x)
+    return lambda moved: weight * squared_norm(moved - x)
 
 
 def _demo_tether(x, weights):
@@ -203,7 +181,7 @@ def _demo_tether(x, weights):
     start = x.clamp(-1, 1)
 
     def tether(moved):
-        distance = _squared_norm(moved.clamp(-1, 1) - start)
+        distance = squared_norm(moved.clamp(-1, 1) - start)
         return next(weights) * ((distance - 0.07).clamp(min=0) + 0.07)
 
     return tether
@@ -324,7 +302,7 @@ def reconstruction_error(
 
     That LPIPS counts once for each number of an image is ours.
     """
-    error = _squared_norm(x - y)
+    error = squared_norm(x - y)
     if distance == 'mse':
         return error
     in_colour = [images.expand(-1, 3, -1, -1) for images in (x, y)]
@@ -400,70 +378,41 @@ def likelihood_loss(
     return loss, logs, z.detach()
 
 # %% ../../nbs/07_ecvae.ipynb #c036
-def _examples(nets, batch, ctx):
-    "Data of an iteration, flipped where the settings ask for it; the networks now train."
-    x = flip_if(nets.cfg.flip, batch['x'], ctx.generator)
-    nets.train()
-    return x
-
-
-def _multipliers(cfg, x, ctx):
-    "(2,) multipliers of decoder and encoder, which the loop keeps from step to step."
-    return ctx.state.setdefault('lam', x.new_tensor([cfg.lam0, cfg.z_lam]))
-
-
-def _with_multipliers(logs, lam, cfg):
-    logs = logs | dict(lam=lam[0].clone())
-    return logs | dict(z_lam=lam[1].clone()) if cfg.posterior else logs
-
-
 def _ascend(lam, i, distance, limit, rate, cap, ctx):
     "Dual ascent once for the batch, whatever the number of processes and of parts."
     parts = ctx.parts // ctx.processes
     lam[i] = dual_ascent(lam[i], ctx.mean(distance), limit, rate / parts, cap)
 
 
-def _ascend_decoder(cfg, lam, distance, ctx):
+def ascend_decoder(
+    cfg: Config,  # Uses dual, lr_dual, lam_max, and what `margin` uses
+    lam: Tensor,  # (2,) multipliers, changed in place
+    distance: Tensor,  # () mean squared distance of samples and targets
+    ctx: Context,  # For the mean over processes
+) -> None:
+    "The dual ascent on the multiplier of the decoder, where the settings ask for it."
     if cfg.dual:
         _ascend(lam, 0, distance, margin(cfg), cfg.lr_dual, cfg.lam_max, ctx)
 
 
-def _ascend_encoder(cfg, lam, logs, z, ctx):
+def ascend_encoder(
+    cfg: Config,  # Uses dual, posterior, slack, lam_max, z_steps, z_eta, z_pull, z_lr_dual
+    lam: Tensor,  # (2,) multipliers, changed in place
+    logs: dict,  # With z_distance, from `likelihood_loss`
+    z: Tensor,  # (B, latent)
+    ctx: Context,  # For the mean over processes
+) -> None:
+    "The dual ascent on the multiplier of the encoder, where the settings ask for it."
     if cfg.dual and cfg.posterior:
         floor = noise_floor(cfg.z_steps, cfg.z_eta, z.shape[1], cfg.z_pull)
         limit, rate = (1 + cfg.slack) * floor, cfg.z_lr_dual
         _ascend(lam, 1, logs['z_distance'], limit, rate, cfg.lam_max, ctx)
 
-
-def _prior_loss(nets, z):
-    "The loss of a prior that is learned, at latent numbers of the encoder."
-    if nets.prior is not None:
-        yield 'prior', -nets.prior.log_prob(z).mean(), {}
-
 # %% ../../nbs/07_ecvae.ipynb #8559feab
-def _inside(x, cfg):
-    return x.clamp(-1, 1) if cfg.bound else x
-
-
-def _draw_latents(nets, x, ctx):
-    with torch.no_grad():
-        return nets.draw(len(x), ctx.generator)
-
-
-def _decode(nets, z):  # without graph, by the decoder as it is now
-    with torch.no_grad():
-        return nets.decode(z)
-
-
 def _targets(nets, x, generator):  # calibrated samples x, without graph
-    with frozen(nets.energy):
-        return calibrate(nets.energy, x, nets.cfg, nets.cfg.n_steps, generator)
-
-
-def _energy_loss(nets, x, made, target):
-    "The energy's loss on data against targets, and how far they are from their samples."
-    loss, logs = contrast(nets.energy, x, _inside(target, nets.cfg))
-    return loss, logs | dict(moved=_squared_norm(target - made.detach()).mean())
+    cfg = nets.cfg
+    with in_chains(nets) as renew:
+        return calibrate(nets.energy, x, cfg, cfg.n_steps, generator, renew)
 
 # %% ../../nbs/07_ecvae.ipynb #09c5c4d7
 def losses(
@@ -475,45 +424,27 @@ def losses(
 
     Source: Luo et al. 2024, section 3; the released program.
     """
-    cfg, x = nets.cfg, _examples(nets, batch, ctx)
-    lam = _multipliers(cfg, x, ctx)
-    latents = _draw_latents(nets, x, ctx)
+    cfg, x = nets.cfg, examples(nets, batch, ctx)
+    lam = multipliers(cfg, x, ctx)
+    latents = draw_latents(nets, x, ctx)
     made = nets.decode(latents)
     target = _targets(nets, made, ctx.generator)
     loss, logs, z = likelihood_loss(nets, x, lam, ctx)
-    error = reconstruction_error(made, _inside(target, cfg), cfg.distance).mean()
+    error = reconstruction_error(made, inside(target, cfg), cfg.distance).mean()
     # before the clamp, as the margin; `excess` is without what noise alone would make
-    distance = _squared_norm(made.detach() - target).mean()
+    distance = squared_norm(made.detach() - target).mean()
     excess = distance - margin(cfg) / (1 + cfg.slack)
     logs |= dict(distance=distance, excess=excess)
-    yield 'model', loss + lam[0] * error, _with_multipliers(logs, lam, cfg)
-    _ascend_decoder(cfg, lam, distance, ctx)
-    _ascend_encoder(cfg, lam, logs, z, ctx)
-    yield from _prior_loss(nets, z)
+    yield 'model', loss + lam[0] * error, with_multipliers(logs, lam, cfg)
+    ascend_decoder(cfg, lam, distance, ctx)
+    ascend_encoder(cfg, lam, logs, z, ctx)
+    yield from prior_loss(nets, z)
     if not cfg.reuse:
-        made = _decode(nets, latents)
+        made = decode_now(nets, latents)
         target = _targets(nets, made, ctx.generator)
-    yield 'energy', *_energy_loss(nets, x, made, target)
+    yield 'energy', *target_loss(nets, x, made, target)
 
 # %% ../../nbs/07_ecvae.ipynb #c039
-def _adam(cfg, lr, *nets):
-    params = [param for net in nets for param in net.parameters()]
-    return Group(torch.optim.Adam(params, lr, betas=(cfg.beta1, 0.9)))
-
-
-def _model_groups(nets):
-    "Groups of what is taught by data: the model, and a prior that is learned."
-    cfg = nets.cfg
-    groups = dict(model=_adam(cfg, cfg.lr_vae, *nets.model))
-    if nets.prior is not None:
-        groups['prior'] = _adam(cfg, cfg.lr_prior, nets.prior)
-    return groups
-
-
-def _energy_group(nets):
-    return dict(energy=_adam(nets.cfg, nets.cfg.lr, nets.energy))
-
-
 def optimisers(
     nets: Nets,  # The networks
 ) -> dict:  # Group name -> Group
@@ -521,7 +452,7 @@ def optimisers(
 
     Source: released program of Luo et al. 2024.
     """
-    return _model_groups(nets) | _energy_group(nets)
+    return model_groups(nets) | energy_group(nets)
 
 # %% ../../nbs/07_ecvae.ipynb #a1806e6a
 def settle(
@@ -530,10 +461,12 @@ def settle(
     n: int = 4_096,  # Examples
     chunk: int = 128,  # Examples at once
 ) -> None:
-    """Collect the averages of batch norm anew.
+    """Collect the averages of batch norm anew, unless the settings keep those of training.
 
     The encoder's are collected from data, the decoder's from samples alone.
     """
+    if not nets.cfg.collect:
+        return
 
     def show():
         own, data = next(nets.parameters()), load(nets.cfg.data)
@@ -610,7 +543,7 @@ def restore(
     op: Operator,  # What was done to the images
     y: Tensor,  # (B, ...) measurements
     *,
-    weight: float = 200.0,  # w of the energy f; 0 leaves it out, as do networks without one
+    weight: float | None = 200.0,  # w of the energy f; 0 leaves it out, None is 1/tau
     sigma: float = 0.05,  # sigma_y, in units of x
     eta: float | None = None,  # Step of the chain; None is chosen by size
     n_steps: int = 200,  # Updates
@@ -620,13 +553,15 @@ def restore(
     """Restore images by a chain on latent numbers, label `eq-ecvae-restore`.
 
     Without `eta` the step is 0.008 times latent numbers per number of the image, as its
-    slopes ask for.
+    slopes ask for. Networks without energy have no weight. None is the weight of eq. 6.
     Source: Luo et al. 2024, section 4.3.
     """
     known = op.A_dagger(y).repeat(tries, *[1] * (y.ndim - 1))
     z = nets.draw(len(known), generator)
     if eta is None:
         eta = 0.008 * z[0].numel() / known[0].numel()
+    if weight is None:
+        weight = 1 / nets.cfg.tau
     weight = 0 if nets.energy is None else weight
 
     def potential(z):
@@ -644,4 +579,4 @@ def restore(
 
 
 def _misfit(op, known, x):
-    return _squared_norm(known - op.A_dagger(op.A(x)))
+    return squared_norm(known - op.A_dagger(op.A(x)))

@@ -38,6 +38,9 @@ class SwitchFields:
     posterior: bool = False  # Calibrate the encoder too (section 4.1)
     reuse: bool = False  # The energy learns from the decoder's targets
     bound: bool = True  # Targets of a network are kept in [-1, 1]
+    nats: bool = False  # The energy learns from f/tau, as the demo's; else from f
+    sn_chains: bool = False  # A power iteration before each update too, as in the demo
+    collect: bool = True  # Averages of batch norm are collected anew at the end
 
 # %% ../../nbs/07_ecvae/presets.ipynb #1b09b87b
 @dataclass(frozen=True, kw_only=True)

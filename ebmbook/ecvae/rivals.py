@@ -15,15 +15,14 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from .method import STAGES, FlowNets, Nets, build_flow, check_no_encoder
-from .method import likelihood_loss, optimisers, sample
-from .method import _ascend_encoder, _decode, _draw_latents, _energy_group
-from .method import _all_networks, _energy_loss, _examples, _model_groups
-from .method import _multipliers, _prior_loss, _started, _with_multipliers
+from .method import STAGES, FlowNets, Nets, ascend_encoder, build_flow
+from .method import check_no_encoder, likelihood_loss, optimisers, sample
+from .parts import all_networks, decode_now, draw_latents, energy_group
+from .parts import energy_loss, examples, in_chains, model_groups, multipliers
+from .parts import prior_loss, started, target_loss, with_multipliers
 from .presets import Config, check_config
 from ..learn.blocks import settle_norms
 from ..learn.contract import Context
-from ..learn.objectives import contrast
 from ..learn.rivals import from_noise
 from ..learn.settings import check_words, strict
 from ..learn.weights import Pretrained
@@ -84,7 +83,7 @@ class EnergyNets(nn.Module, Pretrained):
         super().__init__()
         self.cfg = check_no_encoder(cfg)
         check_words(cfg, dict(method=('ebm',)))
-        *_, self.energy = _all_networks(cfg)
+        *_, self.energy = all_networks(cfg)
 
     def draw(
         self,
@@ -111,7 +110,7 @@ def _fresh(kind, cfg):
 
 
 def _fresh_flow(cfg):
-    return _started(_fresh(FlowAlone, cfg))
+    return started(_fresh(FlowAlone, cfg))
 
 # %% ../../nbs/07_ecvae/rivals.ipynb #e1a0000f
 def plain_losses(
@@ -120,12 +119,12 @@ def plain_losses(
     ctx: Context,  # Step, generator, state
 ) -> Iterator:  # Yields ('model', loss, logs), and ('prior', ...) where it is learned
     "One iteration of a VAE or a flow, by data alone."
-    cfg, x = nets.cfg, _examples(nets, batch, ctx)
-    lam = _multipliers(cfg, x, ctx)
+    cfg, x = nets.cfg, examples(nets, batch, ctx)
+    lam = multipliers(cfg, x, ctx)
     loss, logs, z = likelihood_loss(nets, x, lam, ctx)
-    yield 'model', loss, _with_multipliers(logs, lam, cfg)
-    _ascend_encoder(cfg, lam, logs, z, ctx)
-    yield from _prior_loss(nets, z)
+    yield 'model', loss, with_multipliers(logs, lam, cfg)
+    ascend_encoder(cfg, lam, logs, z, ctx)
+    yield from prior_loss(nets, z)
 
 # %% ../../nbs/07_ecvae/rivals.ipynb #e1a00011
 def critic_losses(
@@ -137,18 +136,18 @@ def critic_losses(
 
     That `lam0` weighs the critic is ours.
     """
-    cfg, x = nets.cfg, _examples(nets, batch, ctx)
-    lam = _multipliers(cfg, x, ctx)
-    latents = _draw_latents(nets, x, ctx)
+    cfg, x = nets.cfg, examples(nets, batch, ctx)
+    lam = multipliers(cfg, x, ctx)
+    latents = draw_latents(nets, x, ctx)
     made = nets.decode(latents)
     loss, logs, z = likelihood_loss(nets, x, lam, ctx)
     with frozen(nets.energy):
         loss = loss + cfg.lam0 * nets.energy(made).mean()
-    yield 'model', loss, _with_multipliers(logs, lam, cfg)
-    _ascend_encoder(cfg, lam, logs, z, ctx)
-    yield from _prior_loss(nets, z)
-    made = _decode(nets, latents)
-    yield 'energy', *_energy_loss(nets, x, made, made)
+    yield 'model', loss, with_multipliers(logs, lam, cfg)
+    ascend_encoder(cfg, lam, logs, z, ctx)
+    yield from prior_loss(nets, z)
+    made = decode_now(nets, latents)
+    yield 'energy', *target_loss(nets, x, made, made)
 
 # %% ../../nbs/07_ecvae/rivals.ipynb #e1a00014
 def energy_on_x(
@@ -172,8 +171,8 @@ def chain_on_x(
 
 # %% ../../nbs/07_ecvae/rivals.ipynb #e1a00016
 def _targets_on_x(nets, x, generator):  # ends of the chains of training, without graph
-    with frozen(nets.energy):
-        return chain_on_x(nets, x, nets.cfg.n_steps, generator)
+    with in_chains(nets) as renew:
+        return chain_on_x(nets, x, nets.cfg.n_steps, generator, renew)
 
 
 def separate_losses(
@@ -182,16 +181,16 @@ def separate_losses(
     ctx: Context,  # Step, generator, state
 ) -> Iterator:  # Yields 'model', 'prior' where it is learned, and 'energy', with loss, logs
     "One iteration of a VAE and of an energy on x, whose chains start at the VAE's samples."
-    cfg, x = nets.cfg, _examples(nets, batch, ctx)
-    lam = _multipliers(cfg, x, ctx)
-    latents = _draw_latents(nets, x, ctx)
+    cfg, x = nets.cfg, examples(nets, batch, ctx)
+    lam = multipliers(cfg, x, ctx)
+    latents = draw_latents(nets, x, ctx)
     loss, logs, z = likelihood_loss(nets, x, lam, ctx)
-    yield 'model', loss, _with_multipliers(logs, lam, cfg)
-    _ascend_encoder(cfg, lam, logs, z, ctx)
-    yield from _prior_loss(nets, z)
-    made = _decode(nets, latents)
+    yield 'model', loss, with_multipliers(logs, lam, cfg)
+    ascend_encoder(cfg, lam, logs, z, ctx)
+    yield from prior_loss(nets, z)
+    made = decode_now(nets, latents)
     target = _targets_on_x(nets, made, ctx.generator)
-    yield 'energy', *_energy_loss(nets, x, made, target)
+    yield 'energy', *target_loss(nets, x, made, target)
 
 # %% ../../nbs/07_ecvae/rivals.ipynb #e1a00018
 def noise_losses(
@@ -200,9 +199,9 @@ def noise_losses(
     ctx: Context,  # Step, generator, state
 ) -> Iterator:  # Yields ('energy', loss, logs)
     "One iteration of an energy whose chains start at noise."
-    x = _examples(nets, batch, ctx)
+    x = examples(nets, batch, ctx)
     target = _targets_on_x(nets, from_noise(x, ctx.generator), ctx.generator)
-    yield 'energy', *contrast(nets.energy, x, target)
+    yield 'energy', *energy_loss(nets, x, target)
 
 # %% ../../nbs/07_ecvae/rivals.ipynb #e1a0001b
 @strict
@@ -258,7 +257,7 @@ def _stages(losses, groups):
 
 
 _ALONE = dict(
-    stages=_stages(plain_losses, _model_groups),
+    stages=_stages(plain_losses, model_groups),
     sample=sample_once,
     energy=None,
     chain_energy=None,
@@ -286,12 +285,13 @@ _WITH_ENERGY: dict[str, dict[str, Any]] = {
         'without chains.',
         build=partial(_fresh, PairedNets),
         stages=_stages(critic_losses, optimisers),
+        chain_energy=None,  # no chain trains there
     ),
     'ebm': dict(
         about='An energy on x alone, whose chains start at noise.',
         check=check_no_encoder,
         build=partial(_fresh, EnergyNets),
-        stages=_stages(noise_losses, _energy_group),
+        stages=_stages(noise_losses, energy_group),
         **_ON_X,
     ),
     'ebm-vae': dict(

@@ -13,8 +13,9 @@ import torch
 
 from ..data.catalogue import load
 from ..data.procedural import STD25
-from .method import STAGES, Nets, _squared_norm, build, chain_energy, energy
-from .method import evidence, refine_latents, restore, sample
+from .method import STAGES, Nets, build, chain_energy, energy, evidence
+from .method import refine_latents, restore, sample
+from .parts import squared_norm
 from .presets import DEFAULT_PRESET, PRESETS, Config, check_config
 from .rivals import RIVALS
 from ..learn.ledger import Measured
@@ -96,7 +97,7 @@ def measure_posterior(
     if refined:
         z = refine_latents(nets, x, z, generator=generator)
         with torch.no_grad(), frozen(nets):
-            error = _squared_norm(nets.decoder(z) - x)
+            error = squared_norm(nets.decoder(z) - x)
     dim = x[0].numel()
     out = dict(mse=(error.mean() / dim).item())
     if not refined:
@@ -112,7 +113,7 @@ def measure_restoration(
     n: int | None = None,  # Test images; None is 100
     op: str = 'sr4',  # What is done to them, as in `operator`
     inverse: bool = False,  # The pseudo-inverse alone, for comparison
-    weight: float = 200.0,  # As in `restore`
+    weight: float | None = 200.0,  # As in `restore`
     sigma: float = 0.05,  # As in `restore`
     eta: float | None = None,  # As in `restore`
     n_steps: int = 200,  # As in `restore`
