@@ -12,6 +12,7 @@ import math
 import pickle
 from dataclasses import replace
 from types import SimpleNamespace
+from typing import get_args
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ import yaml
 
 from chapters import ROOT, claims_can_be_measured, ends_without_data, trains_in_full
 from ebmbook import liebm
+from ebmbook.learn.limits import kinds
 from ebmbook.learn.settings import choose
 from ebmbook.shell.cost import seconds_per_iteration
 from ebmbook.learn.blocks import count
@@ -789,11 +791,12 @@ def test_without_concentration_it_is_a_plain_energy(monkeypatch, tmp_path):
 
 def test_every_choice_trains():
     "And those that contradict each other are refused."
-    choices, refused = itertools.product(*liebm._WORDS.values(), (False, True)), set()
-    for n, (method, encoder, posterior, view, top, bias) in enumerate(choices):
-        change = dict(
-            method=method, encoder=encoder, posterior=posterior, view=view, top=top
-        )
+    names = 'method', 'encoder', 'posterior', 'view', 'top'
+    words = [get_args(kinds(liebm.Config)[name]) for name in names]
+    choices, refused = itertools.product(*words, (False, True)), set()
+    for n, (*chosen, bias) in enumerate(choices):
+        change = dict(zip(names, chosen))
+        method, encoder, posterior, *_ = chosen
         cfg = replace(SHORT, bias=bias, unit=n % 2 == 0, batch=4, **change)
         try:
             liebm.SYSTEM.of(cfg).check(cfg)
