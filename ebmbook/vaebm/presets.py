@@ -42,10 +42,12 @@ class SwitchFields:
     sampler: Literal['langevin', 'mala'] = 'langevin'  # Of the chains in noise space
     negative: Literal['sample', 'mean'] = 'sample'  # What the energy raises
     data_init: bool = True  # Set the energy's gains from data
+    init_drawn: bool = False  # By 160 drawn images and an unbiased spread, as released
     cautious: bool = True  # Limit each gradient by Adam's own idea of its size
     penalty: Weight = 0.0  # Weight of |grad E|^2 at data and samples; the paper has none
     p_max: Share = 0.0  # Largest probability that a chain starts from the buffer; 0 is none
     keep_x: bool = False  # The buffer keeps the noise of x too; the paper's does not
+    queue: bool = False  # Buffer as released: first in, first out, empty at the start
     decoder: bool = False  # Train decoder too, on the energy of its samples (appendix C)
 
 # %% ../../nbs/06_vaebm/presets.ipynb #435c9234
@@ -85,7 +87,8 @@ class VaeFields:
 class ImageFields:
     "What both stages see of an image, and how many samples are measured."
 
-    bits: Annotated[int, Range(1, 8)] = 8  # Bits of a pixel
+    bits: Annotated[int, Range(1, 8)] = 8  # Bits of a pixel in stage one
+    energy_bits: Annotated[int, Range(1, 8)] = 8  # In stage two, of what the energy sees
     flip: bool = False  # Random horizontal flips
     n_eval: Count = 50_000  # Samples behind an FID, where Inception measures it
 
@@ -272,8 +275,18 @@ PRESETS = {**_POINT_PRESETS, **_DIGIT_PRESETS, **_PAPER_PRESETS}
 DEFAULT_PRESET = {name: name for name in PRESETS if name in DATASETS}
 
 # %% ../../nbs/06_vaebm/presets.ipynb #c011
+_UNREAD = {  # methods that do not read p_max
+    'wgan': "method 'wgan' runs no chain",
+    'ebm': "with method 'ebm' always 95 % of the chains go on from the buffer",
+}
+
+
 def _check_buffer(cfg):
-    if cfg.p_max and cfg.buffer < cfg.batch:
+    if cfg.p_max and cfg.method in _UNREAD:
+        reason = _UNREAD[cfg.method]
+        raise ValueError(f"p_max={cfg.p_max} would do nothing: {reason}; set p_max to 0")
+    keeps = cfg.p_max or cfg.method == 'ebm'
+    if keeps and cfg.buffer < cfg.batch:
         raise ValueError(f"a buffer of {cfg.buffer} rows cannot start {cfg.batch} chains")
 
 
