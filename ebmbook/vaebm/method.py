@@ -18,13 +18,12 @@ from torch.nn.utils import parametrize
 
 from ..data.catalogue import flip_if, load
 from ..learn.contract import Context, Group, Stage
-from ..learn.latents import gather_rows
+from ..learn.latents import gather_rows, recall_queue
 from ..learn.objectives import contrast
 from ..learn.settings import check_words, strict
 from ..learn.system import energy_net
 from ebmbook.mcmc import (
     Draws,
-    Slice,
     frozen,
     in_chunks,
     langevin,
@@ -174,25 +173,16 @@ def recall_share(
 
 
 def _from_queue(cfg, new, ctx):  # starts, some from a queue, and `keep` for their ends
-    source, part, parts = ctx.generator, 0, 1
-    if isinstance(source, Slice):
-        source, part, parts = source.generator, source.part, source.parts
-    batch, state = len(new), ctx.state
-    whole, own = batch * parts, slice(part * batch, (part + 1) * batch)
-    # rows for one more step: no part of a batch draws what another has just added
+    state, whole = ctx.state, len(new) * ctx.parts
     shape = cfg.buffer + whole, new.shape[1]
     if 'since' not in state or state['buffer'].shape != shape:
         state.update(buffer=new.new_zeros(shape), since=ctx.step)
-    rows, added = len(state['buffer']), (ctx.step - state['since']) * whole
-    age = uniform(min(added, cfg.buffer), new, source).argsort()[:whole][own]
-    take = uniform(batch, new, ctx.generator) < recall_share(cfg, ctx.step)
-    if added:
-        old = state['buffer'][(added - 1 - age) % rows].to(new)
-        new = torch.where(take[:, None], old, new)
-    places = (added + torch.arange(whole, device=new.device)[own]) % rows
+    added = (ctx.step - state['since']) * whole
+    rate = 1 - recall_share(cfg, ctx.step)
+    new, rows = recall_queue(state['buffer'], added, new, rate, ctx.generator)
 
-    def keep(ends):
-        found, ends = gather_rows(places, ends)
+    def keep(ends):  # of all processes
+        found, ends = gather_rows(rows, ends)
         state['buffer'][found] = ends
 
     return new, keep

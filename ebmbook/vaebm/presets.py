@@ -42,12 +42,10 @@ class SwitchFields:
     sampler: Literal['langevin', 'mala'] = 'langevin'  # Of the chains in noise space
     negative: Literal['sample', 'mean'] = 'sample'  # What the energy raises
     data_init: bool = True  # Set the energy's gains from data
-    init_drawn: bool = False  # By 160 drawn images and an unbiased spread, as released
     cautious: bool = True  # Limit each gradient by Adam's own idea of its size
     penalty: Weight = 0.0  # Weight of |grad E|^2 at data and samples; the paper has none
     p_max: Share = 0.0  # Largest probability that a chain starts from the buffer; 0 is none
     keep_x: bool = False  # The buffer keeps the noise of x too; the paper's does not
-    queue: bool = False  # Buffer as released: first in, first out, empty at the start
     decoder: bool = False  # Train decoder too, on the energy of its samples (appendix C)
 
 # %% ../../nbs/06_vaebm/presets.ipynb #435c9234
@@ -103,6 +101,7 @@ class EnergyFields:
     lr: Positive = 4e-5  # Adam step size of the energy
     weight_decay: Weight = 3e-5  # Coupled, on all of the energy's parameters
     spectral: Weight = 0.2  # Weight of the energy's spectral norms
+    init_drawn: bool = False  # Gains by 160 drawn images and n-1, as released
     lr_decoder: Positive = 5e-6  # Adam step size of the decoder, where it is trained
 
 # %% ../../nbs/06_vaebm/presets.ipynb #b8cbf53f
@@ -116,6 +115,7 @@ class ChainFields:
     eta: Weight = 8e-5  # Their step: drift eta/2, noise sqrt(eta)
     buffer: Count = 10_000  # Rows of the buffer
     p_rise: Steps = 5_000  # Steps over which p_max is reached
+    queue: bool = False  # Buffer as released: first in, first out, empty at the start
 
 # %% ../../nbs/06_vaebm/presets.ipynb #c009
 # Python collects the fields of the last base first: switches lead every list of them
@@ -275,18 +275,8 @@ PRESETS = {**_POINT_PRESETS, **_DIGIT_PRESETS, **_PAPER_PRESETS}
 DEFAULT_PRESET = {name: name for name in PRESETS if name in DATASETS}
 
 # %% ../../nbs/06_vaebm/presets.ipynb #c011
-_UNREAD = {  # methods that do not read p_max
-    'wgan': "method 'wgan' runs no chain",
-    'ebm': "with method 'ebm' always 95 % of the chains go on from the buffer",
-}
-
-
 def _check_buffer(cfg):
-    if cfg.p_max and cfg.method in _UNREAD:
-        reason = _UNREAD[cfg.method]
-        raise ValueError(f"p_max={cfg.p_max} would do nothing: {reason}; set p_max to 0")
-    keeps = cfg.p_max or cfg.method == 'ebm'
-    if keeps and cfg.buffer < cfg.batch:
+    if cfg.p_max and cfg.buffer < cfg.batch:
         raise ValueError(f"a buffer of {cfg.buffer} rows cannot start {cfg.batch} chains")
 
 
