@@ -127,6 +127,14 @@ def test_settings_of_a_rival_make_networks_of_its_own(method):
     assert rival.sample is not vaebm.SYSTEM.sample and rival.about != vaebm.SYSTEM.about
 
 
+@pytest.mark.parametrize('method', ['ebm', 'wgan'])
+def test_a_buffer_that_a_rival_does_not_read_is_refused(method):
+    rival, cfg = vaebm.SYSTEM.of(replace(TINY, method=method)), replace(TINY, method=method)
+    assert rival.check(cfg) == cfg
+    with pytest.raises(ValueError, match=f"p_max=0.5 would do nothing: .*'{method}'"):
+        rival.check(replace(cfg, p_max=0.5))
+
+
 def test_settings_can_be_sent_to_another_process():
     assert pickle.loads(pickle.dumps(PRESETS['cifar10'])) == PRESETS['cifar10']
 
