@@ -1,8 +1,10 @@
 """Checks of VAEBM that take too long for its notebooks, and the chapter run as a user runs it."""
 
+import json
 import math
 import pickle
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,9 +14,10 @@ from chapters import claims_can_be_measured, ends_without_data, trains_in_full
 from ebmbook import vaebm
 from ebmbook.learn.blocks import count
 from ebmbook.learn.runs import load_checkpoint, open_run
-from ebmbook.learn.contract import Diverged
+from ebmbook.learn.contract import Context, Diverged
 from ebmbook.learn.loop import train
 from ebmbook.data import DATASETS, load
+from ebmbook.vaebm.method import as_seen, prepared
 from ebmbook.vaebm.nvae import NVAE_SIZES, nvae
 from ebmbook.vaebm.presets import PRESETS
 
@@ -124,6 +127,14 @@ def test_settings_of_a_rival_make_networks_of_its_own(method):
     assert rival.sample is not vaebm.SYSTEM.sample and rival.about != vaebm.SYSTEM.about
 
 
+@pytest.mark.parametrize('method', ['ebm', 'wgan'])
+def test_a_buffer_that_a_rival_does_not_read_is_refused(method):
+    rival, cfg = vaebm.SYSTEM.of(replace(TINY, method=method)), replace(TINY, method=method)
+    assert rival.check(cfg) == cfg
+    with pytest.raises(ValueError, match=f"p_max=0.5 would do nothing: .*'{method}'"):
+        rival.check(replace(cfg, p_max=0.5))
+
+
 def test_settings_can_be_sent_to_another_process():
     assert pickle.loads(pickle.dumps(PRESETS['cifar10'])) == PRESETS['cifar10']
 
@@ -149,7 +160,19 @@ def test_second_stage_leaves_the_autoencoder_alone(tmp_path):  # running statist
     )
 
 
-@pytest.mark.parametrize('change', [{}, dict(p_max=0.6, p_rise=2, buffer=16)])
+KEPT = dict(p_max=0.6, p_rise=2, buffer=16)
+KEEPING = [
+    {},
+    KEPT,
+    KEPT | dict(keep_x=True),
+    KEPT | dict(queue=True),
+    KEPT | dict(method='ebm-vae'),
+    KEPT | dict(method='ebm-vae', queue=True),
+    dict(method='ebm', n_iters=7, buffer=16),
+]
+
+
+@pytest.mark.parametrize('change', KEEPING)
 def test_training_continues_to_the_last_bit(change, tmp_path):
     cfg = replace(TINY, **change)
     whole = trained(cfg, tmp_path / 'whole')
@@ -158,8 +181,8 @@ def test_training_continues_to_the_last_bit(change, tmp_path):
         pass
 
     def stop(step, nets):
-        if stop.seen == 5:
-            raise Enough  # in the second stage, behind a checkpoint
+        if stop.seen == 5:  # all saved in the second stage, whose buffer is no longer fresh
+            raise Enough
         stop.seen += 1
 
     stop.seen = 0
@@ -168,10 +191,60 @@ def test_training_continues_to_the_last_bit(change, tmp_path):
     assert same_weights(whole, trained(cfg, tmp_path / 'broken'))
 
 
+@pytest.mark.parametrize('change', [dict(), dict(queue=True), dict(method='ebm-vae')])
+def test_a_buffer_is_the_same_in_parts_of_a_batch(change, tmp_path):
+    # batch norm, which counts parts, has no stage here
+    cfg = replace(TINY, **KEPT | change, n_vae=0, cautious=False, lr=1e-5)
+    nets = [trained(replace(cfg, micro=n), tmp_path / str(n)) for n in (1, 2)]
+    states = [load_checkpoint(tmp_path / str(n))['state'] for n in (1, 2)]
+    assert torch.allclose(*(state['buffer'] for state in states), atol=1e-4)
+    pairs = zip(*(each.energy.parameters() for each in nets))
+    assert all(torch.allclose(one, other, atol=1e-4) for one, other in pairs)
+
+
+def heads(cfg, folder):
+    "Loss, gap and norms of the first step of the energy."
+    trained(replace(cfg, n_iters=1), folder)
+    return json.loads((folder / 'log.jsonl').read_text().splitlines()[-1])
+
+
+def test_the_released_command_is_two_settings(tmp_path):
+    "Weight of the norms, and no gains from data; both reach the loss of the largest preset."
+    paper = PRESETS['celebahq256']
+    assert (paper.spectral, paper.data_init, paper.buffer) == (0.2, True, 8_000)
+    vaebm.SYSTEM.check(replace(paper, spectral=0.3, data_init=False))
+    theirs = replace(TINY, spectral=0.3)
+    ours, theirs, plain = (
+        heads(cfg, tmp_path / name)
+        for name, cfg in dict(
+            ours=TINY, theirs=theirs, plain=replace(theirs, data_init=False)
+        ).items()
+    )
+    assert ours['gap'] == theirs['gap'] != plain['gap']
+    more = theirs['loss/energy'] - ours['loss/energy']
+    assert more == pytest.approx(0.1 * ours['spectral'], rel=1e-4)
+
+
+def test_the_energy_of_faces_sees_eight_bits():
+    "And five where a setting says so; the autoencoder sees five in either case."
+    faces = replace(PRESETS['celebahq256'], flip=False)
+    grey = torch.arange(256).float().view(1, 1, 16, 16) / 127.5 - 1
+    batch, ctx = dict(x=grey.expand(2, 3, 16, 16)), Context(1, 0.0, gen())
+
+    def levels(cfg):
+        nets = SimpleNamespace(cfg=cfg, vae=torch.nn.Identity())
+        return prepared(nets, batch, ctx).unique().numel()
+
+    assert levels(faces) == 256 and levels(replace(faces, energy_bits=5)) == 32
+    assert as_seen(batch['x'], faces).unique().numel() == 32
+
+
 RIVALS = [
     dict(method='vae'),
     dict(method='ebm', buffer=16),
     dict(method='ebm-vae'),
+    dict(method='ebm-vae', p_max=0.6, p_rise=1, buffer=16),
+    dict(queue=True, p_max=0.6, p_rise=1, buffer=16),
     dict(method='wgan'),
     dict(decoder=True),
     dict(space='xz'),

@@ -68,13 +68,14 @@ def measure_images(
     extractor: str = '',  # A name in place of the one for these data
     n_steps: int | None = None,  # As in `sample`
     temp: float = 1.0,  # As in `sample`
+    stretch: bool = False,  # As in `image_report`
 ) -> dict[str, Measured]:  # fid, precision, recall
     "Compare samples with images of the data."
 
     def draw(n):
         return _draw(nets, n, n_steps=n_steps, temp=temp, generator=generator)
 
-    return image_report(draw, nets.cfg, n, extractor)[0]
+    return image_report(draw, nets.cfg, n, extractor, stretch=stretch)[0]
 
 # %% ../../nbs/07_ecvae/tasks.ipynb #fa06c5d5
 def measure_posterior(

@@ -145,12 +145,13 @@ def energy_net(
     return EnergyNet(*SIZES[name], width=width)
 
 # %% ../../nbs/06_vaebm/nets.ipynb #c021
-def _set_gain(conv, x, std):  # label `eq-vaebmnets-init`, for one convolution and its input
+# label `eq-vaebmnets-init`, for one convolution and its input
+def _set_gain(conv, x, std, correction=0):
     weight = conv.parametrizations.weight
     length = weight.original1.flatten(1).norm(dim=1) + 1e-5
     direction = weight.original1 / length[:, None, None, None]
     out = F.conv2d(x, direction, None, conv.stride, conv.padding)
-    spread, mean = torch.std_mean(out, dim=(0, 2, 3), correction=0)
+    spread, mean = torch.std_mean(out, dim=(0, 2, 3), correction=correction)
     if not (spread > 1e-6).all():
         raise ValueError("a channel is constant on this batch; give varied training images")
     scale = spread / std + 1e-5
@@ -164,6 +165,7 @@ def data_init(
     net: nn.Module,  # Network whose convolutions went through `wnorm`
     x: Tensor,  # (B, ...) training images in [-1, 1]; the paper takes 160
     std: float = 0.2,  # Standard deviation that every output channel shall have
+    unbiased: bool = False,  # Divide squares by one less than their number, as released
 ) -> nn.Module:  # `net` itself, gains and biases replaced
     """Set log lengths and biases of all convolutions from data.
 
@@ -174,7 +176,7 @@ def data_init(
 
     # the hook runs just before a convolution, when all that come earlier are already set
     def fit(conv, args):
-        _set_gain(conv, args[0], std)
+        _set_gain(conv, args[0], std, int(unbiased))
 
     layers = [m for m in net.modules() if parametrize.is_parametrized(m, 'weight')]
     hooks = [layer.register_forward_pre_hook(fit) for layer in layers]

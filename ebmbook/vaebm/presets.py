@@ -85,7 +85,8 @@ class VaeFields:
 class ImageFields:
     "What both stages see of an image, and how many samples are measured."
 
-    bits: Annotated[int, Range(1, 8)] = 8  # Bits of a pixel
+    bits: Annotated[int, Range(1, 8)] = 8  # Bits of a pixel in stage one
+    energy_bits: Annotated[int, Range(1, 8)] = 8  # In stage two, of what the energy sees
     flip: bool = False  # Random horizontal flips
     n_eval: Count = 50_000  # Samples behind an FID, where Inception measures it
 
@@ -100,6 +101,7 @@ class EnergyFields:
     lr: Positive = 4e-5  # Adam step size of the energy
     weight_decay: Weight = 3e-5  # Coupled, on all of the energy's parameters
     spectral: Weight = 0.2  # Weight of the energy's spectral norms
+    init_drawn: bool = False  # Gains by 160 drawn images and n-1, as released
     lr_decoder: Positive = 5e-6  # Adam step size of the decoder, where it is trained
 
 # %% ../../nbs/06_vaebm/presets.ipynb #b8cbf53f
@@ -113,6 +115,7 @@ class ChainFields:
     eta: Weight = 8e-5  # Their step: drift eta/2, noise sqrt(eta)
     buffer: Count = 10_000  # Rows of the buffer
     p_rise: Steps = 5_000  # Steps over which p_max is reached
+    queue: bool = False  # Buffer as released: first in, first out, empty at the start
 
 # %% ../../nbs/06_vaebm/presets.ipynb #c009
 # Python collects the fields of the last base first: switches lead every list of them

@@ -139,6 +139,7 @@ def measure_images(
     temp: float = 1.0,  # As in `sample`
     chunk: int = 512,  # As in `sample`
     alone: bool = False,  # Measure the autoencoder without its energy
+    stretch: bool = False,  # As in `image_report`, of images before they are clamped
 ) -> dict[str, Measured]:  # fid, precision, recall; of stacked digits also modes, kl
     "Compare samples with images of the data, and count modes where they can be counted."
     data = nets.cfg.data
@@ -147,9 +148,9 @@ def measure_images(
     how: dict[str, Any] = dict(n_steps=n_steps, temp=temp, chunk=chunk, alone=alone)
 
     def draw(n):
-        return _draw(nets, n, generator=generator, **how)
+        return _draw(nets, n, generator=generator, clamp=not stretch, **how)
 
-    out, made, _ = image_report(draw, nets.cfg, n or stacked, extractor)
+    out, made, _ = image_report(draw, nets.cfg, n or stacked, extractor, stretch=stretch)
     if not stacked:
         return out
     modes = modes_kl(made, extractor_for(data))  # of digits, whatever measures the rest
