@@ -9,11 +9,12 @@ __all__ = ['make_accelerator', 'train']
 import copy
 import os
 import pickle
+import re
 import time
 import traceback
 import warnings
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from typing import Any
 
@@ -321,7 +322,7 @@ def _batches(job, examples):
     with held_back() if job.cfg.workers else nullcontext():
         return iter(loader)
 
-
+# %% ../../nbs/learn/loop.ipynb #7291a788
 def _worker_died(error):
     return ChildProcessError(
         f"a process that reads data ended ({error}); if memory is short, fewer workers or "
@@ -329,6 +330,28 @@ def _worker_died(error):
     )
 
 
+def _is_lost(error):
+    "Whether an error says that another process of the training is gone."
+    said = re.search(r'gloo|NCCL|[Cc]onnection (closed|reset|refused)', str(error))
+    several = dist.is_initialized() and dist.get_world_size() > 1
+    return several and (isinstance(error, dist.DistError) or said is not None)
+
+
+@contextmanager
+def _deaths(kept):
+    "An error that the end of another process explains says so, and what is saved."
+    try:
+        yield
+    except RuntimeError as error:
+        if 'DataLoader worker' in str(error):
+            raise _worker_died(error) from error
+        if not _is_lost(error):
+            raise
+        raise ChildProcessError(
+            f"another process of this training ended, and this one cannot go on; {kept()}"
+        ) from error
+
+# %% ../../nbs/learn/loop.ipynb #7817dd82
 def _fetch(batches):
     "The next batch and None, or None and what went wrong."
     try:
@@ -362,8 +385,8 @@ def _advance(job, batch, lines):
     try:
         return _step(job, batch)
     except (ValueError, RuntimeError, ArithmeticError, IndexError) as error:
-        if 'DataLoader worker' in str(error):
-            raise _worker_died(error) from error
+        if 'DataLoader worker' in str(error) or _is_lost(error):
+            raise  # and `_deaths` says what it means
         if lines.ok and finite(job.nets.state_dict()):
             raise
         where = f"stage {job.stage.name!r} stopped at step {job.step + 1}"
@@ -404,9 +427,10 @@ class _Stop:
         self.channel = dist.new_group(backend='gloo') if several else None
 
     def kept(self):
-        "What a message says of checkpoints; other processes do not know of them."
-        found = f"{saved_state(self.folder)}; " if self.main else ''
-        return f"{found}run the same command again to continue"
+        "What a message says of checkpoints; another process may not see the folder."
+        found = saved_state(self.folder)
+        known = self.main or not found.startswith('no checkpoint')
+        return f"{found}; " * known + "run the same command again to continue"
 
     def asked(self):
         return _any(self.signals, self.channel)
@@ -439,26 +463,25 @@ def _fit(
     hidden = not (progress and job.accelerator.is_main_process)
     start = time.monotonic() - job.seconds
     shown = dict(total=job.n_iters, initial=job.step, desc=job.stage.name, mininterval=2)
-    bar = tqdm(_batches(job, examples), disable=hidden, **shown)
-    batches, lines = iter(bar), _Lines(job, log, bar)
-    while job.step < job.n_iters:
-        batch, error = _fetch(batches)
-        if stop.failed(error):
-            _save_here(job, lines)
-            bar.close()
-            raise error or ChildProcessError("another process could not read its data")
-        logs = _advance(job, batch, lines)
-        job.seconds = time.monotonic() - start
-        lines.add(logs)
-        if on_step is not None:
-            on_step(job.step, job.nets)
-        asked = stop.asked()
-        due = job.step == job.n_iters or asked or job.step % job.cfg.save_every == 0
-        start += _record(job, lines, due, keep_every)
-        if asked:
-            bar.close()
-            stop.leave(job.total)
-    next(batches, None)  # the workers end
+    with tqdm(_batches(job, examples), disable=hidden, **shown) as bar:
+        batches, lines = iter(bar), _Lines(job, log, bar)
+        while job.step < job.n_iters:
+            batch, error = _fetch(batches)
+            if stop.failed(error):
+                _save_here(job, lines)
+                other = f"another process could not read its data; {stop.kept()}"
+                raise error or ChildProcessError(other)
+            logs = _advance(job, batch, lines)
+            job.seconds = time.monotonic() - start
+            lines.add(logs)
+            if on_step is not None:
+                on_step(job.step, job.nets)
+            asked = stop.asked()
+            due = job.step == job.n_iters or asked or job.step % job.cfg.save_every == 0
+            start += _record(job, lines, due, keep_every)
+            if asked:
+                stop.leave(job.total)
+        next(batches, None)  # the workers end
 
 # %% ../../nbs/learn/loop.ipynb #c025
 def make_accelerator(
@@ -570,9 +593,13 @@ def train(
         log = Log(run, done, tensorboard, accelerator.is_main_process)
         stop = _Stop(accelerator, run.folder)
         todo = (system.stages, nets, run, accelerator, saved, examples, log, stop)
-        with deferred_signals(stop.kept, stop.channel is None) as stop.signals:
+        with (
+            deferred_signals(stop.kept, stop.channel is None) as stop.signals,
+            _deaths(stop.kept),
+        ):
             _fit_all(*todo, **options)
         if accelerator.is_main_process:
             store_weights(nets, run.folder / 'weights')
-    accelerator.wait_for_everyone()
+    with _deaths(stop.kept):
+        accelerator.wait_for_everyone()
     return nets.eval()
