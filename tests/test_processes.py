@@ -11,6 +11,7 @@ import sys
 import time
 import traceback
 import warnings
+from contextlib import suppress
 from dataclasses import replace
 
 import pytest
@@ -93,8 +94,9 @@ class Child:
         except BaseException:
             traceback.print_exc()
         finally:
-            sys.stdout.flush()
-            sys.stderr.flush()
+            with suppress(OSError):  # a test may have closed them
+                sys.stdout.flush()
+                sys.stderr.flush()
             os._exit(code)
 
     def wait(self, timeout=60):

@@ -10,11 +10,12 @@ import copy
 import os
 import pickle
 import re
+import sys
 import time
 import traceback
 import warnings
 from collections.abc import Callable
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict
 from typing import Any
 
@@ -236,6 +237,24 @@ def _everywhere(ok, accelerator):
     return bad.item() == 0
 
 # %% ../../nbs/learn/loop.ipynb #8305a616
+class _Screen:
+    "Standard error; that nobody reads it any more is no reason to stop."
+
+    def __init__(self):
+        self.file = sys.stderr
+
+    def __getattr__(self, name):
+        return getattr(self.file, name)
+
+    def write(self, text):
+        with suppress(OSError, ValueError):
+            self.file.write(text)
+
+    def flush(self):
+        with suppress(OSError, ValueError):
+            self.file.flush()
+
+
 class _Lines:
     """Sums of logged values since the last line.
 
@@ -345,6 +364,11 @@ def _deaths(kept):
     except RuntimeError as error:
         if 'DataLoader worker' in str(error):
             raise _worker_died(error) from error
+        if 'Too many open files' in str(error):
+            raise OSError(
+                "too many files are open; raise the limit (ulimit -n 4096), or use fewer "
+                f"workers with --change; {kept()}"
+            ) from error
         if not _is_lost(error):
             raise
         raise ChildProcessError(
@@ -463,6 +487,7 @@ def _fit(
     hidden = not (progress and job.accelerator.is_main_process)
     start = time.monotonic() - job.seconds
     shown = dict(total=job.n_iters, initial=job.step, desc=job.stage.name, mininterval=2)
+    shown |= dict(file=_Screen())
     with tqdm(_batches(job, examples), disable=hidden, **shown) as bar:
         batches, lines = iter(bar), _Lines(job, log, bar)
         while job.step < job.n_iters:
@@ -578,7 +603,9 @@ def train(
     accelerator = make_accelerator(cfg, run.device)
     _check_batches(system.stages, cfg, accelerator.num_processes)
     options = dict(progress=progress, keep_every=keep_every, on_step=on_step)
-    with locked(run.folder) if accelerator.is_main_process else nullcontext():
+    stop = _Stop(accelerator, run.folder)
+    alone = locked(run.folder) if accelerator.is_main_process else nullcontext()
+    with _deaths(stop.kept), alone:
         seed_all(run.seed)
         nets = system.build(cfg).to(accelerator.device)
         if vars(nets).get('cfg') != cfg:
@@ -591,15 +618,10 @@ def train(
         examples = load(cfg.data) if examples is None else as_examples(examples)
         done = _steps_of(system.stages, cfg, saved)
         log = Log(run, done, tensorboard, accelerator.is_main_process)
-        stop = _Stop(accelerator, run.folder)
         todo = (system.stages, nets, run, accelerator, saved, examples, log, stop)
-        with (
-            deferred_signals(stop.kept, stop.channel is None) as stop.signals,
-            _deaths(stop.kept),
-        ):
+        with deferred_signals(stop.kept, stop.channel is None) as stop.signals:
             _fit_all(*todo, **options)
-        if accelerator.is_main_process:
-            store_weights(nets, run.folder / 'weights')
-    with _deaths(stop.kept):
+            if accelerator.is_main_process:
+                store_weights(nets, run.folder / 'weights')
         accelerator.wait_for_everyone()
     return nets.eval()
