@@ -374,7 +374,7 @@ def test_a_ledger_cut_by_a_full_disk_is_mended(tmp_path):
 
 def test_weights_that_are_not_finite_are_never_good(tmp_path):
     out = tmp_path / 'run'
-    code, said = ran(tmp_path, command(out, lr=float('inf'), n_iters=1))
+    code, said = ran(tmp_path, command(out, lr=1e300, n_iters=1))
     assert code == 1 and 'a weight is not finite; no checkpoint was written yet' in said
     assert not steps_of(out) and not (out / 'weights').exists()
     # the advice can be followed in the same folder
