@@ -209,7 +209,7 @@ def far_away(monkeypatch):
         m.setattr(
             train,
             'load_checkpoint',
-            lambda folder, where: tree_map_only(
+            lambda folder, where, *_: tree_map_only(
                 torch.Tensor, lambda o: o.to(FAR), runs.load_checkpoint(folder)
             ),
         )

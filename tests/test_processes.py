@@ -11,6 +11,7 @@ import sys
 import time
 import traceback
 import warnings
+from contextlib import suppress
 from dataclasses import replace
 
 import pytest
@@ -93,8 +94,9 @@ class Child:
         except BaseException:
             traceback.print_exc()
         finally:
-            sys.stdout.flush()
-            sys.stderr.flush()
+            with suppress(OSError):  # a test may have closed them
+                sys.stdout.flush()
+                sys.stderr.flush()
             os._exit(code)
 
     def wait(self, timeout=60):
@@ -372,12 +374,12 @@ def test_a_ledger_cut_by_a_full_disk_is_mended(tmp_path):
 
 def test_weights_that_are_not_finite_are_never_good(tmp_path):
     out = tmp_path / 'run'
-    code, said = ran(tmp_path, command(out, lr=float('inf'), n_iters=1))
-    assert code == 1 and 'a weight is not finite; no checkpoint was written yet' in said
+    code, said = ran(tmp_path, command(out, lr=1e38, n_iters=2))
+    assert code == 1 and 'not finite' in said and 'no checkpoint was written yet' in said
     assert not steps_of(out) and not (out / 'weights').exists()
     # the advice can be followed in the same folder
-    assert 'differs in lr' in ran(tmp_path, command(out, lr=1e-3, n_iters=1))[1]
-    assert ran(tmp_path, command(out, '--change', lr=1e-3, n_iters=1))[0] == 0
+    assert 'differs in lr' in ran(tmp_path, command(out, lr=1e-3, n_iters=2))[1]
+    assert ran(tmp_path, command(out, '--change', lr=1e-3, n_iters=2))[0] == 0
 
 
 def test_a_lower_rate_goes_on_in_the_same_folder(tmp_path, whole):

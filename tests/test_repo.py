@@ -39,6 +39,7 @@ LOW = {
     'learn.files': 1,
     'learn.runs': 1,
     'learn.draws': 1,
+    'learn.parts': 1,
     'learn.ledger': 1,
 }
 # within a system: settings and networks below the method, rivals above it, tasks on top

@@ -25,7 +25,7 @@ class Loop:
     batch: Count  # Examples in one optimiser step, all processes together
     ema: Decay = 0.9999  # Decay of the moving average of the weights; 0 switches it off
     precision: Literal['no', 'bf16'] = 'no'  # Float32, or automatic mixed precision
-    micro: Count = 1  # Parts in which a process works through its share; saves memory alone
+    micro: Count = 1  # Parts in which a process takes its share; batch norm sees each alone
     workers: Annotated[int, Range(0, 512)] = 0  # Processes that read data
     save_every: Count = 1_000  # Optimiser steps between checkpoints
     log_every: Count = 50  # Optimiser steps between log lines and watchdog checks

@@ -16,7 +16,7 @@ from torch import Tensor
 from ..checks import per_block, watching
 from .contract import Context
 from .draws import random_states, set_random_states
-from ..mcmc import Rates, mala
+from ..mcmc import Draws, Rates, Slice, mala
 
 # %% ../../nbs/learn/health.ipynb #c005
 def _temperature(rates, blocks):
@@ -33,7 +33,7 @@ def _temperature(rates, blocks):
     return temps[0], halves
 
 
-def _acceptance(energy, blocks, rates, seed):
+def _acceptance(energy, blocks, rates, seed, source=None):
     "Mean over chains; nothing of the training's draws is used."
     temp, etas = _temperature(rates, blocks)
     if temp is None:
@@ -42,6 +42,8 @@ def _acceptance(energy, blocks, rates, seed):
         temp = temp.reshape(-1)
         etas = tuple(eta.reshape(-1) for eta in etas)
     generator = torch.Generator(blocks[0].device).manual_seed(seed)
+    if isinstance(source, Slice):
+        generator = Slice(generator, source.part, source.parts)
 
     def tempered(*state):
         return energy(*state) / temp
@@ -62,6 +64,7 @@ def chain_health(
     rates: Rates,  # Drift and noise of its updates
     n_steps: int,  # Number of updates, >= 1
     seed: int = 0,  # Of the trial update
+    source: Draws = None,  # Where the chain drew from; a `Slice` knows its part
 ) -> dict[str, Tensor]:  # 'moved', and with noise 'over_noise' and 'accept'
     "Numbers of a chain that has ended, label `eq-health-noise`."
     first = start if isinstance(start, tuple) else (start,)
@@ -81,7 +84,7 @@ def chain_health(
         alone += n_steps * block[0].numel() * flat**2
     # chains of a batch whose own noise is zero have nothing to be compared with
     ratio = torch.where(alone > 0, squared / alone, torch.nan).sqrt().nanmean()
-    return found | dict(over_noise=ratio) | _acceptance(energy, last, rates, seed)
+    return found | dict(over_noise=ratio) | _acceptance(energy, last, rates, seed, source)
 
 # %% ../../nbs/learn/health.ipynb #c009
 class Health:
@@ -93,6 +96,7 @@ class Health:
         closely: bool = False,  # Whether chains are looked at; buffers always are
     ) -> None:
         self.ctx, self.closely = ctx, closely
+        self.rows = {}  # name of a buffer -> rows of the chains that left it
         self._n, self._found = 0, {}
 
     @contextmanager
@@ -109,7 +113,8 @@ class Health:
     def _chain(self, energy, start, end, rates, n_steps):
         self._n += 1
         name = 'chain' if self._n == 1 else f'chain.{self._n}'
-        numbers = chain_health(energy, start, end, rates, n_steps, self.ctx.step)
+        ctx = self.ctx
+        numbers = chain_health(energy, start, end, rates, n_steps, ctx.step, ctx.generator)
         self._found |= {f'{name}/{key}': value for key, value in numbers.items()}
 
     def _recall(self, buffer, rows, new):
@@ -117,6 +122,7 @@ class Health:
         name = next((key for key, value in state.items() if value is buffer), None)
         if name is None:
             return
+        self.rows.setdefault(name, []).append(rows)
         ages = state.setdefault(
             f'{name}/age', torch.zeros(len(buffer), device=buffer.device)
         )

@@ -9,7 +9,7 @@ __all__ = ['Log', 'read_log', 'seconds_trained', 'diverged', 'watch']
 import json
 
 from .contract import Diverged
-from .files import append_lines, read_line, set_aside, write_text
+from .files import append_lines, not_written, read_line, set_aside, write_text
 from .runs import Run, saved_state
 from typing import Any
 
@@ -19,7 +19,10 @@ def _read_log(path):
 
     A last line that an accident tore is left out.
     """
-    text = path.read_text(encoding='utf-8', errors='replace') if path.exists() else ''
+    try:
+        text = path.read_text(encoding='utf-8', errors='replace') if path.exists() else ''
+    except OSError as error:
+        raise not_written(path, error) from error
     good, damaged = [], []
     for part in text.split('\n')[:-1]:
         line = read_line(part)

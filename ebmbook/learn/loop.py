@@ -9,11 +9,13 @@ __all__ = ['make_accelerator', 'train']
 import copy
 import os
 import pickle
+import re
+import sys
 import time
 import traceback
 import warnings
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict
 from typing import Any
 
@@ -235,6 +237,24 @@ def _everywhere(ok, accelerator):
     return bad.item() == 0
 
 # %% ../../nbs/learn/loop.ipynb #8305a616
+class _Screen:
+    "Standard error; that nobody reads it any more is no reason to stop."
+
+    def __init__(self):
+        self.file = sys.stderr
+
+    def __getattr__(self, name):
+        return getattr(self.file, name)
+
+    def write(self, text):
+        with suppress(OSError, ValueError):
+            self.file.write(text)
+
+    def flush(self):
+        with suppress(OSError, ValueError):
+            self.file.flush()
+
+
 class _Lines:
     """Sums of logged values since the last line.
 
@@ -321,7 +341,7 @@ def _batches(job, examples):
     with held_back() if job.cfg.workers else nullcontext():
         return iter(loader)
 
-
+# %% ../../nbs/learn/loop.ipynb #7291a788
 def _worker_died(error):
     return ChildProcessError(
         f"a process that reads data ended ({error}); if memory is short, fewer workers or "
@@ -329,6 +349,33 @@ def _worker_died(error):
     )
 
 
+def _is_lost(error):
+    "Whether an error says that another process of the training is gone."
+    said = re.search(r'gloo|NCCL|[Cc]onnection (closed|reset|refused)', str(error))
+    several = dist.is_initialized() and dist.get_world_size() > 1
+    return several and (isinstance(error, dist.DistError) or said is not None)
+
+
+@contextmanager
+def _deaths(kept):
+    "An error that the end of another process explains says so, and what is saved."
+    try:
+        yield
+    except RuntimeError as error:
+        if 'DataLoader worker' in str(error):
+            raise _worker_died(error) from error
+        if 'Too many open files' in str(error):
+            raise OSError(
+                "too many files are open; raise the limit (ulimit -n 4096), or use fewer "
+                f"workers with --change; {kept()}"
+            ) from error
+        if not _is_lost(error):
+            raise
+        raise ChildProcessError(
+            f"another process of this training ended, and this one cannot go on; {kept()}"
+        ) from error
+
+# %% ../../nbs/learn/loop.ipynb #7817dd82
 def _fetch(batches):
     "The next batch and None, or None and what went wrong."
     try:
@@ -362,9 +409,10 @@ def _advance(job, batch, lines):
     try:
         return _step(job, batch)
     except (ValueError, RuntimeError, ArithmeticError, IndexError) as error:
-        if 'DataLoader worker' in str(error):
-            raise _worker_died(error) from error
-        if lines.ok and finite(job.nets.state_dict()):
+        if 'DataLoader worker' in str(error) or _is_lost(error):
+            raise  # and `_deaths` says what it means
+        known = 'without overflow' in str(error)  # a rate beyond float32
+        if lines.ok and finite(job.nets.state_dict()) and not known:
             raise
         where = f"stage {job.stage.name!r} stopped at step {job.step + 1}"
         raise diverged(
@@ -404,9 +452,10 @@ class _Stop:
         self.channel = dist.new_group(backend='gloo') if several else None
 
     def kept(self):
-        "What a message says of checkpoints; other processes do not know of them."
-        found = f"{saved_state(self.folder)}; " if self.main else ''
-        return f"{found}run the same command again to continue"
+        "What a message says of checkpoints; another process may not see the folder."
+        found = saved_state(self.folder)
+        known = self.main or not found.startswith('no checkpoint')
+        return f"{found}; " * known + "run the same command again to continue"
 
     def asked(self):
         return _any(self.signals, self.channel)
@@ -439,26 +488,26 @@ def _fit(
     hidden = not (progress and job.accelerator.is_main_process)
     start = time.monotonic() - job.seconds
     shown = dict(total=job.n_iters, initial=job.step, desc=job.stage.name, mininterval=2)
-    bar = tqdm(_batches(job, examples), disable=hidden, **shown)
-    batches, lines = iter(bar), _Lines(job, log, bar)
-    while job.step < job.n_iters:
-        batch, error = _fetch(batches)
-        if stop.failed(error):
-            _save_here(job, lines)
-            bar.close()
-            raise error or ChildProcessError("another process could not read its data")
-        logs = _advance(job, batch, lines)
-        job.seconds = time.monotonic() - start
-        lines.add(logs)
-        if on_step is not None:
-            on_step(job.step, job.nets)
-        asked = stop.asked()
-        due = job.step == job.n_iters or asked or job.step % job.cfg.save_every == 0
-        start += _record(job, lines, due, keep_every)
-        if asked:
-            bar.close()
-            stop.leave(job.total)
-    next(batches, None)  # the workers end
+    shown |= dict(file=_Screen())
+    with tqdm(_batches(job, examples), disable=hidden, **shown) as bar:
+        batches, lines = iter(bar), _Lines(job, log, bar)
+        while job.step < job.n_iters:
+            batch, error = _fetch(batches)
+            if stop.failed(error):
+                _save_here(job, lines)
+                other = f"another process could not read its data; {stop.kept()}"
+                raise error or ChildProcessError(other)
+            logs = _advance(job, batch, lines)
+            job.seconds = time.monotonic() - start
+            lines.add(logs)
+            if on_step is not None:
+                on_step(job.step, job.nets)
+            asked = stop.asked()
+            due = job.step == job.n_iters or asked or job.step % job.cfg.save_every == 0
+            start += _record(job, lines, due, keep_every)
+            if asked:
+                stop.leave(job.total)
+        next(batches, None)  # the workers end
 
 # %% ../../nbs/learn/loop.ipynb #c025
 def make_accelerator(
@@ -555,7 +604,9 @@ def train(
     accelerator = make_accelerator(cfg, run.device)
     _check_batches(system.stages, cfg, accelerator.num_processes)
     options = dict(progress=progress, keep_every=keep_every, on_step=on_step)
-    with locked(run.folder) if accelerator.is_main_process else nullcontext():
+    stop = _Stop(accelerator, run.folder)
+    alone = locked(run.folder) if accelerator.is_main_process else nullcontext()
+    with _deaths(stop.kept), alone:
         seed_all(run.seed)
         nets = system.build(cfg).to(accelerator.device)
         if vars(nets).get('cfg') != cfg:
@@ -568,11 +619,10 @@ def train(
         examples = load(cfg.data) if examples is None else as_examples(examples)
         done = _steps_of(system.stages, cfg, saved)
         log = Log(run, done, tensorboard, accelerator.is_main_process)
-        stop = _Stop(accelerator, run.folder)
         todo = (system.stages, nets, run, accelerator, saved, examples, log, stop)
         with deferred_signals(stop.kept, stop.channel is None) as stop.signals:
             _fit_all(*todo, **options)
-        if accelerator.is_main_process:
-            store_weights(nets, run.folder / 'weights')
-    accelerator.wait_for_everyone()
+            if accelerator.is_main_process:
+                store_weights(nets, run.folder / 'weights')
+        accelerator.wait_for_everyone()
     return nets.eval()

@@ -8,6 +8,7 @@ __all__ = ['root', 'source_hash', 'book_weights', 'ship', 'Run', 'pick_device', 
 
 # %% ../../nbs/learn/runs.ipynb #c002
 import copy
+import errno
 import hashlib
 import json
 import os
@@ -22,7 +23,7 @@ from pathlib import Path
 
 import torch
 
-from .files import LOCK, check_free, not_written, write_text
+from .files import LOCK, check_free, make_folder, not_written, write_text
 from typing import Any
 
 # %% ../../nbs/learn/runs.ipynb #c005
@@ -193,25 +194,44 @@ def settings_hash(
     text = json.dumps(config, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
+# %% ../../nbs/learn/runs.ipynb #1851d248
+def _is_of_a_run(old):
+    "Whether what was read from a config.json was written for a run."
+    keys = {'system', 'seed', 'config'}
+    if not isinstance(old, dict) or not keys <= old.keys() or 'cfg' in old:
+        return False
+    notes = old.get('changes', [])
+    return (
+        isinstance(old['config'], dict)
+        and isinstance(notes, list)
+        and all(
+            isinstance(note, dict)
+            and isinstance(note.get('fields'), dict)
+            and {'step', 'settings'} <= note.keys()
+            for note in notes
+        )
+    )
+
 
 def _stored(path):
     "What a folder says of its run. Raises `ValueError` naming the file."
     try:
-        old = json.loads(path.read_text(encoding='utf-8'))
-    except ValueError as error:
+        old = json.loads(path.read_text(encoding='utf-8-sig'))
+    except IsADirectoryError as error:
+        raise not_written(path, error) from error
+    except (ValueError, RecursionError) as error:
         why = error if path.stat().st_size else "it is empty"
         raise ValueError(
             f"{path} is damaged ({why}). Remove it and run again, if the folder is of "
             "this run: the checkpoints know whose they are. "
             "Otherwise choose another folder with out"
         ) from error
-    keys = {'system', 'seed', 'config'}
-    if not isinstance(old, dict) or not keys <= old.keys() or 'cfg' in old:
+    if not _is_of_a_run(old):
         raise ValueError(f"{path} is not of a run; choose another folder with out")
     # folders of earlier versions call the preset a row
     return dict(old, preset=old.get('preset', old.get('row')))
 
-
+# %% ../../nbs/learn/runs.ipynb #6133bc81
 def _differences(old, head):
     "Names of what a folder's settings and those of a run do not share."
     names = [key for key in ('system', 'preset', 'seed') if old[key] != head[key]]
@@ -262,7 +282,7 @@ def open_run(
         before = plain_json(asdict(base))
         over = {key: value for key, value in config.items() if value != before.get(key)}
     folder = Path(out) if out else _default_folder(system, preset, over, seed)
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     head = dict(system=system, preset=preset, seed=seed, config=config)
     path = folder / 'config.json'
     changes = []
@@ -378,7 +398,9 @@ def save_checkpoint(
         if not (isinstance(error, (OSError, RuntimeError)) and _is_full(error)):
             raise
         kept = "the earlier checkpoints are intact, "
-        raise not_written(path, error, kept) from error
+        cut = OSError(errno.ENOSPC, "the disk takes no more")  # torch does not say why
+        why = error if isinstance(error, OSError) else cut
+        raise not_written(path, why, kept) from error
     # later ones were refused when the training began, and are not ours to delete
     mine = [old for old in _checkpoints(folder) if _number(old) <= step]
     half = [old for old in Path(folder).iterdir() if _HALF.fullmatch(old.name)]

@@ -19,6 +19,7 @@ from torch.optim.swa_utils import AveragedModel
 from .blocks import SpectralNorm, settle_norms
 from .contract import Stage
 from .health import Health
+from .parts import Turns, share_rows
 
 # %% ../../nbs/learn/step.ipynb #c008
 class Steps:
@@ -129,19 +130,37 @@ def _advance(generators, healths, nets, accelerator):
 
     Gradients are accumulated.
     """
-    outs = []
+    outs, turns = [], Turns(nets, len(generators))
     for i, (losses, health) in enumerate(zip(generators, healths)):
         same_norms = _same_norms(nets) if i else nullcontext()
-        with accelerator.autocast(), same_norms, health.watch():
-            out = next(losses, None)
-        if out is None:
-            return None
-        # backward at once, so that only one part's graph is alive
-        accelerator.backward(out[1] / len(generators))
+        with turns.take(i, health.ctx.generator):
+            with accelerator.autocast(), same_norms, health.watch():
+                out = next(losses, None)
+            if out is None:
+                continue
+            # backward at once, so that only one part's graph is alive
+            accelerator.backward(out[1] / len(generators))
         outs.append((*out[:2], out[2] | health.take()))
+    turns.end()
+    if not outs:
+        return None
+    if len(outs) < len(generators) or len({out[0] for out in outs}) > 1:
+        raise ValueError("the losses of all parts of a batch must be of the same groups")
     name, _, logs = outs[0]
     means = {key: _mean([out[2][key] for out in outs]) for key in logs}
     return name, _mean([out[1] for out in outs]), means
+
+
+def _share_buffers(healths, device):
+    "Chains that other processes have moved, put into the buffers of this one."
+    found = {}
+    for health in healths:
+        for name, rows in health.rows.items():
+            found.setdefault(name, []).extend(rows)
+    state = healths[0].ctx.state
+    for name, rows in found.items():
+        for key in (name, f'{name}/age'):
+            share_rows(state[key], torch.cat(rows), device)
 
 
 def _set_rates(group, step):
@@ -175,7 +194,8 @@ def optimiser_step(
     """Run the losses of one batch to the end, with one step of a group after each.
 
     The entry 'ok' is False if a loss or the norm of a gradient is not finite.
-    Raises `KeyError` if the losses yield a group that has no optimiser.
+    Raises `KeyError` if the losses yield a group that has no optimiser, `ValueError` if
+    those of the parts differ in their groups.
     """
     generators = [stage.losses(nets, part, ctx) for part, ctx in zip(parts, contexts)]
     healths = [Health(ctx, closely) for ctx in contexts]
@@ -197,4 +217,6 @@ def optimiser_step(
             other.optimiser.zero_grad(set_to_none=True)
         ok = ok & torch.isfinite(loss) & torch.isfinite(norm)
         logs |= {f'loss/{name}': loss, f'grad/{name}': norm, **extra}
+    if accelerator.num_processes > 1:
+        _share_buffers(healths, accelerator.device)
     return logs | dict(ok=ok)

@@ -19,6 +19,7 @@ from typing import Annotated
 
 import typer
 
+from ..learn.files import make_folder
 from ..learn.limits import LARGEST, Name, fits, read_mapping, refusal
 from ..learn.settings import unknown
 from .chapters import execute, find_notebook, notebook_out, read_parameters
@@ -190,7 +191,7 @@ def _check_chapter(system, values):
     if weights not in ('', 'book'):
         raise ValueError(f"-p weights must be 'book', or '' to train, got {weights!r}")
     if out:
-        Path(out).mkdir(parents=True, exist_ok=True)
+        make_folder(out)
         if not os.access(out, os.W_OK):
             raise PermissionError(f"-p out {out} cannot be written: permission denied")
     keys = ('dataset', 'preset', 'over')
