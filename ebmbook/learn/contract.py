@@ -92,6 +92,23 @@ class Context:
         "Uniform numbers for this part of the batch."
         return uniform(n, like, self.generator)
 
+    @property
+    def whole(self) -> Draws:
+        "Where to draw what all parts of the batch share."
+        own = self.generator
+        return own.generator if isinstance(own, Slice) else own
+
+    def gather(
+        self,
+        value: Tensor,  # (B, ...), the same shape on every process
+    ) -> Tensor:  # (processes * B, ...), in the order of the batch
+        "Join what all processes have, with gradients; parts of one are not waited for."
+        if self.processes == 1:
+            return value
+        from torch.distributed.nn.functional import all_gather
+
+        return torch.cat(all_gather(value.contiguous()))
+
     def mean(
         self,
         value: Tensor,  # The same shape on every process

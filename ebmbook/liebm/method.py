@@ -290,7 +290,7 @@ def losses(
     yield 'energy', loss, logs | dict(spread=fake.std())
     if cfg.encoder == 'joint':
         fake = outward(fake, cfg)
-        yield 'encoder', selfsup.clel_loss(nets.h, x, fake, generator), {}
+        yield 'encoder', selfsup.clel_loss(nets.h, x, fake, ctx), {}
 
 # %% ../../nbs/08_liebm.ipynb #c042s
 def _stage_of_encoder(enc):

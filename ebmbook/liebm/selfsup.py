@@ -322,6 +322,11 @@ def _views(nets, batch, ctx):
     return [augment(batch['x'], nets.cfg, ctx.generator) for _ in range(nets.cfg.n_views)]
 
 
+def _codes_of_all(nets, views, ctx):
+    "An image is compared with those of the whole batch, whichever process has them."
+    return [ctx.gather(z) for z in codes(nets, views)]
+
+
 def _spread(z):
     "Whether codes agree, and whether they collapse."
     first, second = (F.normalize(codes.detach(), dim=1) for codes in z[:2])
@@ -339,7 +344,7 @@ def losses(
 
     Source: released program of Ermolov et al. 2021.
     """
-    z = codes(nets, _views(nets, batch, ctx))
+    z = _codes_of_all(nets, _views(nets, batch, ctx), ctx)
     pairs = list(combinations(z, 2))
     gaps = [nt_xent(first, second, nets.cfg.temp) for first, second in pairs]
     loss: Any = sum(gaps)
@@ -375,8 +380,8 @@ def wmse_losses(
 
     Source: released program of Ermolov et al. 2021.
     """
-    cfg, draws = nets.cfg, ctx.generator
-    z = codes(nets, _views(nets, batch, ctx))
+    cfg, draws = nets.cfg, ctx.whole
+    z = _codes_of_all(nets, _views(nets, batch, ctx), ctx)
     loss = wmse_loss(z, cfg.w, n_iter=cfg.w_iter, eps=cfg.eps, generator=draws)
     yield 'encoder', loss, _spread(z)
 
@@ -411,7 +416,7 @@ def clel_loss(
     nets: Nets,  # A SimCLR
     x: Tensor,  # (B, C, H, W) data in [-1, 1]
     fake: Tensor,  # (B, C, H, W) ends of chains in [-1, 1]
-    generator: Draws = None,  # Source of the views
+    ctx: Context,  # Generator, of the views
 ) -> Tensor:  # (), with graph
     """SimCLR with ends of chains among the others.
 
@@ -420,8 +425,8 @@ def clel_loss(
     cfg = nets.cfg
     nets.train()
     images = (x, x, fake.clamp(-1, 1))
-    views = [augment(each, cfg, generator) for each in images]
-    first, second, others = codes(nets, views)
+    views = [augment(each, cfg, ctx.generator) for each in images]
+    first, second, others = _codes_of_all(nets, views, ctx)
     return nt_xent(first, second, cfg.temp, others=others)
 
 # %% ../../nbs/08_liebm/selfsup.ipynb #c051
