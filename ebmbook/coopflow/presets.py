@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 from ..data.catalogue import DATASETS, check_shape
+from ..data.given import check_square
 from ..learn.contract import Loop
 from ebmbook.learn.limits import (
     Count,
@@ -315,7 +316,20 @@ def check_config(
 
 
 def _check_images(cfg):
-    if cfg.shape[1] % 2**cfg.blocks:
+    high, wide = cfg.shape[1:]
+    if cfg.method in ('coopflow', 'flow') and (high % 2 or wide % 4):
+        raise ValueError(
+            f"the flow splits pictures whose height 2 and whose width 4 divides, got "
+            f"shape={cfg.shape}; data 'folder:PATH@HxW' and shape convert them"
+        )
+    if cfg.method == 'coopnets':
+        check_square(cfg.shape)
+        if high % 4 or high & (high - 1):
+            raise ValueError(
+                f"the generator makes pictures of 4, 8, 16, ... pixels a side, got "
+                f"shape={cfg.shape}"
+            )
+    if high % 2**cfg.blocks or wide < 2**cfg.blocks:
         raise ValueError(
             f"blocks={cfg.blocks} halve the image too often for shape={cfg.shape}"
         )
