@@ -142,7 +142,7 @@ def mask_for(
         raise ValueError(f"{what} lies on {mask.device}, and x on {x.device}")
     return mask
 
-# %% ../../nbs/data/given.ipynb #bf36ad51
+# %% ../../nbs/data/given.ipynb #0e69aeca
 def known_for(
     nets: Any,  # Networks, which keep their settings as `cfg`
     x: Any,  # (B, C, H, W) pictures; what the mask hides is not looked at
@@ -175,7 +175,7 @@ def classes_for(
     what: str = 'labels',  # Their name in messages
     *,
     several: bool = False,  # Whether an example may have some
-) -> Tensor:  # The same
+) -> Tensor:  # The same as int64
     """Refuse labels that no class has.
 
     Raises `TypeError` for what is no tensor of whole numbers, and `ValueError` for another
@@ -196,9 +196,9 @@ def classes_for(
     for end in ends:
         if not low <= end <= high:
             raise ValueError(f"{what} must lie from {low} to {high}, got {end}")
-    return labels
+    return labels.long()
 
-# %% ../../nbs/data/given.ipynb #be0efe09
+# %% ../../nbs/data/given.ipynb #8fcd3609
 def operator_for(
     nets: Any,  # Networks, which keep their settings as `cfg`
     op: Any,  # From `ebmbook.measure.restoration.operator`
@@ -215,7 +215,7 @@ def operator_for(
         )
     return tuple(op.measured)
 
-# %% ../../nbs/data/given.ipynb #efeacf31
+# %% ../../nbs/data/given.ipynb #fc8e953b
 def check_square(
     shape: tuple[int, ...],  # Of one example, as the settings have it
     times: int = 0,  # How often networks halve it
