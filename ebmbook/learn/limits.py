@@ -128,7 +128,7 @@ def describe(
     if origin in _UNIONS:
         return ', or '.join(map(describe, parts))
     if origin is Literal:
-        words = ', '.join(map(str, parts))
+        words = ', '.join(str(part) or "''" for part in parts)
         return f"one of {words}" if len(parts) > 1 else repr(parts[0])
     if origin is tuple and not parts:
         return 'an empty list'
@@ -357,7 +357,7 @@ def read_values(
             raise refusal(name, hints[name], out[name])
     return out
 
-# %% ../../nbs/learn/limits.ipynb #0bc49a13
+# %% ../../nbs/learn/limits.ipynb #b9fcdae1
 # what options take wherever they occur, unless a task declares it or its default is another
 _OPTIONS: dict[str, Any] = dict(
     n=Count | None,

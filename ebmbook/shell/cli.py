@@ -21,7 +21,13 @@ import typer
 
 from ..learn.limits import LARGEST, Name, fits, read_mapping, refusal
 from ..learn.settings import unknown
-from .chapters import execute, find_notebook, notebook_out, read_parameters
+from ebmbook.shell.chapters import (
+    check_parameters,
+    execute,
+    find_notebook,
+    notebook_out,
+    read_parameters,
+)
 from ebmbook.shell.systems import (
     SYSTEMS,
     check_device,
@@ -186,13 +192,7 @@ def presets(
 # %% ../../nbs/shell/cli.ipynb #c025
 def _check_chapter(system, values):
     "Refuse now what a chapter would refuse after a while, or ignore."
-    weights, out = values.get('weights', ''), values.get('out', '')
-    if weights not in ('', 'book'):
-        raise ValueError(f"-p weights must be 'book', or '' to train, got {weights!r}")
-    if out:
-        Path(out).mkdir(parents=True, exist_ok=True)
-        if not os.access(out, os.W_OK):
-            raise PermissionError(f"-p out {out} cannot be written: permission denied")
+    check_parameters(values)
     keys = ('dataset', 'preset', 'over')
     if system in SYSTEMS and set(keys) <= set(values):
         select(load_system(system), *(values[key] for key in keys))
