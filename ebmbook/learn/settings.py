@@ -46,7 +46,7 @@ def unknown(
 ) -> KeyError:  # To be raised
     "The error for a wrong name; its message offers the nearest right one."
     near = _nearest(str(name), known)
-    hint = f"; did you mean {near!r}?" if near else ""
+    hint = f"; did you mean {near!r}?" if near else "."
     return KeyError(f"unknown {kind} {name!r}{hint} Known: {', '.join(sorted(known))}")
 
 # %% ../../nbs/learn/settings.ipynb #5d1b7c22

@@ -492,19 +492,21 @@ def claims(
     ] = '',
 ) -> None:
     "Judge by the ledger what the papers claim."
-    from ebmbook.learn.ledger import ledger, ledger_path
+    from ebmbook.learn.ledger import ledger_path
     from ebmbook.learn.runs import root
-    from ebmbook.shell.claims import verdicts
+    from ebmbook.shell.claims import read_ledger, verdicts
 
     chosen = _chosen_claims(file, only)
     path, failed = Path(ledger_file) if ledger_file else ledger_path(), []
+    lines = read_ledger(path, new=run or not ledger_file)
     if run:
         from ebmbook.shell import judging
 
         numbers = _read_seeds(seeds)
         folder = Path(out) if out else root() / 'runs' / 'claims'
         failed = judging.run_claims(chosen, numbers, path, folder, device, fresh)
-    results = verdicts(chosen, ledger(path))
+        lines = read_ledger(path, new=True)
+    results = verdicts(chosen, lines)
     typer.echo(_verdict_text(results, as_json, markdown))
     if not run and any(result['verdict'] == 'not run' for result in results):
         typer.echo("\nebmbook claims --run trains and measures what is missing", err=True)
