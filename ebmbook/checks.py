@@ -5,10 +5,12 @@
 # %% auto #0
 __all__ = ['State', 'count', 'amount', 'positive', 'share', 'source', 'blocks_of', 'like_state', 'per_block', 'recording',
            'ordinary', 'energies_of', 'begin', 'gradients_of', 'watching', 'tell_chain', 'tell_recall', 'in_double',
-           'finite_start', 'finite_energies', 'stuck', 'moved', 'any_accepted', 'row', 'mean_weight', 'log_mean_exp']
+           'finite_start', 'finite_energies', 'stuck', 'moved', 'any_accepted', 'row', 'mean_weight', 'log_mean_exp',
+           'tell_lost', 'tell_idle', 'finite_weights', 'history']
 
 # %% ../nbs/checks.ipynb #3618c44b
 import math
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
@@ -466,3 +468,84 @@ def log_mean_exp(
     none of them NaN.
     """
     return mean_weight(row(log_w, 'log_w')).item()
+
+# %% ../nbs/checks.ipynb #414c3f86
+def tell_lost(
+    start: tuple[Tensor, ...],  # (B, ...) each
+    end: tuple[Tensor, ...],  # The same after a run
+) -> None:
+    "Warn of chains that began at finite numbers and left them, unless a loop listens."
+    if _LISTENERS.get() is not _NOBODY or end[0].device.type != 'cpu':
+        return
+    if all(block.isfinite().all() for block in end):
+        return
+    lost = _infinite(end) & ~_infinite(start)
+    if lost.any():
+        warnings.warn(
+            f"{int(lost.sum())} of {len(lost)} chains ended at NaN or infinity: the step is "
+            "too large, or the energy has no bound below",
+            stacklevel=3,
+        )
+
+
+def _infinite(blocks):  # (B,) bool
+    flat = [(~block.isfinite())[:, None].flatten(1).any(1) for block in blocks]
+    return torch.stack(flat).any(0)
+
+
+_MANY = 10  # proposals, all of which are refused by chance in no run that works
+
+
+def tell_idle(
+    accepted: Tensor,  # (B,) sums of acceptance probabilities
+    n_steps: int,  # Number of proposals
+    sizes: tuple,  # Step of each block
+) -> None:
+    "Warn if no chain can have moved, unless a loop listens."
+    if _LISTENERS.get() is not _NOBODY or accepted.device.type != 'cpu':
+        return
+    at_rest = all(not torch.as_tensor(size).any() for size in sizes)
+    if n_steps and at_rest and accepted.numel():
+        warnings.warn("the step is 0, and no chain moves", stacklevel=3)
+    elif n_steps >= _MANY and accepted.numel() and not accepted.any():
+        warnings.warn(
+            f"none of {n_steps} proposals was accepted, and no chain has moved: the step is "
+            "too large, or the energy is not finite near x",
+            stacklevel=3,
+        )
+
+
+def finite_weights(
+    log_w: Any,  # (B,) log weights
+) -> None:
+    "Refuse weights that are no numbers. Raises `ValueError` unless a loop listens."
+    if _LISTENERS.get() is not _NOBODY or not isinstance(log_w, Tensor):
+        return
+    bad = int(log_w.isnan().sum())
+    if bad:
+        raise ValueError(
+            f"the log weights are NaN in {bad} of {len(log_w)} chains: an energy is NaN, or "
+            "both are infinite, where the chains are"
+        )
+
+
+def history(
+    draws: Any,  # (updates, chains, ...)
+    least: int = 1,  # Chains that are needed
+) -> None:
+    """Refuse what no diagnosis can be made of.
+
+    Raises `TypeError` for what is no tensor, `ValueError` for too few updates or chains, for
+    NaN and infinite values, and where no chain moves.
+    """
+    if not isinstance(draws, Tensor):
+        raise TypeError(f"draws must be a tensor, got {type(draws).__name__}")
+    if draws.ndim < 2 or len(draws) < 4 or draws.shape[1] < least:
+        raise ValueError(
+            f"expected draws (updates >= 4, chains >= {least}, ...), "
+            f"got {tuple(draws.shape)}"
+        )
+    if not draws.isfinite().all():
+        raise ValueError("draws hold NaN or infinite values")
+    if (draws == draws[:1]).all():
+        raise ValueError("no chain in draws moves, so they say nothing of a target")

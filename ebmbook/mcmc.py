@@ -108,6 +108,7 @@ def uniform(
     generator: Draws = None,  # Source of draws; None: global one
 ) -> Tensor:  # (n,) in [0, 1)
     "Uniform numbers, one per chain."
+    checks.count(n, 'n')
     return _draw(torch.rand, (n,), like, generator)
 
 # %% ../nbs/01_mcmc.ipynb #c015
@@ -234,11 +235,14 @@ def langevin(
     here, ready = _ready(x, rates, clip, differentiable)
     options: dict[str, Any] = dict(constrain=constrain, clip=clip, on_grad=on_grad)
     options |= dict(generator=generator, differentiable=differentiable)
+    blocks = (here,) if isinstance(here, Tensor) else here
     for i in range(n_steps):
         see = None if on_step is None else partial(on_step, i, here)
         before, here = here, langevin_step(energy, here, ready, on_energy=see, **options)
         if not i:
+            blocks_of(here, 'what constrain returns', blocks)
             checks.moved(energy, before, here, *ready)
+    checks.tell_lost(blocks, here if isinstance(here, tuple) else (here,))
     if n_steps and not differentiable:
         tell_chain(energy, x, here, rates, n_steps)
     return here
@@ -291,9 +295,13 @@ def variance_after(
     """Exact variance of a short chain on a Gaussian, label `eq-mcmc-short`.
 
     Infinite if the chain is unstable and never ends. Raises `TypeError` if rates are no
-    `Rates`. Source: book chapter 1.
+    `Rates`, and `ValueError` for negative numbers and NaN. Source: book chapter 1.
     """
     _check_rates(rates)
+    checks.amount(v0, 'v0')
+    checks.amount(precision, 'precision')
+    if not n_steps >= 0:
+        raise ValueError(f"n_steps must be at least 0, got {n_steps}")
     drift: Any = rates.drift  # a number here
     noise: Any = rates.noise
     shrink = (1 - drift * precision) ** 2
@@ -352,10 +360,7 @@ def _diagnose(kind, draws):  # ArviZ's `kind` of each coordinate
             raise ImportError(
                 "diagnostics need ArviZ: pip install 'ebmbook[diagnostics]'"
             ) from error
-    if draws.ndim < 2 or len(draws) < 4:
-        raise ValueError(
-            f"expected draws (updates >= 4, chains, ...), got {tuple(draws.shape)}"
-        )
+    checks.history(draws, 2 if kind == 'rhat' else 1)
     values = draws.detach().cpu().double()
     flat = values.flatten(2).numpy() if draws.ndim > 2 else values.numpy()[:, :, None]
     return [float(getattr(arviz, kind)(flat[:, :, i].T)) for i in range(flat.shape[2])]
@@ -395,7 +400,7 @@ def leapfrog(
     momenta differ in shape. Source: Neal 2011, section 2.3.
     """
     checks.count(n_leap, 'n_leap', 1)
-    blocks = blocks_of(x)
+    blocks = checks.finite_start(blocks_of(x))
     moving = blocks_of(momenta, 'momenta', blocks)
     sizes = per_block(step, blocks, 'step')
     start = gradients_of(energy, blocks) if start is None else start
@@ -477,6 +482,7 @@ def hmc(
                 on_step(i, like_state(x, blocks), here[0].detach() * temp)
             blocks, here, chance = _propose(heated, blocks, here, sizes, n_leap, generator)
             accepted += chance
+        checks.tell_idle(accepted, n_steps, sizes)
         return like_state(x, blocks), accepted / max(n_steps, 1)
 
 # %% ../nbs/01_mcmc.ipynb #c046
@@ -612,8 +618,9 @@ def tempered(
 ) -> Callable[..., Tensor]:  # E_beta, in nats
     """Energy on the path from `base` to `energy`, label `eq-mcmc-path`.
 
-    Source: Neal 2001, section 3.
+    Raises `ValueError` for beta outside [0, 1]. Source: Neal 2001, section 3.
     """
+    checks.share(beta, 'beta')
     if base is None:
         return lambda *x: beta * energy(*x)
     return lambda *x: (1 - beta) * base(*x) + beta * energy(*x)
@@ -643,12 +650,15 @@ def grid_log_z(
 ) -> tuple[float, Tensor]:  # log Z, and (n, n) normalised log density at the centres
     """Normalise a two-dimensional energy on a grid.
 
-    Rows of the table are from low to high. Source: book chapter 1.
+    Rows of the table are from low to high. Raises `ValueError` where the energy is NaN,
+    or nowhere finite. Source: book chapter 1.
     """
     parts = grid(lim, n, like).split(chunk)
     with recording(), torch.no_grad():
         energies = in_double(torch.cat([energies_of(energy, (part,)) for part in parts]))
     log_z = (torch.logsumexp(-energies, 0) + 2 * math.log(2 * lim / n)).item()
+    if not math.isfinite(log_z):
+        raise ValueError(f"log Z is {log_z}: the energy is NaN or infinite on the grid")
     return log_z, (-energies - log_z).reshape(n, n).cpu()
 
 # %% ../nbs/01_mcmc.ipynb #c070
@@ -665,17 +675,21 @@ def ais(
     Raises `ValueError` for a path that does not run from 0 to 1 or back. Source: Neal 2001.
     """
     path = [float(beta) for beta in betas]
+    for beta in path:
+        checks.share(beta, 'each of betas')
     monotone = path in (sorted(path), sorted(path, reverse=True))
     if not monotone or {*path[:1], *path[-1:]} != {0.0, 1.0}:
         raise ValueError("betas must rise from 0 to 1, or fall from 1 to 0")
     log_w: Any = 0.0
+    begun = checks.finite_start(blocks_of(x))
     for old, new in zip(path, path[1:]):
-        blocks = blocks_of(x)
+        blocks = blocks_of(x, 'what kernel returns', begun)
         with recording(), torch.no_grad():
             heights = in_double(energies_of(base, blocks))
             log_w = log_w + (new - old) * (heights - in_double(energies_of(energy, blocks)))
         if new != path[-1]:
             x = kernel(tempered(energy, new, base), x)
+    checks.finite_weights(log_w)
     return x, log_w
 
 # %% ../nbs/01_mcmc.ipynb #c074
@@ -725,4 +739,11 @@ def in_chunks(
     checks.count(chunk, 'chunk', 1)
     checks.count(n, 'n')
     starts = tqdm(range(0, n, chunk), desc='samples', disable=not progress)
-    return torch.cat([draw(min(chunk, n - i)) for i in starts]) if n else draw(0)
+    return torch.cat([_part(draw, min(chunk, n - i)) for i in starts]) if n else draw(0)
+
+
+def _part(draw, n):
+    found = draw(n)
+    if len(found) != n:
+        raise ValueError(f"draw({n}) returned {len(found)}")
+    return found

@@ -14,7 +14,7 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 from types import NoneType
-from typing import Any, Literal
+from typing import Any
 
 from ..learn.limits import Name, Steps, Text, fits, refusal
 from ..learn.settings import unknown
@@ -107,12 +107,11 @@ def execute(
         return f"the notebook's process died ({error}); often the machine ran out of memory"
     return ''
 
-# %% ../../nbs/shell/chapters.ipynb #27d3ac37
+# %% ../../nbs/shell/chapters.ipynb #2444022d
 PARAMETERS: dict[str, Any] = dict(  # name -> what it takes
     dataset=Name,
     preset=Text,
     seed=Steps,
-    weights=Literal['', 'book'],
     out=Text,
 )
 
@@ -132,7 +131,7 @@ def check_parameters(
     Raises `ValueError` for a value that a parameter does not take, `KeyError` for one that
     no chapter has, `OSError` for a folder that cannot be written.
     """
-    known = [*PARAMETERS, 'over']
+    known = [*PARAMETERS, 'weights', 'over']
     for name in _injected(given.get('In', ())):
         if name not in known:
             raise unknown('parameter', name, known)
@@ -140,6 +139,9 @@ def check_parameters(
         value = given.get(name, '')
         if name in given and not fits(kind, value):
             raise refusal(name, kind, value)
+    weights = given.get('weights', '')
+    if weights not in ('', 'book') or isinstance(weights, bool):
+        raise ValueError(f"weights must be 'book', or '' to train, got {weights!r}")
     if not isinstance(given.get('over', {}), (dict, str, NoneType)):
         raise ValueError(
             f"over takes a mapping such as '{{n_iters: 3}}', got {given['over']!r}"

@@ -237,7 +237,7 @@ def read_claims(
         raise ValueError(f"{path}: the id {twice[0]!r} is given twice")
     return claims
 
-# %% ../../nbs/shell/claims.ipynb #b7414c39
+# %% ../../nbs/shell/claims.ipynb #ddf7d95e
 _OF_LINE: dict[str, Any] = dict(  # what a verdict reads of a line
     system=Name, preset=Name, metric=Name, seed=Steps, value=Real, n=Steps,
     over=dict, at=dict, extractor=str, date=str,
