@@ -618,9 +618,9 @@ def tempered(
 ) -> Callable[..., Tensor]:  # E_beta, in nats
     """Energy on the path from `base` to `energy`, label `eq-mcmc-path`.
 
-    Raises `ValueError` for beta outside [0, 1]. Source: Neal 2001, section 3.
+    Raises `ValueError` for a negative beta. Source: Neal 2001, section 3.
     """
-    checks.share(beta, 'beta')
+    checks.amount(beta, 'beta')
     if base is None:
         return lambda *x: beta * energy(*x)
     return lambda *x: (1 - beta) * base(*x) + beta * energy(*x)

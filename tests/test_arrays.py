@@ -309,8 +309,8 @@ WEIRD = {  # calls that must be refused
     'constrain to fewer': (
         lambda: langevin(bowl, X, ula(0.1), 2, constrain=lambda x: x[:2]), 'what constrain returns',
     ),
-    'tempered 2': (lambda: tempered(bowl, 2.0), 'beta must lie between 0 and 1'),
-    'tempered NaN': (lambda: tempered(bowl, math.nan), 'beta must lie'),
+    'tempered -1': (lambda: tempered(bowl, -1.0), 'beta must be finite and at least 0'),
+    'tempered NaN': (lambda: tempered(bowl, math.nan), 'beta must be'),
     'leapfrog from NaN': (lambda: leapfrog(bowl, X * math.nan, X, 0.1, 2), 'NaN or infinite'),
     'variance of NaN': (lambda: variance_after(math.nan, 1.0, ula(0.1), 2), 'v0 must be'),
     'negative variance': (lambda: variance_after(-1.0, 1.0, ula(0.1), 2), 'v0 must be'),
