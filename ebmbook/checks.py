@@ -6,7 +6,7 @@
 __all__ = ['State', 'count', 'amount', 'positive', 'share', 'source', 'blocks_of', 'like_state', 'per_block', 'recording',
            'ordinary', 'energies_of', 'begin', 'gradients_of', 'watching', 'tell_chain', 'tell_recall', 'in_double',
            'finite_start', 'finite_energies', 'stuck', 'moved', 'any_accepted', 'row', 'mean_weight', 'log_mean_exp',
-           'tell_lost', 'tell_idle', 'finite_weights', 'history']
+           'tell_lost', 'tell_idle', 'finite_weights', 'history', 'in_chunks']
 
 # %% ../nbs/checks.ipynb #3618c44b
 import math
@@ -19,6 +19,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 # %% ../nbs/checks.ipynb #27692641
 def count(
@@ -416,6 +417,7 @@ def moved(
         return tuple((a * grad).abs() + b * torch.ones_like(grad) for grad, a, b in own)
 
     blocks = x if isinstance(x, tuple) else (x,)
+    blocks_of(new, 'what constrain returns', blocks)
     stuck(blocks, new if isinstance(new, tuple) else (new,), changes)
 
 
@@ -469,17 +471,18 @@ def log_mean_exp(
     """
     return mean_weight(row(log_w, 'log_w')).item()
 
-# %% ../nbs/checks.ipynb #414c3f86
+# %% ../nbs/checks.ipynb #789df388
 def tell_lost(
-    start: tuple[Tensor, ...],  # (B, ...) each
-    end: tuple[Tensor, ...],  # The same after a run
+    start: State,  # (B, ...) or tuple of (B, ...)
+    end: State,  # The same after a run
 ) -> None:
     "Warn of chains that began at finite numbers and left them, unless a loop listens."
-    if _LISTENERS.get() is not _NOBODY or end[0].device.type != 'cpu':
+    blocks = end if isinstance(end, tuple) else (end,)
+    if _LISTENERS.get() is not _NOBODY or blocks[0].device.type != 'cpu':
         return
-    if all(block.isfinite().all() for block in end):
+    if all(block.isfinite().all() for block in blocks):
         return
-    lost = _infinite(end) & ~_infinite(start)
+    lost = _infinite(blocks) & ~_infinite(start if isinstance(start, tuple) else (start,))
     if lost.any():
         warnings.warn(
             f"{int(lost.sum())} of {len(lost)} chains ended at NaN or infinity: the step is "
@@ -514,7 +517,7 @@ def tell_idle(
             stacklevel=3,
         )
 
-
+# %% ../nbs/checks.ipynb #bf7b7b89
 def finite_weights(
     log_w: Any,  # (B,) log weights
 ) -> None:
@@ -549,3 +552,27 @@ def history(
         raise ValueError("draws hold NaN or infinite values")
     if (draws == draws[:1]).all():
         raise ValueError("no chain in draws moves, so they say nothing of a target")
+
+# %% ../nbs/checks.ipynb #cdb7bdfe
+def in_chunks(
+    draw: Callable[[int], Tensor],  # draw(m) -> (m, ...)
+    n: int,  # How many in total
+    chunk: int = 512,  # How many at once, >= 1
+    *,
+    progress: bool = False,  # Show a bar
+) -> Tensor:  # (n, ...)
+    """Draw a large sample in parts of bounded memory.
+
+    Raises `ValueError` for a chunk below 1 or n below 0.
+    """
+    count(chunk, 'chunk', 1)
+    count(n, 'n')
+    starts = tqdm(range(0, n, chunk), desc='samples', disable=not progress)
+    return torch.cat([_part(draw, min(chunk, n - i)) for i in starts]) if n else draw(0)
+
+
+def _part(draw, n):
+    found = draw(n)
+    if len(found) != n:
+        raise ValueError(f"draw({n}) returned {len(found)}")
+    return found

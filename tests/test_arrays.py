@@ -300,9 +300,9 @@ WEIRD = {  # calls that must be refused
         lambda: ais(bowl, bowl, X * math.nan, [0, 1], lambda e, x: x), 'NaN or infinite',
     ),
     'ais along NaN': (
-        lambda: ais(bowl, bowl, X, [0, math.nan, 1], lambda e, x: x), 'each of betas',
+        lambda: ais(bowl, bowl, X, [0, math.nan, 1], lambda e, x: x), 'betas must rise',
     ),
-    'ais beyond 1': (lambda: ais(bowl, bowl, X, [0, 2, 1], lambda e, x: x), 'each of betas'),
+    'ais beyond 1': (lambda: ais(bowl, bowl, X, [0, 2, 1], lambda e, x: x), 'betas must rise'),
     'ais of fewer': (
         lambda: ais(bowl, bowl, X, [0, 0.5, 1], lambda e, x: x[:2]), 'what kernel returns',
     ),

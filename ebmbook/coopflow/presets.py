@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal
 from ..data.catalogue import DATASETS, check_shape
 from ..data.given import check_square
 from ..learn.contract import Loop
+from ..learn.settings import suits
 from ebmbook.learn.limits import (
     Count,
     Decay,
@@ -317,12 +318,13 @@ def check_config(
 
 def _check_images(cfg):
     high, wide = cfg.shape[1:]
-    if cfg.method in ('coopflow', 'flow') and (high % 2 or wide % 4):
+    has_flow = suits(cfg, dict(method=('coopflow', 'flow')))
+    if has_flow and (high % 2 or wide % 4):
         raise ValueError(
             f"the flow splits pictures whose height 2 and whose width 4 divides, got "
             f"shape={cfg.shape}; data 'folder:PATH@HxW' and shape convert them"
         )
-    if cfg.method == 'coopnets':
+    if suits(cfg, dict(method=('coopnets',))):
         check_square(cfg.shape)
         if high % 4 or high & (high - 1):
             raise ValueError(

@@ -88,7 +88,7 @@ def _range_of(x, what):
             f"{what} reaches from {low:.3g} to {high:.3g}: scale pictures to [-1, 1]"
         )
 
-
+# %% ../../nbs/data/given.ipynb #c926d7fc
 def examples_for(
     nets: Any,  # Networks, which keep their settings as `cfg`
     x: Any,  # (B, ...) what is given to them
@@ -142,7 +142,7 @@ def mask_for(
         raise ValueError(f"{what} lies on {mask.device}, and x on {x.device}")
     return mask
 
-# %% ../../nbs/data/given.ipynb #0e69aeca
+# %% ../../nbs/data/given.ipynb #a26ec29c
 def known_for(
     nets: Any,  # Networks, which keep their settings as `cfg`
     x: Any,  # (B, C, H, W) pictures; what the mask hides is not looked at
@@ -198,14 +198,15 @@ def classes_for(
             raise ValueError(f"{what} must lie from {low} to {high}, got {end}")
     return labels.long()
 
-# %% ../../nbs/data/given.ipynb #8fcd3609
+# %% ../../nbs/data/given.ipynb #aadd10ad
 def operator_for(
     nets: Any,  # Networks, which keep their settings as `cfg`
     op: Any,  # From `ebmbook.measure.restoration.operator`
     what: str = 'op',  # Its name in messages
 ) -> tuple[int, ...]:  # The shape of a measurement
     """Refuse what was not done to such pictures. Raises `TypeError` and `ValueError`."""
-    if not (hasattr(op, 'shape') and hasattr(op, 'measured')):
+    known = getattr(op, '__dict__', {})
+    if not {'shape', 'measured'} <= known.keys():
         raise TypeError(f"{what} takes operator('sr4', shape), got {type(op).__name__}")
     shape = tuple(nets.cfg.shape)
     if tuple(op.shape) != shape:
@@ -215,7 +216,7 @@ def operator_for(
         )
     return tuple(op.measured)
 
-# %% ../../nbs/data/given.ipynb #fc8e953b
+# %% ../../nbs/data/given.ipynb #c0982eac
 def check_square(
     shape: tuple[int, ...],  # Of one example, as the settings have it
     times: int = 0,  # How often networks halve it

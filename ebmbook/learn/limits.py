@@ -357,7 +357,7 @@ def read_values(
             raise refusal(name, hints[name], out[name])
     return out
 
-# %% ../../nbs/learn/limits.ipynb #b9fcdae1
+# %% ../../nbs/learn/limits.ipynb #b8e49f91
 # what options take wherever they occur, unless a task declares it or its default is another
 _OPTIONS: dict[str, Any] = dict(
     n=Count | None,
@@ -393,7 +393,7 @@ def _option_kind(name, default, declared):
     plain = {int: Integer, float: Real, bool: bool, str: str}
     return declared or plain.get(type(default), object)
 
-
+# %% ../../nbs/learn/limits.ipynb #5af39e9c
 @functools.cache
 def option_kinds(
     fn: Callable,  # A function with options
