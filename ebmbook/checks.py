@@ -5,10 +5,12 @@
 # %% auto #0
 __all__ = ['State', 'count', 'amount', 'positive', 'share', 'source', 'blocks_of', 'like_state', 'per_block', 'recording',
            'ordinary', 'energies_of', 'begin', 'gradients_of', 'watching', 'tell_chain', 'tell_recall', 'in_double',
-           'finite_start', 'finite_energies', 'stuck', 'moved', 'any_accepted', 'row', 'mean_weight', 'log_mean_exp']
+           'finite_start', 'finite_energies', 'stuck', 'moved', 'any_accepted', 'row', 'mean_weight', 'log_mean_exp',
+           'tell_lost', 'tell_idle', 'finite_weights', 'history', 'in_chunks']
 
 # %% ../nbs/checks.ipynb #3618c44b
 import math
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
@@ -17,6 +19,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 # %% ../nbs/checks.ipynb #27692641
 def count(
@@ -414,6 +417,7 @@ def moved(
         return tuple((a * grad).abs() + b * torch.ones_like(grad) for grad, a, b in own)
 
     blocks = x if isinstance(x, tuple) else (x,)
+    blocks_of(new, 'what constrain returns', blocks)
     stuck(blocks, new if isinstance(new, tuple) else (new,), changes)
 
 
@@ -466,3 +470,109 @@ def log_mean_exp(
     none of them NaN.
     """
     return mean_weight(row(log_w, 'log_w')).item()
+
+# %% ../nbs/checks.ipynb #789df388
+def tell_lost(
+    start: State,  # (B, ...) or tuple of (B, ...)
+    end: State,  # The same after a run
+) -> None:
+    "Warn of chains that began at finite numbers and left them, unless a loop listens."
+    blocks = end if isinstance(end, tuple) else (end,)
+    if _LISTENERS.get() is not _NOBODY or blocks[0].device.type != 'cpu':
+        return
+    if all(block.isfinite().all() for block in blocks):
+        return
+    lost = _infinite(blocks) & ~_infinite(start if isinstance(start, tuple) else (start,))
+    if lost.any():
+        warnings.warn(
+            f"{int(lost.sum())} of {len(lost)} chains ended at NaN or infinity: the step is "
+            "too large, or the energy has no bound below",
+            stacklevel=3,
+        )
+
+
+def _infinite(blocks):  # (B,) bool
+    flat = [(~block.isfinite())[:, None].flatten(1).any(1) for block in blocks]
+    return torch.stack(flat).any(0)
+
+
+_MANY = 10  # proposals, all of which are refused by chance in no run that works
+
+
+def tell_idle(
+    accepted: Tensor,  # (B,) sums of acceptance probabilities
+    n_steps: int,  # Number of proposals
+    sizes: tuple,  # Step of each block
+) -> None:
+    "Warn if no chain can have moved, unless a loop listens."
+    if _LISTENERS.get() is not _NOBODY or accepted.device.type != 'cpu':
+        return
+    at_rest = all(not torch.as_tensor(size).any() for size in sizes)
+    if n_steps and at_rest and accepted.numel():
+        warnings.warn("the step is 0, and no chain moves", stacklevel=3)
+    elif n_steps >= _MANY and accepted.numel() and not accepted.any():
+        warnings.warn(
+            f"none of {n_steps} proposals was accepted, and no chain has moved: the step is "
+            "too large, or the energy is not finite near x",
+            stacklevel=3,
+        )
+
+# %% ../nbs/checks.ipynb #bf7b7b89
+def finite_weights(
+    log_w: Any,  # (B,) log weights
+) -> None:
+    "Refuse weights that are no numbers. Raises `ValueError` unless a loop listens."
+    if _LISTENERS.get() is not _NOBODY or not isinstance(log_w, Tensor):
+        return
+    bad = int(log_w.isnan().sum())
+    if bad:
+        raise ValueError(
+            f"the log weights are NaN in {bad} of {len(log_w)} chains: an energy is NaN, or "
+            "both are infinite, where the chains are"
+        )
+
+
+def history(
+    draws: Any,  # (updates, chains, ...)
+    least: int = 1,  # Chains that are needed
+) -> None:
+    """Refuse what no diagnosis can be made of.
+
+    Raises `TypeError` for what is no tensor, `ValueError` for too few updates or chains, for
+    NaN and infinite values, and where no chain moves.
+    """
+    if not isinstance(draws, Tensor):
+        raise TypeError(f"draws must be a tensor, got {type(draws).__name__}")
+    if draws.ndim < 2 or len(draws) < 4 or draws.shape[1] < least:
+        raise ValueError(
+            f"expected draws (updates >= 4, chains >= {least}, ...), "
+            f"got {tuple(draws.shape)}"
+        )
+    if not draws.isfinite().all():
+        raise ValueError("draws hold NaN or infinite values")
+    if (draws == draws[:1]).all():
+        raise ValueError("no chain in draws moves, so they say nothing of a target")
+
+# %% ../nbs/checks.ipynb #cdb7bdfe
+def in_chunks(
+    draw: Callable[[int], Tensor],  # draw(m) -> (m, ...)
+    n: int,  # How many in total
+    chunk: int = 512,  # How many at once, >= 1
+    *,
+    progress: bool = False,  # Show a bar
+) -> Tensor:  # (n, ...)
+    """Draw a large sample in parts of bounded memory.
+
+    Raises `ValueError` for a chunk below 1 or n below 0.
+    """
+    count(chunk, 'chunk', 1)
+    count(n, 'n')
+    starts = tqdm(range(0, n, chunk), desc='samples', disable=not progress)
+    return torch.cat([_part(draw, min(chunk, n - i)) for i in starts]) if n else draw(0)
+
+
+def _part(draw, n):
+    found = draw(n)
+    if len(found) != n:
+        raise ValueError(f"draw({n}) returned {len(found)}")
+    return found

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Draws', 'Rates', 'ula', 'Slice', 'normal', 'uniform', 'frozen', 'langevin_step', 'langevin', 'reflect', 'double_well',
            'ring', 'funnel', 'variance_after', 'Trace', 'ess', 'rhat', 'leapfrog', 'hmc', 'mala', 'adapt', 'alternate',
-           'recall', 'tempered', 'grid', 'grid_log_z', 'ais', 'bf16', 'keep_freed', 'in_chunks', 'State',
+           'recall', 'tempered', 'grid', 'grid_log_z', 'ais', 'bf16', 'keep_freed', 'State', 'in_chunks',
            'log_mean_exp']
 
 # %% ../nbs/01_mcmc.ipynb #c003
@@ -20,14 +20,20 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.nn.utils import parametrize
-from tqdm import tqdm
 
 from . import checks
 from .checks import State, begin, blocks_of, energies_of, gradients_of, like_state
-from .checks import in_double, log_mean_exp, ordinary, per_block, recording
+from ebmbook.checks import (
+    in_chunks,
+    in_double,
+    log_mean_exp,
+    ordinary,
+    per_block,
+    recording,
+)
 from .checks import tell_chain, tell_recall
 
-_all_ = ['State', 'log_mean_exp']
+_all_ = ['State', 'in_chunks', 'log_mean_exp']
 
 # %% ../nbs/01_mcmc.ipynb #c007
 class Rates(NamedTuple):
@@ -108,6 +114,7 @@ def uniform(
     generator: Draws = None,  # Source of draws; None: global one
 ) -> Tensor:  # (n,) in [0, 1)
     "Uniform numbers, one per chain."
+    checks.count(n, 'n')
     return _draw(torch.rand, (n,), like, generator)
 
 # %% ../nbs/01_mcmc.ipynb #c015
@@ -239,6 +246,7 @@ def langevin(
         before, here = here, langevin_step(energy, here, ready, on_energy=see, **options)
         if not i:
             checks.moved(energy, before, here, *ready)
+    checks.tell_lost(x, here)
     if n_steps and not differentiable:
         tell_chain(energy, x, here, rates, n_steps)
     return here
@@ -291,9 +299,12 @@ def variance_after(
     """Exact variance of a short chain on a Gaussian, label `eq-mcmc-short`.
 
     Infinite if the chain is unstable and never ends. Raises `TypeError` if rates are no
-    `Rates`. Source: book chapter 1.
+    `Rates`, and `ValueError` for negative numbers and NaN. Source: book chapter 1.
     """
     _check_rates(rates)
+    checks.amount(v0, 'v0')
+    checks.amount(precision, 'precision')
+    checks.amount(min(n_steps, 1), 'n_steps')
     drift: Any = rates.drift  # a number here
     noise: Any = rates.noise
     shrink = (1 - drift * precision) ** 2
@@ -352,10 +363,7 @@ def _diagnose(kind, draws):  # ArviZ's `kind` of each coordinate
             raise ImportError(
                 "diagnostics need ArviZ: pip install 'ebmbook[diagnostics]'"
             ) from error
-    if draws.ndim < 2 or len(draws) < 4:
-        raise ValueError(
-            f"expected draws (updates >= 4, chains, ...), got {tuple(draws.shape)}"
-        )
+    checks.history(draws, 2 if kind == 'rhat' else 1)
     values = draws.detach().cpu().double()
     flat = values.flatten(2).numpy() if draws.ndim > 2 else values.numpy()[:, :, None]
     return [float(getattr(arviz, kind)(flat[:, :, i].T)) for i in range(flat.shape[2])]
@@ -395,7 +403,7 @@ def leapfrog(
     momenta differ in shape. Source: Neal 2011, section 2.3.
     """
     checks.count(n_leap, 'n_leap', 1)
-    blocks = blocks_of(x)
+    blocks = checks.finite_start(blocks_of(x))
     moving = blocks_of(momenta, 'momenta', blocks)
     sizes = per_block(step, blocks, 'step')
     start = gradients_of(energy, blocks) if start is None else start
@@ -477,6 +485,7 @@ def hmc(
                 on_step(i, like_state(x, blocks), here[0].detach() * temp)
             blocks, here, chance = _propose(heated, blocks, here, sizes, n_leap, generator)
             accepted += chance
+        checks.tell_idle(accepted, n_steps, sizes)
         return like_state(x, blocks), accepted / max(n_steps, 1)
 
 # %% ../nbs/01_mcmc.ipynb #c046
@@ -612,8 +621,9 @@ def tempered(
 ) -> Callable[..., Tensor]:  # E_beta, in nats
     """Energy on the path from `base` to `energy`, label `eq-mcmc-path`.
 
-    Source: Neal 2001, section 3.
+    Raises `ValueError` for a negative beta. Source: Neal 2001, section 3.
     """
+    checks.amount(beta, 'beta')
     if base is None:
         return lambda *x: beta * energy(*x)
     return lambda *x: (1 - beta) * base(*x) + beta * energy(*x)
@@ -649,6 +659,8 @@ def grid_log_z(
     with recording(), torch.no_grad():
         energies = in_double(torch.cat([energies_of(energy, (part,)) for part in parts]))
     log_z = (torch.logsumexp(-energies, 0) + 2 * math.log(2 * lim / n)).item()
+    if not math.isfinite(log_z):
+        raise ValueError(f"log Z is {log_z}: the energy is NaN or infinite on the grid")
     return log_z, (-energies - log_z).reshape(n, n).cpu()
 
 # %% ../nbs/01_mcmc.ipynb #c070
@@ -665,17 +677,19 @@ def ais(
     Raises `ValueError` for a path that does not run from 0 to 1 or back. Source: Neal 2001.
     """
     path = [float(beta) for beta in betas]
-    monotone = path in (sorted(path), sorted(path, reverse=True))
+    monotone = path in (sorted(path), sorted(path)[::-1]) and not any(map(math.isnan, path))
     if not monotone or {*path[:1], *path[-1:]} != {0.0, 1.0}:
         raise ValueError("betas must rise from 0 to 1, or fall from 1 to 0")
     log_w: Any = 0.0
+    begun = checks.finite_start(blocks_of(x))
     for old, new in zip(path, path[1:]):
-        blocks = blocks_of(x)
+        blocks = blocks_of(x, 'what kernel returns', begun)
         with recording(), torch.no_grad():
             heights = in_double(energies_of(base, blocks))
             log_w = log_w + (new - old) * (heights - in_double(energies_of(energy, blocks)))
         if new != path[-1]:
             x = kernel(tempered(energy, new, base), x)
+    checks.finite_weights(log_w)
     return x, log_w
 
 # %% ../nbs/01_mcmc.ipynb #c074
@@ -709,20 +723,3 @@ def keep_freed() -> bool:  # Whether the C library does it; False outside Linux
     except (AttributeError, OSError, TypeError):
         return False  # another system
     return option(_MMAP_MAX, 0) == 1 and option(_TRIM_FROM, 2**31 - 1) == 1
-
-# %% ../nbs/01_mcmc.ipynb #5021bc34
-def in_chunks(
-    draw: Callable[[int], Tensor],  # draw(m) -> (m, ...)
-    n: int,  # How many in total
-    chunk: int = 512,  # How many at once, >= 1
-    *,
-    progress: bool = False,  # Show a bar
-) -> Tensor:  # (n, ...)
-    """Draw a large sample in parts of bounded memory.
-
-    Raises `ValueError` for a chunk below 1 or n below 0.
-    """
-    checks.count(chunk, 'chunk', 1)
-    checks.count(n, 'n')
-    starts = tqdm(range(0, n, chunk), desc='samples', disable=not progress)
-    return torch.cat([draw(min(chunk, n - i)) for i in starts]) if n else draw(0)

@@ -2,6 +2,7 @@
 
 import math
 import types
+import warnings
 
 import numpy as np
 import pytest
@@ -14,14 +15,21 @@ from ebmbook.mcmc import (
     Trace,
     adapt,
     ais,
+    alternate,
     ess,
     grid_log_z,
     hmc,
+    in_chunks,
     langevin,
+    leapfrog,
     log_mean_exp,
     mala,
     recall,
+    rhat,
+    tempered,
     ula,
+    uniform,
+    variance_after,
 )
 from ebmbook.measure import restoration
 
@@ -280,3 +288,110 @@ def test_float64_is_asked_where_it_is():
 def test_numbers_are_what_they_were():
     x = torch.from_numpy(np.linspace(-1, 1, 12)).view(4, 3)
     assert log_mean_exp(x[0]) == (torch.logsumexp(x[0], 0) - math.log(3)).item()
+
+
+# Runs that return nothing of use
+
+WEIRD = {  # calls that must be refused
+    'a sampler of NaN weights': (
+        lambda: ais(nothing, bowl, X, [0, 0.5, 1], lambda e, x: x), 'log weights are NaN in 4 of 4',
+    ),
+    'ais from NaN': (
+        lambda: ais(bowl, bowl, X * math.nan, [0, 1], lambda e, x: x), 'NaN or infinite',
+    ),
+    'ais along NaN': (
+        lambda: ais(bowl, bowl, X, [0, math.nan, 1], lambda e, x: x), 'betas must rise',
+    ),
+    'ais beyond 1': (lambda: ais(bowl, bowl, X, [0, 2, 1], lambda e, x: x), 'betas must rise'),
+    'ais of fewer': (
+        lambda: ais(bowl, bowl, X, [0, 0.5, 1], lambda e, x: x[:2]), 'what kernel returns',
+    ),
+    'constrain to fewer': (
+        lambda: langevin(bowl, X, ula(0.1), 2, constrain=lambda x: x[:2]), 'what constrain returns',
+    ),
+    'tempered -1': (lambda: tempered(bowl, -1.0), 'beta must be finite and at least 0'),
+    'tempered NaN': (lambda: tempered(bowl, math.nan), 'beta must be'),
+    'leapfrog from NaN': (lambda: leapfrog(bowl, X * math.nan, X, 0.1, 2), 'NaN or infinite'),
+    'variance of NaN': (lambda: variance_after(math.nan, 1.0, ula(0.1), 2), 'v0 must be'),
+    'negative variance': (lambda: variance_after(-1.0, 1.0, ula(0.1), 2), 'v0 must be'),
+    'negative precision': (lambda: variance_after(1.0, -1.0, ula(0.1), 2), 'precision must be'),
+    'negative updates': (lambda: variance_after(1.0, 1.0, ula(0.1), -2), 'n_steps must be'),
+    'NaN updates': (lambda: variance_after(1.0, 1.0, ula(0.1), math.nan), 'n_steps must be'),
+    'ess of NaN': (lambda: ess(torch.zeros(9, 3) * math.nan), 'NaN or infinite'),
+    'ess at rest': (lambda: ess(torch.ones(9, 3)), 'no chain in draws moves'),
+    'ess of chains at rest': (lambda: ess(torch.randn(1, 3).expand(9, 3)), 'no chain in draws'),
+    'ess of none': (lambda: ess(torch.ones(9, 0)), 'chains >= 1'),
+    'rhat of one': (lambda: rhat(torch.randn(9, 1)), 'chains >= 2'),
+    'rhat at rest': (lambda: rhat(torch.ones(9, 3)), 'no chain in draws moves'),
+    'rhat of infinite': (lambda: rhat(torch.full((9, 3), math.inf)), 'NaN or infinite'),
+    'log Z of NaN': (lambda: grid_log_z(nothing, 3.0, 9), 'log Z is nan'),
+    'log Z of nothing': (lambda: grid_log_z(lambda x: bowl(x) + math.inf, 3.0, 9), 'log Z is -inf'),
+    'chunks of another size': (lambda: in_chunks(lambda n: X[:1], 5, 2), r'draw\(2\) returned 1'),
+    'fewer than no draws': (lambda: uniform(-1, X), 'n must be at least 0'),
+    'alternate from NaN': (
+        lambda: alternate(lambda a, b: bowl(a) + bowl(b), (X, X * math.nan), ula(0.1), 2),
+        'NaN or inf',
+    ),
+    'alternate back': (
+        lambda: alternate(lambda a, b: bowl(a) + bowl(b), (X, X), ula(0.1), -1), 'n_steps must be',
+    ),
+    'adapt no step': (lambda: adapt(mala, bowl, X, 0.1, 0), 'n_steps must be at least 1'),
+    'adapt to NaN': (lambda: adapt(mala, bowl, X, 0.1, 3, target=math.nan), r'target must lie in'),
+    'adapt from 0': (lambda: adapt(mala, bowl, X, 0.0, 3), 'step must be finite and above 0'),
+    'adapt on infinity': (
+        lambda: adapt(mala, lambda x: bowl(x) * 0 + math.inf, X, 0.1, 3), 'none of 3',
+    ),
+    'hmc at 0 degrees': (lambda: hmc(bowl, X, 0.1, 3, temp=0), 'temp must be finite and above 0'),
+    'mala below 0 degrees': (lambda: mala(bowl, X, 0.1, 3, temp=-1), 'temp must be'),
+    'mala of NaN': (lambda: mala(bowl, X, math.nan, 3), 'eta must be'),
+    'a record of no update': (lambda: Trace(every=0), 'every must be at least 1'),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize('name', WEIRD)
+def test_a_run_is_refused(name):
+    call, why = WEIRD[name]
+    if name.split()[0] in ('ess', 'rhat'):
+        pytest.importorskip('arviz')
+    with pytest.raises(ValueError, match=why):
+        call()
+
+
+IDLE = {  # calls that return, and what they must say
+    'langevin lost': (lambda: langevin(bowl, X, ula(3.0), 999), '4 of 4 chains ended'),
+    'langevin without energy': (lambda: langevin(nothing, X, ula(0.1), 2), '4 of 4 chains'),
+    'langevin of blocks': (
+        lambda: langevin(lambda a, b: bowl(a) - bowl(b) ** 3, (X, X), ula(9.0), 99),
+        'of 4 chains ended',
+    ),
+    'hmc of step 0': (lambda: hmc(bowl, X, 0.0, 3), 'the step is 0'),
+    'mala of step 0': (lambda: mala(bowl, X, 0.0, 3), 'the step is 0'),
+    'hmc of steps 0': (lambda: hmc(bowl, X, torch.zeros(4), 3), 'the step is 0'),
+    'hmc too far': (lambda: hmc(bowl, X, 1e6, 20), 'none of 20 proposals was accepted'),
+    'hmc at infinity': (
+        lambda: hmc(lambda x: bowl(x) * 0 + math.inf, X, 0.1, 20),
+        'none of 20 proposals was accepted',
+    ),
+}
+
+
+@pytest.mark.parametrize('name', IDLE)
+def test_a_run_says_that_it_was_for_nothing(name):
+    call, says = IDLE[name]
+    with pytest.warns(UserWarning, match=says):
+        call()
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        with checks.watching():  # a loop asks by itself
+            call()
+
+
+def test_a_run_that_works_says_nothing():
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        for n_steps in (0, 1, 30):
+            langevin(bowl, X, ula(0.1), n_steps)
+            hmc(bowl, X, 0.3, n_steps)
+            mala(bowl, X, 0.1, n_steps)
+        langevin(bowl, X, Rates(0.0, 0.0), 3)
+        adapt(mala, bowl, X, 100.0, 30)

@@ -21,8 +21,9 @@ from .ladder import Schedule, schedule
 from .latents import decode, encode
 from .nets import Nets
 from .presets import ATTRIBUTES, Config
-from ..checks import ordinary
+from ..checks import count, ordinary
 from ..data.catalogue import flip_if
+from ..data.given import classes_for, examples_for, known_for
 from ..learn.contract import Context, Group, Stage
 from ..learn.settings import strict
 from ..mcmc import Draws, Rates, frozen, langevin, normal, ula, uniform
@@ -520,27 +521,44 @@ def _sample(
     return paste(known, noise, 1.0, 0.0)(denoise(nets, x, terms, tweedie))
 
 # %% ../../nbs/05_cdrl.ipynb #c059
-def _labels_of(labels, n, cfg):
+def _labels_of(labels, n, cfg, several=True):
     "Labels for n samples, null ones if none are given; refuses what does not fit."
     if labels is None:
         return torch.zeros(n, dtype=torch.int64) if cfg.n_classes else None
     if not cfg.n_classes:
         raise ValueError("this preset is unconditional; it takes no labels")
-    if len(labels) != n:
-        raise ValueError(f"{len(labels)} labels for {n} samples")
-    return labels
+    return classes_for(labels, n, 0, cfg.n_classes, several=several)
+
+
+def _is_data(one):
+    return isinstance(one, Tensor) and not one.is_meta
+
+
+def _given(known, n, nets):
+    "Given pixels where the networks are, or None; refuses what does not fit."
+    if known is None:
+        return None
+    if not isinstance(known, Known):
+        kind = type(known).__name__
+        raise TypeError(f"known takes Known(x, mask), got {kind}")
+    device = next(nets.parameters()).device
+    x, mask = (one.to(device) if _is_data(one) else one for one in known)
+    known_for(nets, x, mask, 'known.x', free=bool(nets.cfg.vae))
+    if len(x) != n:
+        raise ValueError(f"{len(x)} images in known.x for {n} samples")
+    return Known(x, mask)
 
 
 def _chunks(n, cfg, chunk, device, labels, known):
     "Parts of n samples: a tensor of the right shape, the labels, and the given pixels."
-    for i in range(0, n, chunk):
+    for i in range(0, max(n, 1), chunk):
         part = slice(i, min(i + chunk, n))
         like = torch.empty(part.stop - i, *cfg.shape, device=device)
         c = None if labels is None else labels[part].to(device)
         given = None
         if known is not None:
             mask = known.mask.expand(n, *known.mask.shape[1:])
-            given = Known(known.x[part].to(device), mask[part].to(device))
+            given = Known(known.x[part], mask[part])
         yield like, c, given
 
 # %% ../../nbs/05_cdrl.ipynb #2d3f89ad
@@ -565,10 +583,12 @@ def sample(
 
     Without `labels` the samples are unconditional. Without `chain_generator` the chains
     draw from `generator` too.
-    Raises `ValueError` for labels on an unconditional preset, or of the wrong length, and
-    for guidance without labels. Source: Zhu 2024, Algorithm 5.
+    Raises `ValueError` for labels on an unconditional preset, for guidance without labels,
+    and what `classes_for` and `known_for` raise. Source: Zhu 2024, Algorithm 5.
     """
     cfg = nets.cfg
+    count(n, 'n')
+    count(chunk, 'chunk', 1)
     if w and labels is None:
         raise ValueError(f"w={w:g} strengthens labels; give labels too")
     labels = _labels_of(labels, n, cfg)
@@ -576,12 +596,13 @@ def sample(
         w=w,
         n_steps=cfg.n_steps if n_steps is None else n_steps,
         generator=generator,
-        chain_generator=chain_generator or generator,
+        chain_generator=generator if chain_generator is None else chain_generator,
         propose=propose,
         tweedie=cfg.tweedie if tweedie is None else tweedie,
         on_level=on_level,
     )
-    parts = _chunks(n, cfg, chunk, next(nets.parameters()).device, labels, known)
+    device = next(nets.parameters()).device
+    parts = _chunks(n, cfg, chunk, device, labels, _given(known, n, nets))
     with ordinary(), frozen(nets):
         x = torch.cat([_sample(nets, *part, **options) for part in parts])
     x = decode(x, cfg)
@@ -598,9 +619,16 @@ def energy(
 ) -> Tensor:  # (B,) energy in nats; minus a log density up to a constant
     """Energy of x at a level, as a function of x_t.
 
-    Source: Zhu 2024, sections 5.4.5 and 5.4.8.
+    Raises what `examples_for` and `classes_for` raise, and `ValueError` for a level that
+    is not there. Source: Zhu 2024, sections 5.4.5 and 5.4.8.
     """
     cfg = nets.cfg
+    examples_for(nets, x, free=bool(cfg.vae))
+    count(t, 't')
+    if t >= cfg.n_levels:
+        raise ValueError(f"t must be below n_levels={cfg.n_levels}, got {t}")
+    if labels is not None:
+        labels = _labels_of(labels, len(x), cfg, several=False)
     ladder = schedule(cfg, x.device)
     levels = torch.full((len(x),), t, device=x.device)
     if labels is None and cfg.n_classes:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from ..data.catalogue import check_shape
+from ..data.given import check_square
 from ..data.examples import Spec
 from ..learn.contract import Loop
 from ebmbook.learn.limits import (
@@ -206,4 +207,6 @@ def check_config(
         )
     if not cfg.vae:  # latents have a shape of their own
         check_shape(cfg.data, cfg.shape, spec)
+    check_square(cfg.shape, len(cfg.mult) - 1, 'mult')
+    check_square(cfg.shape, len(cfg.init_mult) - 1, 'init_mult')
     return cfg

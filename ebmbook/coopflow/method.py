@@ -16,9 +16,11 @@ import torch
 from torch import Tensor
 from torch.nn.utils import clip_grad_norm_, parametrize
 
+from .. import checks
 from .nets import Nets
 from .presets import Config
 from ..data.catalogue import flip_if, load
+from ..data.given import examples_for, known_for, mask_for
 from ..flows.flowpp import gains
 from ..learn.blocks import ActNorm, Flow
 from ..learn.contract import Context, Group, Stage
@@ -314,6 +316,8 @@ def sample(
             on_step=on_step,
         )
 
+    if not n:
+        return like.new_empty(0, *cfg.shape)
     with frozen(nets):
         x = in_chunks(draw, n, chunk)
     return x.clamp(-1, 1) if len(cfg.shape) == 3 else x
@@ -324,8 +328,13 @@ def energy(
     nets: Nets,  # Trained networks with an energy
     x: Tensor,  # (B, ...) images in [-1, 1], or points
 ) -> Tensor:  # (B,) nats; with a noise-free chain no log-density
-    "The learned energy. Raises `ValueError` for a flow alone."
-    with torch.no_grad(), frozen(energy_net(nets)):
+    """The learned energy.
+
+    Raises `ValueError` for a flow alone, and what `examples_for` raises.
+    """
+    net = energy_net(nets)
+    examples_for(nets, x)
+    with torch.no_grad(), frozen(net):
         return nets.energy(x)
 
 # %% ../../nbs/04_coopflow.ipynb #c048
@@ -334,11 +343,19 @@ def pixel_error(
     made: Tensor,  # (B, C, H, W) what is compared with them
     mask: Tensor | None = None,  # (1 or B, 1, H, W) bool, True where it counts
 ) -> Tensor:  # (B,) squared error summed over channels, averaged over pixels
-    "Error per pixel as in the paper's Table 4.2."
+    """Error per pixel as in the paper's Table 4.2.
+
+    Raises `ValueError` for two shapes, for what `mask_for` refuses, and for a mask of which
+    nothing counts.
+    """
+    if x.shape != made.shape:
+        raise ValueError(f"x has shape {tuple(x.shape)}, and made {tuple(made.shape)}")
     error = (x - made).square().sum(1, keepdim=True)
     if mask is None:
         return error.flatten(1).mean(1)
-    mask = mask.expand_as(error)
+    mask = mask_for(mask, x, channels=False).expand_as(error)
+    if not mask.flatten(1).any(1).all():
+        raise ValueError("mask is False everywhere in a picture: nothing is known of it")
     return (error * mask).flatten(1).sum(1) / mask.flatten(1).sum(1)
 
 # %% ../../nbs/04_coopflow.ipynb #c050
@@ -408,6 +425,7 @@ def reconstruct(
     return Found(start, make(start.requires_grad_()).detach(), errors)
 
 # %% ../../nbs/04_coopflow.ipynb #c052
+@strict
 def explain(
     nets: Nets,  # Trained networks
     x: Tensor,  # (B, C, H, W) images in [-1, 1]
@@ -421,7 +439,14 @@ def explain(
     mask: Tensor | None = None,  # (1 or B, 1, H, W) bool, True where known; None is all
     safe: bool = False,  # Whether steps are taken back and halved; not in the paper
 ) -> Found:
-    "Explain images by trained networks, with the step of training."
+    """Explain images by trained networks, with the step of training.
+
+    Raises what `examples_for` and `known_for` raise.
+    """
+    if mask is None:
+        examples_for(nets, x)
+    else:
+        known_for(nets, x, mask, channels=False)
 
     def make(start):
         return refine(nets, start, n_steps=n_steps, differentiable=True, clamps=clamps)
@@ -433,6 +458,7 @@ def explain(
         )
 
 # %% ../../nbs/04_coopflow.ipynb #731d19a2
+@strict
 def inpaint(
     nets: Nets,  # Trained networks
     x: Tensor,  # (B, C, H, W) images in [-1, 1]; what the mask hides is not used
@@ -448,9 +474,10 @@ def inpaint(
 ) -> Tensor:  # (B, C, H, W) with the known pixels as they were
     """Fill what is hidden.
 
+    Raises what `explain` raises.
     Source: Zhu 2024, section 4.4.3; 201 steps of 0.03 x 0.99^j from the released script.
     """
-    known = torch.where(mask, x, 0.0)
+    known = known_for(nets, x, mask, channels=False)
     found = explain(
         nets,
         known,
@@ -474,8 +501,17 @@ def interpolate(
 ) -> Tensor:  # (B, n, C, H, W)
     """Refined images along a straight line between two latents.
 
-    Source: Zhu 2024, section 4.4.4.
+    Raises `ValueError` for networks without a flow and for unlike ends, and what
+    `examples_for` raises. Source: Zhu 2024, section 4.4.4.
     """
+    if nets.flow is None:
+        raise ValueError("interpolate needs networks with a flow")
+    examples_for(nets, first, 'first')
+    examples_for(nets, last, 'last')
+    checks.count(len(first), 'the number of images in first', 1)
+    checks.count(n, 'n', 1)
+    if len(first) != len(last):
+        raise ValueError(f"{len(first)} images in first, {len(last)} in last")
     flow: Any = nets.flow
     with torch.no_grad(), frozen(nets):
         z0 = flow.encode(first.clamp(-1, 1), v=0.5)[0]

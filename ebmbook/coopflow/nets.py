@@ -49,7 +49,7 @@ class ImageEnergy(nn.Module):
     def __init__(
         self,
         in_ch: int = 3,  # Channels of an image
-        size: int = 32,  # Its height and width
+        size: int = 32,  # The smaller of its height and width
         ch: int = 128,  # Width of the first layer
         blocks: int = 3,  # Residual blocks
     ) -> None:
@@ -93,7 +93,7 @@ def energy_of(
     "The energy of a preset."
     if len(cfg.shape) == 1:
         return PlaneEnergy(cfg.ch, 1.0, unit=0.15)
-    net: Any = ImageEnergy(cfg.shape[0], cfg.shape[1], cfg.ch, cfg.blocks)
+    net: Any = ImageEnergy(cfg.shape[0], min(cfg.shape[1:]), cfg.ch, cfg.blocks)
     return net.to(memory_format=torch.channels_last)
 
 # %% ../../nbs/04_coopflow/nets.ipynb #208ad220

@@ -11,7 +11,9 @@ from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 from ..data.catalogue import DATASETS, check_shape
+from ..data.given import check_square
 from ..learn.contract import Loop
+from ..learn.settings import suits
 from ebmbook.learn.limits import (
     Count,
     Decay,
@@ -315,7 +317,21 @@ def check_config(
 
 
 def _check_images(cfg):
-    if cfg.shape[1] % 2**cfg.blocks:
+    high, wide = cfg.shape[1:]
+    has_flow = suits(cfg, dict(method=('coopflow', 'flow')))
+    if has_flow and (high % 2 or wide % 4):
+        raise ValueError(
+            f"the flow splits pictures whose height 2 and whose width 4 divides, got "
+            f"shape={cfg.shape}; data 'folder:PATH@HxW' and shape convert them"
+        )
+    if suits(cfg, dict(method=('coopnets',))):
+        check_square(cfg.shape)
+        if high % 4 or high & (high - 1):
+            raise ValueError(
+                f"the generator makes pictures of 4, 8, 16, ... pixels a side, got "
+                f"shape={cfg.shape}"
+            )
+    if high % 2**cfg.blocks or wide < 2**cfg.blocks:
         raise ValueError(
             f"blocks={cfg.blocks} halve the image too often for shape={cfg.shape}"
         )

@@ -14,5 +14,6 @@ __getattr__, __dir__ = offer(
         'procedural',
         'catalogue',
         'outliers',
+        'given',
     ),
 )

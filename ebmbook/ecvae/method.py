@@ -23,6 +23,8 @@ from ..learn.weights import Pretrained
 from ..measure.restoration import Operator, project
 from ..learn.contract import Stage
 from ..data.catalogue import load
+from .. import checks
+from ..data.given import examples_for, operator_for
 from .parts import all_networks, decode_now, draw_latents, energy_group
 from .parts import examples, in_chains, inside, model_groups, multipliers
 from .parts import prior_loss, squared_norm, started, target_loss
@@ -520,8 +522,13 @@ def energy(
     nets: Nets,  # Trained networks
     x: Tensor,  # (B, ...) images in [-1, 1], or points
 ) -> Tensor:  # (B,) nats
-    "The learned energy E = f/tau. Raises `ValueError` for networks without an energy."
-    with torch.no_grad(), frozen(energy_net(nets)):
+    """The learned energy E = f/tau.
+
+    Raises `ValueError` for networks without an energy, and what `examples_for` raises.
+    """
+    net = energy_net(nets)
+    examples_for(nets, x)
+    with torch.no_grad(), frozen(net):
         return nets.energy(x) / nets.cfg.tau
 
 # %% ../../nbs/07_ecvae.ipynb #60673df5
@@ -538,6 +545,7 @@ def chain_energy(
     return _conditional(nets.energy, x.detach(), nets.cfg, repeat(first))
 
 # %% ../../nbs/07_ecvae.ipynb #c046
+@strict
 def restore(
     nets: Nets,  # Trained networks with a decoder
     op: Operator,  # What was done to the images
@@ -554,14 +562,20 @@ def restore(
 
     Without `eta` the step is 0.008 times latent numbers per number of the image, as its
     slopes ask for. Networks without energy have no weight. None is the weight of eq. 6.
+    Raises what `examples_for` and `operator_for` raise, and `ValueError` for numbers that
+    the chain cannot use.
     Source: Luo et al. 2024, section 4.3.
     """
+    examples_for(nets, y, 'y', shape=operator_for(nets, op), free=True)
+    checks.positive(sigma, 'sigma')
+    checks.count(tries, 'tries', 1)
     known = op.A_dagger(y).repeat(tries, *[1] * (y.ndim - 1))
     z = nets.draw(len(known), generator)
     if eta is None:
         eta = 0.008 * z[0].numel() / known[0].numel()
     if weight is None:
         weight = 1 / nets.cfg.tau
+    checks.amount(weight, 'weight')
     weight = 0 if nets.energy is None else weight
 
     def potential(z):

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from .presets import Config, check_config
+from ..data.given import examples_for
 from ..learn.contract import Context, Group, Stage
 from ..learn.objectives import cd_loss
 from ..learn.settings import strict
@@ -219,8 +220,10 @@ def energy(
 ) -> Tensor:  # (B,) nats, minus log p(x, z) up to a constant
     """Joint energy of an image and its most probable latent: low means like the data.
 
-    The latent is what gradient descent finds. Source: Pang et al. 2020, on outliers.
+    The latent is what gradient descent finds. Raises what `examples_for` raises.
+    Source: Pang et al. 2020, on outliers.
     """
+    examples_for(nets, x)
     z = draw_posterior(nets, x, generator=generator, n_steps=n_steps, temp=0.0)
     with torch.no_grad():
         return posterior_energy(nets, x, nets.cfg.sigma)(z)

@@ -5,16 +5,17 @@
 # %% auto #0
 __all__ = ['LARGEST', 'Integer', 'Steps', 'Count', 'Real', 'Weight', 'Positive', 'Share', 'Decay', 'Name', 'Text', 'Shape',
            'Part', 'Degrees', 'Range', 'Filled', 'fits', 'describe', 'refusal', 'kinds', 'settle', 'numbers', 'read',
-           'read_mapping', 'read_values']
+           'read_mapping', 'read_values', 'option_kinds', 'check_values']
 
 # %% ../../nbs/learn/limits.ipynb #a7c1e003
 import functools
+import inspect
 import math
 import re
 import reprlib
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import fields
 from typing import Annotated, Any, Literal, NamedTuple
 
@@ -109,6 +110,8 @@ def fits(
         return any(_fits_plain(type(part), value) and value == part for part in parts)
     if origin is tuple:
         return _fits_tuple(parts, value)
+    if Callable in (kind, origin):
+        return callable(value)
     return _fits_plain(kind, value) if kind in {*_WORDS, tuple} else True
 
 # %% ../../nbs/learn/limits.ipynb #a7c1e012
@@ -125,7 +128,7 @@ def describe(
     if origin in _UNIONS:
         return ', or '.join(map(describe, parts))
     if origin is Literal:
-        words = ', '.join(map(str, parts))
+        words = ', '.join(str(part) or "''" for part in parts)
         return f"one of {words}" if len(parts) > 1 else repr(parts[0])
     if origin is tuple and not parts:
         return 'an empty list'
@@ -188,11 +191,13 @@ def kinds(
 
 
 def _plain(value):
-    "Lists as tuples and numbers of NumPy as those of Python."
+    "Lists as tuples and numbers of NumPy and PyTorch as those of Python."
     if isinstance(value, (list, tuple)):
         return tuple(map(_plain, value))
     # a named tuple or an array stays what it is
-    scalar = type(value).__module__ == 'numpy' and getattr(value, 'shape', None) == ()
+    scalar = (
+        type(value).__module__ in ('numpy', 'torch') and getattr(value, 'shape', None) == ()
+    )
     return value.item() if scalar else value
 
 
@@ -351,3 +356,63 @@ def read_values(
         if name in hints and not fits(hints[name], out[name]):
             raise refusal(name, hints[name], out[name])
     return out
+
+# %% ../../nbs/learn/limits.ipynb #b8e49f91
+# what options take wherever they occur, unless a task declares it or its default is another
+_OPTIONS: dict[str, Any] = dict(
+    n=Count | None,
+    k=Count,
+    tries=Count,
+    chunk=Count | None,
+    n_steps=Steps | None,
+    n_steps_y=Steps,
+    n_iters=Steps,
+    n_epochs=Count,
+    w=Real,
+    weight=Weight | None,
+    temp=Weight,
+    sigma=Weight,
+    noise_y=Weight,
+    tweedie=Weight | None,
+    gamma=Weight | None,
+    eta=Positive | None,
+    eta_y=Positive,
+    delta=Positive | None,
+    lr=Positive,
+    decay=Positive,
+    given=tuple[Steps, ...],
+)
+
+
+def _option_kind(name, default, declared):
+    "What an option takes: as declared with limits, as everywhere, or as its default is."
+    if typing.get_origin(declared) in (typing.Annotated, typing.Literal):
+        return declared
+    if name in _OPTIONS and fits(_OPTIONS[name], default):
+        return _OPTIONS[name]
+    plain = {int: Integer, float: Real, bool: bool, str: str}
+    return declared or plain.get(type(default), object)
+
+# %% ../../nbs/learn/limits.ipynb #5af39e9c
+@functools.cache
+def option_kinds(
+    fn: Callable,  # A function with options
+) -> dict[str, Any]:  # Name -> what it takes
+    "What each option, which is a keyword, of a function takes."
+    takes = inspect.signature(fn).parameters.values()
+    hints = typing.get_type_hints(fn, include_extras=True)
+    return {
+        param.name: _option_kind(param.name, param.default, hints.get(param.name))
+        for param in takes
+        if param.kind is param.KEYWORD_ONLY
+    }
+
+
+def check_values(
+    hints: Mapping[str, Any],  # Name -> what it takes
+    given: Mapping[str, Any],  # Name -> value
+) -> None:
+    "Refuse values that do not fit; numbers of libraries do. Raises `ValueError`."
+    for name, value in given.items():
+        if name in hints and not fits(hints[name], _plain(value)):
+            raise refusal(name, hints[name], value)

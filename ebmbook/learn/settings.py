@@ -15,7 +15,14 @@ from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import fields, replace
 from typing import Any
 
-from .limits import kinds, read_mapping, read_values
+from ebmbook.learn.limits import (
+    Steps,
+    check_values,
+    kinds,
+    option_kinds,
+    read_mapping,
+    read_values,
+)
 
 # %% ../../nbs/learn/settings.ipynb #c005
 def _nearest(name, known):
@@ -39,7 +46,7 @@ def unknown(
 ) -> KeyError:  # To be raised
     "The error for a wrong name; its message offers the nearest right one."
     near = _nearest(str(name), known)
-    hint = f"; did you mean {near!r}?" if near else ""
+    hint = f"; did you mean {near!r}?" if near else "."
     return KeyError(f"unknown {kind} {name!r}{hint} Known: {', '.join(sorted(known))}")
 
 # %% ../../nbs/learn/settings.ipynb #5d1b7c22
@@ -71,7 +78,7 @@ def check_options(
 def strict(
     fn: Callable,  # Its first argument has the settings `cfg` of a training
 ) -> Callable:  # The same, but its error for a wrong option is one that helps
-    "Let a function check the names of its options."
+    "Let a function check the names of its options, and what they take."
     takes = inspect.signature(fn).parameters.values()
     known = [param.name for param in takes if param.kind is param.KEYWORD_ONLY]
     named = [param.name for param in takes if param.kind is param.POSITIONAL_OR_KEYWORD]
@@ -81,6 +88,7 @@ def strict(
         given = [name for name in options if name not in named]
         fixed = [field.name for field in fields(args[0].cfg)] if args else ()
         check_options(fn.__name__, given, known, fixed)
+        check_values(option_kinds(fn) | dict(n=Steps), dict(zip(named, args)) | options)
         return fn(*args, **options)
 
     return checked

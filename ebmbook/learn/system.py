@@ -7,8 +7,6 @@ __all__ = ['Task', 'points_only', 'images_only', 'energy_net', 'generator_of', '
            'Build', 'System']
 
 # %% ../../nbs/learn/system.ipynb #a1f03c02
-import inspect
-import typing
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -18,54 +16,9 @@ from torch import Tensor, nn
 
 from .contract import Stage
 from .ledger import Measured
-from ebmbook.learn.limits import (
-    Count,
-    Integer,
-    Positive,
-    Real,
-    Steps,
-    Weight,
-    fits,
-    read_values,
-)
+from .limits import option_kinds, read_values
 from .settings import WrongOption, check_options, unknown
 from ..mcmc import Draws
-
-# %% ../../nbs/learn/system.ipynb #a1f03e01
-# what options take wherever they occur, unless a task declares it or its default is another
-_OPTIONS: dict[str, Any] = dict(
-    n=Count | None,
-    k=Count,
-    tries=Count,
-    chunk=Count | None,
-    n_steps=Steps | None,
-    n_steps_y=Steps,
-    n_iters=Steps,
-    n_epochs=Count,
-    w=Real,
-    weight=Weight | None,
-    temp=Weight,
-    sigma=Weight,
-    noise_y=Weight,
-    tweedie=Weight | None,
-    gamma=Weight | None,
-    eta=Positive | None,
-    eta_y=Positive,
-    delta=Positive | None,
-    lr=Positive,
-    decay=Positive,
-    given=tuple[Steps, ...],
-)
-
-
-def _option_kind(name, default, declared):
-    "What an option takes: as declared with limits, as everywhere, or as its default is."
-    if typing.get_origin(declared) in (typing.Annotated, typing.Literal):
-        return declared
-    if name in _OPTIONS and fits(_OPTIONS[name], default):
-        return _OPTIONS[name]
-    plain = {int: Integer, float: Real, bool: bool, str: str}
-    return declared or plain.get(type(default), object)
 
 # %% ../../nbs/learn/system.ipynb #a1f03c08
 def _fits(nets):
@@ -90,13 +43,7 @@ class Task:
     @property
     def kinds(self) -> dict[str, Any]:
         "What each of its options takes."
-        takes = inspect.signature(self.fn).parameters.values()
-        hints = typing.get_type_hints(self.fn, include_extras=True)
-        return {
-            param.name: _option_kind(param.name, param.default, hints.get(param.name))
-            for param in takes
-            if param.kind is param.KEYWORD_ONLY
-        }
+        return option_kinds(self.fn)
 
     def check(
         self,

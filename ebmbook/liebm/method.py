@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..data.catalogue import flip_if, load
+from ..data.given import examples_for
 from ..learn.blocks import collect_norms
 from ..learn.contract import Context, Group, Stage
 from ..learn.objectives import contrast
@@ -510,11 +511,13 @@ def energy(
     nets: Nets,  # Trained networks
     x: Tensor,  # (B, C, H, W) in [-1, 1]
 ) -> Tensor:  # (B,) nats
-    "The marginal energy E(x)."
+    "The marginal energy E(x). Raises what `examples_for` raises."
+    examples_for(nets, x)
     with torch.no_grad(), frozen(nets.energy):
         return nets.energy(inward(x, nets.cfg))
 
 
+@strict
 def anomaly(
     nets: Nets,  # Trained networks
     x: Tensor,  # (B, C, H, W) in [-1, 1]
@@ -524,9 +527,10 @@ def anomaly(
 ) -> Tensor:  # (B,), higher is more unusual
     """How unusual images are, minus label `eq-liebm-score`.
 
-    Source: LIEBM, eq. 15.
+    Raises what `examples_for` raises. Source: LIEBM, eq. 15.
     """
     cfg = nets.cfg
+    examples_for(nets, x)
     with torch.no_grad(), frozen(nets.energy):
         value, head = nets.energy.parts(inward(x, cfg))
         if alone or head is None:

@@ -12,7 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .. import checks
 from ..data.catalogue import load
+from ..data.given import examples_for, operator_for
+from ..learn.settings import strict
 from .joint import Nets
 from ebmbook.liebm.method import (
     chain_rates,
@@ -27,6 +30,13 @@ from ..mcmc import Draws, Rates, frozen, langevin, normal
 from ..measure.restoration import Operator
 
 # %% ../../nbs/08_liebm/uses.ipynb #c050
+def _inference_of(nets, what):
+    if nets.q is None:
+        raise ValueError(
+            f"{what} needs an inference model: method='erm', or n_infer above 0"
+        )
+
+
 @torch.no_grad()
 def class_codes(
     nets: Nets,  # Trained networks with an encoder
@@ -57,6 +67,7 @@ def class_codes(
     return F.normalize(torch.stack(codes), dim=1), outward(torch.stack(means), cfg)
 
 # %% ../../nbs/08_liebm/uses.ipynb #c052
+@strict
 @torch.no_grad()
 def conditional(
     nets: Nets,  # Trained networks with an inference model
@@ -70,9 +81,17 @@ def conditional(
 ) -> Tensor:  # (B, C, H, W) in [-1, 1]
     """Images at given places.
 
-    Source: LIEBM, section 4.3; number of turns and concentration ours.
+    Raises `ValueError` for networks without an inference model, and what `examples_for`
+    raises. Source: LIEBM, section 4.3; number of turns and concentration ours.
     """
     cfg = nets.cfg
+    _inference_of(nets, 'conditional')
+    examples_for(nets, start, 'start')
+    if nets.h is not None:
+        examples_for(nets, code, 'code', shape=(nets.h.cfg.emb,))
+    if len(code) != len(start):
+        raise ValueError(f"{len(code)} places in code for {len(start)} images in start")
+    checks.count(rounds, 'rounds', 1)
     n_steps = cfg.n_steps if n_steps is None else n_steps
     u = inward(start, cfg)
     with frozen(nets):
@@ -103,6 +122,7 @@ def _measured_energy(nets, op, known, sigma):
     return energy
 
 # %% ../../nbs/08_liebm/uses.ipynb #c055r
+@strict
 @torch.no_grad()
 def restore(
     nets: Nets,  # Trained networks with an inference model
@@ -120,9 +140,14 @@ def restore(
     """Restore images in two stages, label `eq-liebm-restore`.
 
     Images of more than 768 numbers get less than `eta`, in proportion.
+    Raises `ValueError` for networks without an inference model and for numbers that chains
+    cannot use, and what `examples_for` and `operator_for` raise.
     Source: LIEBM, eq. 16 and 17; all numbers ours.
     """
     cfg = nets.cfg
+    _inference_of(nets, 'restore')
+    examples_for(nets, y, 'y', shape=operator_for(nets, op), free=True)
+    checks.positive(sigma, 'sigma')
     # more numbers make the likelihood steeper
     eta = eta * min(1.0, 768 / math.prod(cfg.shape))
     half = 0.5 if cfg.unit else 1.0  # a range of half the length

@@ -30,6 +30,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..data.examples import Examples
+from ..data.given import picture_range
 
 # %% ../../nbs/measure/extractors.ipynb #369767f3
 def as_tensor(
@@ -47,20 +48,6 @@ def as_tensor(
     return x.detach()
 
 # %% ../../nbs/measure/extractors.ipynb #06ed232b
-def _check_range(x, what):  # floats, of which networks of this book make [-1, 1]
-    low, high = x.min().item(), x.max().item()
-    if low >= 0 and high > 2:
-        raise ValueError(
-            f"{what}: floats from {low:.3g} to {high:.3g} are no images in [-1, 1]; "
-            "give x / 127.5 - 1 if they reach to 255, or x.byte()"
-        )
-    if 0 <= low < 0.02 and 0.9 < high <= 1:
-        raise ValueError(
-            f"{what}: floats from {low:.3g} to {high:.3g} look like images in [0, 1], "
-            "expected [-1, 1]; give 2 * x - 1, or bytes if they really are this bright"
-        )
-
-
 def bytes_or_floats(
     x: Tensor | np.ndarray,  # Images (N, ...): bytes, or floats in [-1, 1]
     what: str = 'samples',  # How the message calls them
@@ -80,7 +67,7 @@ def bytes_or_floats(
             raise ValueError(
                 f"{what}: {bad} of {len(x)} images hold NaN or infinite values"
             )
-        _check_range(x, what)
+        picture_range(x, what)
         return x
     if x.dtype != torch.bool and not x.is_complex():
         low, high = (end.item() for end in x.long().aminmax())

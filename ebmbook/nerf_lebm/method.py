@@ -19,6 +19,7 @@ from torch.func import functional_call
 
 from ..data.catalogue import load
 from ..data.examples import Examples
+from ..data.given import examples_for
 from ..data.scenes import camera_to_world
 from ..learn.contract import Context, Group, Stage
 from ..learn.latents import adam_rows, gather_rows, new_table
@@ -533,7 +534,18 @@ def draw_images(
     c2w: Tensor,  # (B, 3, 4)
     size: int | None = None,  # Pixels a side; None is the preset's
 ) -> tuple[Tensor, Tensor]:  # Pictures (B, 3, S, S) in [-1, 1], depths (B, 1, S, S)
-    "What cameras see of objects. A field has no resolution of its own, so `size` is free."
+    """What cameras see of objects.
+
+    A field has no resolution of its own, so `size` is free.
+    Raises what `examples_for` raises, and `ValueError` for unlike numbers of objects.
+    """
+    for i in (0, 1):
+        examples_for(nets, z[i], f'z[{i}]', shape=(nets.cfg.nz[i],))
+    examples_for(nets, c2w, 'c2w', shape=(3, 4))
+    if not len(z[0]) == len(z[1]) == len(c2w):
+        raise ValueError(
+            f"{len(z[0])} and {len(z[1])} codes in z for {len(c2w)} cameras in c2w"
+        )
     camera, size = camera_of(nets.cfg), size or nets.cfg.shape[1]
     sampling, fine = nets.sampling, nets.fine
     if nets.cfg.coarse:  # the first of two fields
@@ -563,6 +575,8 @@ def sample(
             f"prior must be 'gaussian' or the preset's own, {own!r}, got {prior!r}"
         )
     n_steps = 0 if prior == 'gaussian' else n_steps
+    if not n:
+        return next(nets.parameters()).new_empty(0, *nets.cfg.shape)
     shape, colour = draw_prior(nets, n, n_steps=n_steps, generator=generator)
     c2w = draw_cameras(nets, n, generator)
     some = zip(shape.split(chunk), colour.split(chunk), c2w.split(chunk))
@@ -570,6 +584,21 @@ def sample(
     return torch.cat(parts)
 
 # %% ../../nbs/03_nerf_lebm.ipynb #a40a36d8
+def _check_views(nets, x, c2w, mask):
+    views = x.shape[1] if isinstance(x, Tensor) and x.ndim == 5 else 1
+    examples_for(nets, x, shape=(views, *nets.cfg.shape), free=True)
+    examples_for(nets, x.flatten(0, 1))
+    if c2w is not None:
+        examples_for(nets, c2w, 'c2w', shape=(views, 3, 4))
+    sides = x.shape[-2:]
+    if mask is not None and mask.shape != (*x.shape[:2], 1, *sides):
+        wanted = (*x.shape[:2], 1, *sides)
+        raise ValueError(f"mask must have shape {wanted}, got {tuple(mask.shape)}")
+    if c2w is not None and len(c2w) != len(x):
+        raise ValueError(f"{len(c2w)} objects in c2w for {len(x)} in x")
+
+
+@strict
 @torch.no_grad()
 def codes_of(
     nets: Nets,  # Trained networks
@@ -583,8 +612,10 @@ def codes_of(
 ) -> Codes:  # (n, nz[0]) and (n, nz[1])
     """Codes of unseen objects.
 
-    Raises `ValueError` without an encoder, or without cameras, where they are needed.
+    Raises `ValueError` without an encoder, or without cameras, where they are needed, and
+    what `examples_for` raises.
     """
+    _check_views(nets, x, c2w, mask)
     inference = nets.cfg.inference
     by = by or ('encoder' if inference == 'amortised' else 'steps')
     if by not in ('encoder', 'steps'):

@@ -19,10 +19,15 @@ from typing import Annotated
 
 import typer
 
-from ..learn.files import make_folder
 from ..learn.limits import LARGEST, Name, fits, read_mapping, refusal
 from ..learn.settings import unknown
-from .chapters import execute, find_notebook, notebook_out, read_parameters
+from ebmbook.shell.chapters import (
+    check_parameters,
+    execute,
+    find_notebook,
+    notebook_out,
+    read_parameters,
+)
 from ebmbook.shell.systems import (
     SYSTEMS,
     check_device,
@@ -187,13 +192,7 @@ def presets(
 # %% ../../nbs/shell/cli.ipynb #c025
 def _check_chapter(system, values):
     "Refuse now what a chapter would refuse after a while, or ignore."
-    weights, out = values.get('weights', ''), values.get('out', '')
-    if weights not in ('', 'book'):
-        raise ValueError(f"-p weights must be 'book', or '' to train, got {weights!r}")
-    if out:
-        make_folder(out)
-        if not os.access(out, os.W_OK):
-            raise PermissionError(f"-p out {out} cannot be written: permission denied")
+    check_parameters(values)
     keys = ('dataset', 'preset', 'over')
     if system in SYSTEMS and set(keys) <= set(values):
         select(load_system(system), *(values[key] for key in keys))
@@ -493,19 +492,21 @@ def claims(
     ] = '',
 ) -> None:
     "Judge by the ledger what the papers claim."
-    from ebmbook.learn.ledger import ledger, ledger_path
+    from ebmbook.learn.ledger import ledger_path
     from ebmbook.learn.runs import root
-    from ebmbook.shell.claims import verdicts
+    from ebmbook.shell.claims import read_ledger, verdicts
 
     chosen = _chosen_claims(file, only)
     path, failed = Path(ledger_file) if ledger_file else ledger_path(), []
+    lines = read_ledger(path, new=run or not ledger_file)
     if run:
         from ebmbook.shell import judging
 
         numbers = _read_seeds(seeds)
         folder = Path(out) if out else root() / 'runs' / 'claims'
         failed = judging.run_claims(chosen, numbers, path, folder, device, fresh)
-    results = verdicts(chosen, ledger(path))
+        lines = read_ledger(path, new=True)
+    results = verdicts(chosen, lines)
     typer.echo(_verdict_text(results, as_json, markdown))
     if not run and any(result['verdict'] == 'not run' for result in results):
         typer.echo("\nebmbook claims --run trains and measures what is missing", err=True)

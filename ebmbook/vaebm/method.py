@@ -16,7 +16,9 @@ import torch
 from torch import Tensor
 from torch.nn.utils import parametrize
 
+from ..checks import count as check_count
 from ..data.catalogue import flip_if, load
+from ..data.given import examples_for
 from ..learn.contract import Context, Group, Stage
 from ..learn.latents import gather_rows, recall_queue
 from ..learn.objectives import contrast
@@ -492,11 +494,17 @@ def energy(
     nets: Nets,  # Trained networks with an energy
     x: Tensor,  # (B, ...) images in [-1, 1], or points
 ) -> Tensor:  # (B,) nats; the factor exp(-E) multiplies the autoencoder's density
-    "The learned energy. Raises `ValueError` for an autoencoder alone."
-    with torch.no_grad(), frozen(energy_net(nets)):
+    """The learned energy.
+
+    Raises `ValueError` for an autoencoder alone, and what `examples_for` raises.
+    """
+    net = energy_net(nets)
+    examples_for(nets, x)
+    with torch.no_grad(), frozen(net):
         return nets.energy(x)
 
 
+@strict
 def log_score(
     nets: Nets,  # Trained networks
     x: Tensor,  # (B, ...) images or points
@@ -508,8 +516,11 @@ def log_score(
     """How ordinary an example is to the model, up to one constant.
 
     The paper does not say how it bounds log p.
+    Raises what `examples_for` raises, and `ValueError` for k < 1.
     Source: Xiao et al. 2021, section 5.3.
     """
+    examples_for(nets, x)
+    check_count(k, 'k', 1)
     with torch.no_grad(), frozen(nets.vae):
         weights = [nets.vae.log_weight(x, generator) for _ in range(k)]
         log_p = iwae(torch.stack(weights, -1)).to(x)

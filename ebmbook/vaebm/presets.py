@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Annotated, Literal
 
 from ..data.catalogue import DATASETS, check_shape
+from ..data.given import check_square
 from ..data.examples import Spec
 from ..learn.contract import Loop
 from ebmbook.learn.limits import (
@@ -313,4 +314,5 @@ def check_config(
     _check_potential(cfg)
     _check_space(cfg)
     check_shape(cfg.data, cfg.shape, spec)
+    check_square(cfg.shape)
     return cfg
