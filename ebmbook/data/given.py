@@ -6,6 +6,7 @@
 __all__ = ['picture_range', 'examples_for', 'mask_for', 'known_for', 'classes_for', 'operator_for', 'check_square']
 
 # %% ../../nbs/data/given.ipynb #0b34fbe9
+import warnings
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor
 def picture_range(
     x: Tensor,  # Floating-point pictures, of which this book makes [-1, 1]
     what: str = 'x',  # Their name in messages
+    sure: bool = True,  # Refuse what looks like [0, 1]; else it is a warning
 ) -> None:
     """Refuse pictures that look like [0, 1] or 0..255.
 
@@ -28,10 +30,13 @@ def picture_range(
             "give x / 127.5 - 1 if they reach to 255, or x.byte()"
         )
     if 0 <= low < 0.02 and 0.9 < high <= 1:
-        raise ValueError(
+        looks = (
             f"{what}: floats from {low:.3g} to {high:.3g} look like images in [0, 1], "
-            "expected [-1, 1]; give 2 * x - 1, or bytes if they really are this bright"
+            "expected [-1, 1]; give 2 * x - 1"
         )
+        if sure:
+            raise ValueError(f"{looks}, or bytes if they really are this bright")
+        warnings.warn(f"{looks} unless they really are this bright", stacklevel=2)
 
 # %% ../../nbs/data/given.ipynb #68efbb2a
 _FAR = 10  # no noise of this book reaches as far
@@ -81,7 +86,8 @@ def _finite(x, what):
 def _range_of(x, what):
     if not x.numel():
         return
-    picture_range(x, what)
+    # a density has a value there, and a few pictures may be so
+    picture_range(x, what, sure=False)
     if x.abs().max() > _FAR:
         low, high = x.min().item(), x.max().item()
         raise ValueError(
