@@ -115,21 +115,28 @@ def test_presets_tell_of_rivals(name):
 
 
 def chapters():
-    return [
-        (name, method) for name in SYSTEMS for method in ('', *load_system(name).rivals)
-    ]
+    "Every method once, on images where there are any."
+    found = {(name, method): base for name, base, method in pairs()}
+    return [(name, base, method) for (name, method), base in found.items()]
 
 
 @pytest.mark.long
-@pytest.mark.parametrize('name, method', chapters())
-def test_run(name, method, tmp_path):
-    "The chapter itself, by papermill, at the settings a person gets who names only a rival."
+@pytest.mark.parametrize('name, base, method', chapters())
+def test_run(name, base, method, tmp_path):
+    "The chapter itself, by papermill, with the networks trained a few steps."
+    system = load_system(name)
+    _, preset, over = chosen(system, name, base, method)
     line = ['-m', 'ebmbook.shell.cli', 'run', name, '--out', str(tmp_path / 'out.ipynb')]
-    line += ['-p', 'out', str(tmp_path / 'run')]
-    line += ['-p', 'over', f'{{method: {method}}}'] if method else []
+    line += ['-p', 'preset', preset, '-p', 'over', over, '-p', 'out', str(tmp_path / 'run')]
+    line += ['-p', 'dataset', system.presets[preset].data]
     env = {key: value for key, value in os.environ.items() if key != 'IN_TEST'}
     done = subprocess.run(
         [sys.executable, *line], env=env, cwd=tmp_path, text=True, capture_output=True
     )
+    if name == 'selfsup':  # its page is a part of chapter 8
+        said = done.stderr.strip()
+        assert done.returncode == 2 and said.startswith('ebmbook: unknown chapter'), said
+        assert '\n' not in said
+        return
     assert done.returncode == 0, done.stderr[-3000:]
     assert (tmp_path / 'out.ipynb').is_file()
