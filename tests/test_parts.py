@@ -190,7 +190,7 @@ def test_two_processes_equal_one(name, base, changes, alone, tmp_path):
 
 @pytest.mark.parametrize('name,base,changes', cases())
 def test_parts_equal_the_whole(name, base, changes, alone, tmp_path):
-    if name == 'selfsup':
+    if name == 'selfsup' or changes.get('encoder') == 'joint':
         with pytest.raises(ValueError, match='micro must be 1: the images of a batch are'):
             work(name, base, tmp_path, changes | dict(micro=2))
         return
