@@ -12,6 +12,7 @@ import errno
 import hashlib
 import json
 import os
+import pickle
 import re
 import tempfile
 import time
@@ -421,6 +422,13 @@ def _read_whole(path, map_location):
     return state
 
 
+def _reason(error):
+    "A line; what PyTorch advises for such a file would run what is in it."
+    if isinstance(error, pickle.UnpicklingError):
+        return "it holds other things than tensors and plain values"
+    return f"{type(error).__name__}: {error}".splitlines()[0]
+
+
 def _fits(state):
     return ''
 
@@ -443,7 +451,7 @@ def load_checkpoint(
         except (PermissionError, torch.OutOfMemoryError):
             raise
         except Exception as error:  # a truncated file raises one of several types
-            why = f"cannot be read ({type(error).__name__}: {error})"
+            why = f"cannot be read ({_reason(error)})"
         else:
             why = misfit(state)
             if not why:
