@@ -245,7 +245,7 @@ def flow_group(
     groups: list[dict[str, Any]] = [dict(params=rest)]
     if slow:
         groups.append(dict(params=slow, weight_decay=5e-5))
-    limit: Any = cfg.flow_clip
+    limit: Any = cfg.flow_clip or None
     if limit and cfg.clip_apart:
         limit = partial(clip_sets, limit=limit)
     return Group(torch.optim.Adam(groups, lr), schedule(cfg, total), limit)

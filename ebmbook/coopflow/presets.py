@@ -90,7 +90,7 @@ class OptimFields:
     lr_warm: Steps = 200  # Steps over which all of them rise from zero
     cooldown: Share = 0.0  # Last part of the steps in which they fall to zero; paper: none
     ebm_clip: Weight = 0.0  # Largest gradient norm of the energy; 0 is none
-    flow_clip: Positive = 1.0  # Largest gradient norm of the flow
+    flow_clip: Weight = 1.0  # Largest gradient norm of the flow; 0 is none
     clip_apart: bool = False  # Its weight-norm gains and the rest each have this limit
 
 # %% ../../nbs/04_coopflow/presets.ipynb #c1226d7c

@@ -168,7 +168,7 @@ def _shortrun_optimisers(nets):
 def _coopnets_optimisers(nets):  # the generator has the step size of the flow
     cfg = nets.cfg
     adam = torch.optim.Adam(nets.generator.parameters(), cfg.lr_flow, betas=(0.5, 0.999))
-    generator = Group(adam, schedule(cfg, cfg.n_iters), cfg.flow_clip)
+    generator = Group(adam, schedule(cfg, cfg.n_iters), cfg.flow_clip or None)
     return dict(generator=generator, energy=energy_group(nets))
 
 # %% ../../nbs/04_coopflow/rivals.ipynb #e3f77934
