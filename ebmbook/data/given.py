@@ -60,7 +60,10 @@ def _shape_of(x, shape, what):
     raise ValueError(f"{what} must have shape (B, {wanted}), got {tuple(x.shape)}{cure}")
 
 
-def _numbers_of(x, like, what):
+def _numbers_of(x, nets, what):
+    like = next(nets.parameters(), None)
+    if like is None:
+        return
     if x.dtype != like.dtype:
         cure = f"{what}.to({like.dtype})"
         if x.dtype == torch.uint8 and x.ndim > 2:
@@ -111,7 +114,7 @@ def examples_for(
     _tensor(x, what)
     shape = tuple(nets.cfg.shape if shape is None else shape)
     _shape_of(x, shape, what)
-    _numbers_of(x, next(nets.parameters()), what)
+    _numbers_of(x, nets, what)
     _finite(x, what)
     if not free and len(shape) == 3:
         _range_of(x, what)
@@ -164,7 +167,7 @@ def known_for(
     """
     _tensor(x, what)
     _shape_of(x, tuple(nets.cfg.shape), what)
-    _numbers_of(x, next(nets.parameters()), what)
+    _numbers_of(x, nets, what)
     mask = mask_for(mask, x, channels=channels)
     known = torch.where(mask, x, 0.0)
     _finite(known, what)
