@@ -134,6 +134,123 @@ def test_the_first_picture_of_an_animation(tmp_path):
         assert read_picture(path, (1, 1, 1)).item() == 10
 
 
+# What Pillow reads otherwise than it is meant, or not at all: files as their bytes
+
+
+def chunk(kind, data):
+    check = struct.pack('>I', zlib.crc32(kind + data))
+    return struct.pack('>I', len(data)) + kind + data + check
+
+
+def raw_png(row, depth, kind, before=b'', after=b'', rows=1):
+    width = len(row) * 8 // depth // {0: 1, 2: 3, 4: 2, 6: 4}[kind]
+    header = struct.pack('>IIBBBBB', width, rows, depth, kind, 0, 0, 0)
+    pixels = chunk(b'IDAT', zlib.compress((b'\0' + row) * rows))
+    return b'\x89PNG\r\n\x1a\n' + b''.join(
+        (chunk(b'IHDR', header), before, pixels, after, chunk(b'IEND', b''))
+    )
+
+
+def raw_tiff(data, width, bits, meaning=1, sign=1):
+    tags = {256: width, 257: 1, 258: bits, 259: 1, 262: meaning, 277: 1, 278: 1, 339: sign}
+    tags |= {273: 8 + 2 + 12 * 10 + 4, 279: len(data)}
+    entries = (struct.pack('<HHIHxx', tag, 3, 1, tags[tag]) for tag in sorted(tags))
+    return b'II*\0\x08\0\0\0\x0a\0' + b''.join(entries) + bytes(4) + data
+
+
+def shorts(*values, order='>'):
+    return struct.pack(f'{order}{len(values)}H', *values)
+
+
+def packed(image, **options):
+    file = io.BytesIO()
+    image.save(file, **options)
+    return file.getvalue()
+
+
+CLEAR = chunk(b'tRNS', shorts(0))
+DEEP = 0, 21845, 43690, 65535
+NOISE = Image.effect_noise((64, 64), 50)
+RAW = {  # bytes, ending, levels of the first row as grey
+    'RGB of 16 bits': (
+        raw_png(shorts(*np.repeat(DEEP, 3)), 16, 2), [0, 85, 170, 255],
+    ),
+    'grey and alpha of 16 bits': (
+        raw_png(shorts(0, 0, 257, 65535), 16, 4), [255, 1],
+    ),
+    '16 bits, 0 is clear': (raw_png(shorts(*DEEP), 16, 0, CLEAR), [255, 85, 170, 255]),
+    '8 bits, 0 is clear': (raw_png(bytes([0, 85]), 8, 0, CLEAR), [255, 85]),
+    '2 bits': (raw_png(bytes([0b00011011]), 2, 0), [0, 85, 170, 255]),
+    '4 bits': (raw_png(bytes([0x05, 0xAF]), 4, 0), [0, 85, 170, 255]),
+    'gamma': (raw_png(bytes([0, 85]), 8, 0, chunk(b'gAMA', bytes([0, 1, 134, 160]))), [0, 85]),
+    'white is 0': (raw_tiff(bytes([0, 100, 255]), 3, 8, 0), [255, 155, 0]),
+    'white is 0, 16 bits': (raw_tiff(shorts(0, 25700, 65535, order='<'), 3, 16, 0), [255, 155, 0]),
+    'white is 0, 1 bit': (raw_tiff(bytes([0b10101010]), 8, 1, 0), [0, 255] * 4),
+    '12 bits': (raw_tiff(bytes([0, 0x0F, 0xFF, 0x80, 0x0F, 0xFF]), 4, 12), [0, 255, 128, 255]),
+    'PGM to 4095': (b'P5 3 1 4095\n' + shorts(0, 2047, 4095), [0, 127, 255]),
+    'PGM to 15': (b'P5 3 1 15\n' + bytes([0, 7, 15]), [0, 119, 255]),
+    'PGM in words': (b'P2 3 1 255\n0 7 15\n', [0, 7, 15]),
+    'a little above 1': (
+        packed(array(RAMP / 65535 * 1.000001, 'float32'), format='TIFF'), [0, 85, 170, 255],
+    ),
+    'a little below 0': (
+        packed(array(RAMP / 65535 - 1e-8, 'float32'), format='TIFF'), [0, 85, 170, 255],
+    ),
+    'ICO by another name': (packed(Image.new('L', (4, 4), 7), format='ICO'), [7] * 4),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize('name', RAW)
+def test_bytes_become_their_levels(name, tmp_path):
+    data, want = RAW[name]
+    path = tmp_path / 'x.png'
+    path.write_bytes(data)
+    (width, height), _ = picture_header(path)
+    assert read_picture(path, (1, height, width))[0, 0].tolist() == want
+
+
+XMP = (
+    b'<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:RDF xmlns:rdf="http://www.w3.org/1999/02/22-'
+    b'rdf-syntax-ns#"><rdf:Description xmlns:tiff="http://ns.adobe.com/tiff/1.0/" '
+    b'tiff:Orientation="6"/></rdf:RDF></x:xmpmeta>'
+)
+
+
+@pytest.mark.parametrize('kind', ['eXIf', 'iTXt'])
+@pytest.mark.parametrize('where', ['before', 'after'])
+def test_notes_before_and_behind_the_pixels(kind, where, tmp_path):
+    notes = Image.Exif()
+    notes[0x0112] = 6
+    data = notes.tobytes()[6:] if kind == 'eXIf' else b'XML:com.adobe.xmp' + bytes(5) + XMP
+    row = bytes([255] * 8 + [0] * 8)
+    path = tmp_path / 'x.png'
+    path.write_bytes(raw_png(row, 8, 0, rows=8, **{where: chunk(kind.encode(), data)}))
+    assert picture_header(path)[0] == (8, 16)
+    x = read_picture(path, (1, 16, 8))[0]
+    assert x[:8].unique().tolist() == [255] and x[8:].unique().tolist() == [0]
+
+
+def spoiled(where, **options):
+    data = bytearray(packed(NOISE, **options))
+    data[where(len(data))] = bytes(len(data[where(len(data))]))
+    return write(bytes(data))
+
+
+def shortened(share, **options):
+    data = packed(NOISE, **options)
+    return write(data[: int(share * len(data))])
+
+
+def half(n):
+    return slice(n // 2, n)
+
+
+def wrong_sum(path):
+    data = bytearray(raw_png(bytes([0, 85, 170, 255]), 8, 0))
+    data[data.index(b'IEND') - 6] ^= 1  # of the sum behind the pixels
+    path.write_bytes(data)
+
+
 def cut(path):
     Image.effect_noise((64, 64), 50).save(path)
     path.write_bytes(path.read_bytes()[:200])
@@ -146,13 +263,38 @@ def write(data):
 BAD = {
     'cut': (cut, 'truncated'),
     'empty': (write(b''), 'identify'),
-    'text': (write(b'<html>not found</html>'), 'identify'),
+    'text': (write(b'<html>not found</html>'), 'it is a web page'),
+    'words': (write(b'not found'), 'identify'),
     'a bomb': (lambda path: png(path, 60_000, 60_000), 'shrink'),
     'large': (lambda path: png(path, 10_000, 10_000), 'shrink'),
     'no pixels behind the header': (lambda path: png(path, 9, 9), ''),
     'floats below 0': (lambda path: array(-RAMP, 'f').save(path, 'TIFF'), 'floats reach'),
     'floats above 255': (lambda path: array(RAMP, 'f').save(path, 'TIFF'), 'floats reach'),
     'floats, NaN': (lambda path: array(RAMP * np.nan, 'f').save(path, 'TIFF'), 'nan'),
+    'JPEG 2000, cut': (shortened(0.97, format='JPEG2000'), 'broken'),
+    'JPEG, cut': (shortened(0.5, format='JPEG'), 'truncated'),
+    'progressive JPEG, cut': (shortened(0.5, format='JPEG', progressive=True), 'truncated'),
+    'WebP, cut': (shortened(0.9, format='WEBP'), ''),
+    'JPEG, blank in its second half': (spoiled(half, format='JPEG'), 'its end is blank'),
+    'PNG, blank in its second half': (spoiled(half, format='PNG'), ''),
+    'PNG, a wrong sum': (wrong_sum, 'broken PNG'),
+    'PGM, cut': (write(b'P5 3 1 255\n7'), 'truncated'),
+    'SVG': (write(b'<?xml version="1.0"?><svg/>'), 'it is SVG'),
+    'HEIC': (write(b'\0\0\0\x18ftypheic' + bytes(99)), 'it is HEIC; save it as PNG'),
+    'PDF': (write(b'%PDF-1.7\n'), 'it is PDF'),
+    'a pointer of Git LFS': (
+        write(b'version https://git-lfs.github.com/spec/v1\n'),
+        'git lfs pull',
+    ),
+    'floats to 1.5': (
+        lambda path: array(RAMP / 43690, 'f').save(path, 'TIFF'),
+        'reach from 0 to 1.5',
+    ),
+    'floats to infinity': (
+        lambda path: array(np.array([[0, np.inf]]), 'f').save(path, 'TIFF'),
+        'inf',
+    ),
+    '8 bits with a sign': (write(raw_tiff(b'\xfb\0', 2, 8, sign=2)), 'with a sign'),
     '32 bits': (lambda path: array(RAMP, 'int32').save(path, 'TIFF'), '32-bit'),
     'CIELAB': (lambda path: Image.new('LAB', (2, 2)).save(path, 'TIFF'), 'CIELAB'),
 }
@@ -183,7 +325,8 @@ def kinds(root, each=6, names=('cat', 'dog')):
 
 def hide(root):
     for stray in ('.thumbnails/a.png', '.ipynb_checkpoints/b.png', '__MACOSX/cat/._c.png',
-                  '@eaDir/d.png', 'cat/._0.png', '._x.png', 'Thumbs.db', '.DS_Store'):  # fmt: skip
+                  '@eaDir/d.png', 'cat/._0.png', '._x.png', '~$x.png', 'cat/desktop.ini', 'x.part',
+                  'Thumbs.db', '.DS_Store'):  # fmt: skip
         path = root / stray
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(b'\0\5\x16\7no picture')
@@ -218,6 +361,48 @@ def test_labels_and_splits_ignore_what_is_strayed(name, tmp_path):
         new = load(f'folder:{tmp_path}', split=split)
         assert torch.equal(new.x, old.x) and torch.equal(new.y, old.y)
     assert torch.equal(want['train'].x[:, 0, 0, 0], 10 * want['train'].y.byte() + 5)
+
+
+@pytest.mark.parametrize('name', ['x\ny.png', b'\xff\xfe.png', 'x .png\r'])
+def test_a_name_of_odd_characters_is_said_in_one_line(name, tmp_path):
+    path = os.path.join(
+        os.fsencode(tmp_path), name if type(name) is bytes else name.encode()
+    )
+    Path(os.fsdecode(path.removesuffix(b'\r'))).write_bytes(b'')
+    with pytest.raises(ValueError, match='it is empty') as error:
+        image_files(tmp_path) and [
+            read_picture(p, (1, 2, 2)) for p in image_files(tmp_path)
+        ]
+    assert str(error.value).isprintable()
+    with pytest.raises(FileNotFoundError) as error:
+        require(f'folder:{tmp_path}\n')
+    assert str(error.value).isprintable()
+
+
+MIXED = {
+    ('cat/train', 'cat/test', 'dog/train', 'dog/test'): 'splits within its classes',
+    ('all/cat/Train', 'all/cat/val', 'all/dog/Train'): 'splits within its classes',
+    ('train', 'Train', 'test'): 'holds Train and train',
+    ('train', 'test', 'TEST'): 'holds TEST and test',
+    ('train/cat', 'train/dog', 'test/Cat'): 'lacks',
+    ('train/cat', 'train/dog', 'test'): 'lie in none',
+    ('test',): 'no train',
+}
+
+
+@pytest.mark.parametrize('names', MIXED, ids=', '.join)
+def test_splits_that_would_be_mixed(names, tmp_path):
+    kinds(tmp_path, names=names)
+    with pytest.raises(ValueError, match=MIXED[names]):
+        require(f'folder:{tmp_path}')
+
+
+@pytest.mark.parametrize('ending', ['heic', 'HEIF', 'svg', 'psd', 'dng', 'ico', 'jxl'])
+def test_pictures_that_are_not_read_are_said(ending, tmp_path):
+    kinds(tmp_path)
+    (tmp_path / 'cat' / f'9.{ending}').write_bytes(b'x')
+    with pytest.warns(UserWarning, match=f'9.{ending}: save them as PNG'):
+        assert require(f'folder:{tmp_path}').n == (11, 1)
 
 
 def test_what_is_left_out_is_said(tmp_path):

@@ -171,7 +171,11 @@ WHOLE = [  # text, what a whole number is read as; None: refused
     ('+5', 5), ('"7"', 7), ("'1e3'", 1000), ('010', None), ('0o10', None), ('0x10', None),
     ('0b1', None), ('1:30', None), ('1.5', None), ('1e-3', None), ('true', None),
     ('yes', None), ('.inf', None), ('.nan', None), ('nan', None), ('1e400', None),
-    ('9999999999', None), ('9' * 5_000, None), ("'1,5'", None), ('[5]', None), ('5 steps', None),
+    ('9999999999', None), ('9' * 5_000, None), ("'1,5'", None), ('[5]', None),
+    ('5 steps', None),
+    ('１０', None), ('٣', None), ('½', None), ('−5', None), ('1 000', None), ('"5 "', None),
+    ('1k', None), ('2^10', None), ('None', None), ('=5', None), ('&a 5', 5),
+    ('5 # few\n', 5), ('!!str 5', 5), ('0_1', None), ('00', None),
     ('-0', 0), ('1__0', None), ('1e', None), ('!!int 5', 5), ('five', None),
 ]  # fmt: skip
 NUMBER = [
@@ -179,21 +183,26 @@ NUMBER = [
     ('1_0.5', 10.5), ('010', None), ('00.5', None), ('.inf', None), ('-.inf', None),
     ('.NaN', None), ('inf', None), ('1/25', None), ('50%', None), ('1e400', None),
     ('no', None), ('1:30', None), ('2024-01-01', None), ('0.1 0.2', None),
+    ('1e−4', None), ('–1', None), ('"0,1"', None), ('10^-4', None), ('1d-4', None),
+    ('0x1p-3', None), ('1e-400', None), ('{a: 1}', None), ('[1]', None), ('+.5', 0.5),
 ]  # fmt: skip
 SWITCH = [
     ('yes', True), ('Yes', True), ('on', True), ('true', True), ('TRUE', True),
     ('no', False), ('off', False), ('False', False), ('"true"', True),
-    ('1', None), ('0', None), ('y', None), ('maybe', None), ('[true]', None),
+    ('1', None), ('0', None), ('y', None), ('oui', None), ('“true”', None), ('1.0', None),
+    ('maybe', None), ('[true]', None),
 ]  # fmt: skip
 WORD = [
     ('no', 'no'), ('"no"', 'no'), ('bf16', 'bf16'), ('No', None), ('false', None),
     ('off', None), ('fp16', None), ('16', None), ('null', None), ('[no]', None),
+    ('“no”', None), ('BF16', None), ('"bf16 "', None),
 ]  # fmt: skip
 LISTS = [
     ('[1, 2]', (1, 2)), ('[1e1, 2.0]', (10, 2)), ('"[1, 2]"', (1, 2)), ('[1]', (1,)),
     ('[]', None), ('2', None), ('[1, a]', None), ('[0]', None), ('[[1]]', None),
     ('[1, .nan]', None), ('[1, 010]', None), ('[-1]', None), ('{a: 1}', None), ('1 2', None),
-    ('[1, true]', None), ('[1,]', (1,)), ('[1, ~]', None),
+    ('{1, 2}', None), ('"1,2"', None), ('[1 2]', None), ('[1, true]', None),
+    ('[1,]', (1,)), ('[1, ~]', None),
 ]  # fmt: skip
 NAMES = [('no', 'no'), ('5', '5'), ('1e3', '1e3'), ("''", ''), ('~', None), ('[a]', None)]
 CASES = [
@@ -227,6 +236,16 @@ def test_yaml(field, text, value):
         ('n_iters', None, 'got nothing'),
         ('predicts', 'x1', 'one of y, x0, eps'),
         ('mult', [1, 'a'], "got (1, 'a')"),
+        ('lr', '1e−4', 'minus'),
+        ('lr', '–1', 'minus'),
+        ('lr', '0,1', 'decimal point'),
+        ('n_iters', '1,000', 'decimal point'),
+        ('lr', '10^-4', '1e-4'),
+        ('n_iters', '2**10', '1e-4'),
+        ('n_iters', '１０', 'digits 0 to 9'),
+        ('n_iters', '½', 'digits 0 to 9'),
+        ('precision', '“no”', 'straight quotes'),
+        ('precision', '«no»', 'straight quotes'),
     ],
 )
 def test_the_error_says_what_to_do(field, value, says):
@@ -242,6 +261,14 @@ MAPPINGS = [
     ('{n_iters: *a}', 'cannot be read'), ('&a [*a]', 'lists within lists'),
     ('{n_iters: &a [*a]}', 'lists within lists'), ('[' * 5_000, 'cannot be read'),
     ('{a: 1}\n---\n{b: 2}', 'cannot be read'), ('{n_iters: \x00}', 'cannot be read'),
+    ('{lr: 0,1}', 'with colons'), ('{n_iters: 1,000}', 'with colons'),
+    ('{mult: 1, 2}', 'lists as [1, 2]'), ('{n_iters=5}', 'with colons'),
+    ('{n_iters 5}', 'with colons'), ('{n_iters：5}', 'with colons'),
+    ('{N_ITERS: 5}', "mean 'n_iters'"), ('{“n_iters”: 5}', "mean 'n_iters'"),
+    ('{<<: {n_iters: 5}}', 'unknown field'), ('{n_iters:\t5}', 'cannot be read'),
+    ('n_iters: 5, lr: 1', 'cannot be read'), ('{{n_iters: 5}}', 'no name'),
+    ('null', 'mapping'), ('"n_iters: 5"', 'mapping'), ('- n_iters: 5', 'mapping'),
+    ('{n_iters: 5; lr: 1}', 'cannot be read'), ('{"": 5}', 'unknown field'),
     ('{n_iters:5}', 'unknown field'), ('{1: 2}', 'unknown field'), ('5', 'mapping'),
     ('!!python/object/apply:os.system [exit]', 'mapping'),
 ]  # fmt: skip
@@ -342,6 +369,12 @@ REFUSED = [
     (('run', 'cdrl', '-p', 'out', '/dev/null/x'), '/dev/null'),
     (('run', 'cdrl', '-p', 'over', '{lr: -1}'), 'lr must be'),
     (('run', 'cdrl', '-p', 'preset', 'nope'), 'unknown preset'),
+    (('train', 'CDRL', *CHECKERBOARD), "mean 'cdrl'"),
+    (('train', 'cdrl', '-p', 'preset', 'Digits'), "mean 'digits'"),
+    (('train', 'cdrl', '-p', 'preset', 'digits '), "mean 'digits'"),
+    (('train', 'cdrl', '-p', 'lr', '1'), '-p over'),
+    ((*SAMPLE, '--labels', '1'), 'no --labels'),
+    ((*SAMPLE, '-n', '1' + '0' * 12), 'no count is above'),
 ]  # fmt: skip
 
 
@@ -354,11 +387,81 @@ def test_a_command_refuses(args, words, tmp_path, monkeypatch):
     assert lines[0].startswith('ebmbook: ') and not list(tmp_path.iterdir())
 
 
+DEVICES = ['CPU', 'gpu', 'GPU', '0', 'auto', 'meta', 'xpu', 'hpu', 'xla', 'cpu:1', 'cuda:',
+           'cuda:-1', ' cpu', 'cpu\n', 'privateuseone', 'mkldnn']  # fmt: skip
+
+
+@pytest.mark.parametrize('name', DEVICES)
+@pytest.mark.parametrize('given', ['--device', 'EBMBOOK_DEVICE'])
+def test_a_device_that_is_none(name, given, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    by_name = given == 'EBMBOOK_DEVICE'
+    if by_name:
+        monkeypatch.setenv(given, name)
+    options = [] if by_name else ['--device', name]
+    found = CliRunner().invoke(cli.app, [*SAMPLE, '-n', '2', *options])
+    assert found.exit_code == 2 and 'take cpu, cuda, cuda:1 or mps' in found.stderr
+    assert len(found.stderr.splitlines()) == 1 and (given in found.stderr) == by_name
+    assert not list(tmp_path.iterdir())
+
+
+OWN = {  # a file of EBMBOOK_SYSTEMS: its name and contents, and what is said of it
+    'text': ('own.txt', 'x', 'no Python file'),
+    'broken': ('own.py', 'def (', 'SyntaxError'),
+    'zeros': ('own.py', 'x = 1\0', 'null bytes'),
+    'raises': ('own.py', '1 / 0', 'ZeroDivisionError'),
+    'imports': ('own.py', 'import no_such_module_here', 'no_such_module_here'),
+    'leaves': ('own.py', 'raise SystemExit(0)', 'SystemExit'),
+    'empty': ('own.py', '', 'has no System'),
+}
+
+
+@pytest.mark.parametrize('what', OWN)
+def test_a_file_of_systems_that_is_none(what, tmp_path, monkeypatch):
+    name, text, says = OWN[what]
+    (tmp_path / name).write_text(text)
+    monkeypatch.setenv('EBMBOOK_SYSTEMS', str(tmp_path / name))
+    found = CliRunner().invoke(cli.app, ['presets'])
+    assert found.exit_code == 2 and says in found.stderr and name in found.stderr
+    assert len(found.stderr.splitlines()) == 1
+
+
+HOMES = [  # commands with a path whose ~ no shell has replaced
+    (*SAMPLE, '-n', '2', '--out', '{}/x.npy'), ('sample', 'cdrl', '--weights', '{}/w'),
+    (*TRAIN, '-p', 'out={}/w', '-p', 'over', '{{n_iters: 1, batch: 4, pretrain: 0}}'),
+    ('claims', '--file', '{}/c.yaml'), ('claims', '--ledger', '{}/l.jsonl'),
+    ('datasets', '--root', '{}/d'),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize('args', HOMES, ids=lambda args: ' '.join(args)[-30:])
+def test_a_path_of_a_home(args, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    found = CliRunner().invoke(cli.app, [arg.format('~no_such_user_here') for arg in args])
+    assert found.exit_code == 2 and 'no home here' in found.stderr, found.output
+    assert not list(tmp_path.iterdir())
+    monkeypatch.setenv('HOME', str(tmp_path / 'home'))
+    (tmp_path / 'home').mkdir()
+    found = CliRunner().invoke(cli.app, [arg.format('~') for arg in args])
+    assert found.exit_code in (0, 2) and str(tmp_path / 'home') in found.output
+    assert [path.name for path in tmp_path.iterdir()] == ['home']
+
+
+def test_samples_in_capitals(tmp_path):
+    x = torch.zeros(3, 2)
+    assert cli.save_samples(x, str(tmp_path / 'X.NPY')) == tmp_path / 'X.NPY'
+    assert np.load(tmp_path / 'X.NPY').shape == (3, 2)
+    with pytest.raises(OSError, match='--out .*X.NPY/y.npy cannot be written'):
+        cli.save_samples(x, str(tmp_path / 'X.NPY' / 'y.npy'))
+
+
 TYPED = [  # numbers that the command line itself checks
-    (*SAMPLE, '--w', 'nan'), (*SAMPLE, '--w', 'inf'), (*SAMPLE, '--w', 'abc'), (*SAMPLE, '-n', '0'),
+    (*SAMPLE, '--w', 'nan'), (*SAMPLE, '--w', 'inf'), (*SAMPLE, '--w', 'abc'),
+    (*SAMPLE, '-n', '0'),
     (*SAMPLE, '-n', '1e3'), (*SAMPLE, '--seed', '-1'), (*SAMPLE, '--seed', '9' * 30),
     ('cost', 'cdrl', *CHECKERBOARD, '--budget', 'nan'), ('bench', '--minutes', 'nan'),
-    ('bench', '--minutes', 'inf'), ('bench', '--row', 'digits'), (*TRAIN, '--keep-every', '-1'),
+    ('bench', '--minutes', 'inf'), ('bench', '--row', 'digits'),
+    (*TRAIN, '--keep-every', '-1'),
 ]  # fmt: skip
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .examples import Examples, Spec, damaged
+from .examples import Examples, Spec, damaged, shown
 from ebmbook.data.pictures import (
     ENDINGS,
     image_files,
@@ -35,14 +35,20 @@ def _subfolders(path):
     except NotADirectoryError:
         raise FileNotFoundError(f"{path} is a file; name the folder of images") from None
     except FileNotFoundError:
-        raise FileNotFoundError(f"there is no folder {path}") from None
+        raise FileNotFoundError(f"there is no folder {shown(path)}") from None
     except OSError as error:
         raise damaged(path, error.strerror) from None
     return {folder.name: folder for folder in folders if not is_foreign(folder.name)}
 
 
 def _named(folders, names):  # the first of these names that a folder bears, in any case
-    small = {name.lower(): folder for name, folder in sorted(folders.items())}
+    small: dict = {}
+    for name, folder in sorted(folders.items()):
+        if small.setdefault(name.lower(), folder) != folder and name.lower() in names:
+            raise ValueError(
+                f"{folder.parent} holds {small[name.lower()].name} and {name}; name one "
+                "of the two otherwise, or put their images into one"
+            )
     return next((small[name] for name in names if name in small), None)
 
 # %% ../../nbs/data/folders.ipynb #4bc4e87d
@@ -116,11 +122,23 @@ def _held_out(kinds):  # numbers of the files to test on
     several = [i for i, kind in enumerate(kinds) if left[kind] > 1]
     return held or set(several[-1:])
 
+# %% ../../nbs/data/folders.ipynb #f1a90001
+def _check_inner(path, files):  # cat/train, cat/test, dog/train and so on
+    inner: set[str] = set()
+    for file in files:
+        inner |= set(os.path.relpath(file, path).lower().split(os.sep)[1:-1])
+    if inner & set(_TRAIN) and inner & set(_TEST):
+        raise ValueError(
+            f"{path} has its splits within its classes, and they would be mixed: put "
+            "them above, as train/cat and test/cat instead of cat/train and cat/test"
+        )
+
 
 def _split_files(path):  # folders, files and classes of the two splits
     train, test = _split_folders(path)
     folders = dict(train=train or path, test=test or train or path)
     files, kinds = _classed(folders['train'])
+    _check_inner(path, files)
     if test is not None:
         other, other_kinds = _classed(test)
         return folders, dict(train=files, test=other), dict(train=kinds, test=other_kinds)

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .examples import Examples, Lazy, damaged
+from .examples import Examples, Lazy, damaged, shown
 
 # %% ../../nbs/data/pictures.ipynb #c043
 ENDINGS = set(
@@ -48,19 +48,31 @@ def _resized(
     )
 
 # %% ../../nbs/data/pictures.ipynb #2de82e1f
+_ROUNDED = 1e-4  # so far may floats pass a limit: some programs count less exactly
+# tags of TIFF: what its numbers mean
+_BITS, _MEANING, _SIGN = 258, 262, 339
+
+
+def _tag(image, number, default):  # the same for all channels, or a tuple
+    value = getattr(image, 'tag_v2', {}).get(number, default)
+    return value[0] if isinstance(value, tuple) and len(set(value)) == 1 else value
+
+
 def _from_floats(image):  # of one channel -> bytes
     from PIL import Image
 
     values = np.asarray(image)
     low, high = float(values.min()), float(values.max())
-    if not (0 <= low and high <= 255):  # NaN too
+    ones = high <= 1 + _ROUNDED
+    between = not ones and high < 2 and (values % 1).any()  # 1.3: of which of the two?
+    if not (low >= -_ROUNDED and high <= 255 * (1 + _ROUNDED)) or between:  # NaN too
         raise ValueError(
-            f"its floats reach from {low:.3g} to {high:.3g}, which are neither 0..1 nor "
+            f"its floats reach from {low:.7g} to {high:.7g}, which are neither 0..1 nor "
             "0..255; save it with 8 or 16 bits"
         )
-    if high > 1:
+    if not ones:
         return image.convert('L')
-    return Image.fromarray((values * 255).round().astype(np.uint8))
+    return Image.fromarray((values * 255).round().clip(0, 255).astype(np.uint8))
 
 
 def _from_deep(image):  # 16 bits, or 32 that hold 16 -> bytes
@@ -71,12 +83,21 @@ def _from_deep(image):  # 16 bits, or 32 that hold 16 -> bytes
         raise ValueError(
             "it holds 32-bit integers of no known range; save it with 8 or 16 bits"
         )
-    return Image.fromarray(((values + 128) // 257).astype(np.uint8))
+    top = 2 ** _tag(image, _BITS, 16) - 1  # microscopes count to 4095
+    if _tag(image, _MEANING, 1) == 0:  # Pillow turns these at 8 bits only
+        values = top - values
+    levels = ((values * 255 + top // 2) // top).clip(0, 255)
+    clear = image.info.get('transparency')
+    if isinstance(clear, int):
+        levels[np.asarray(image) == clear] = 255
+    return Image.fromarray(levels.astype(np.uint8))
 
-
+# %% ../../nbs/data/pictures.ipynb #f1a90002
 def _flat(image, grey):  # any mode -> L or RGB
     from PIL import Image
 
+    if _tag(image, _SIGN, 1) == 2 and image.mode != 'I':
+        raise ValueError("it holds numbers with a sign; save it with 8 or 16 bits")
     if image.mode == 'F':
         image = _from_floats(image)
     elif image.mode == 'I' or image.mode.startswith('I;16'):
@@ -96,6 +117,7 @@ def _upright(image):  # as the camera was held
         if image.tag_v2.get(0x0112) in (5, 6, 7, 8) and image.tile[0][0] == 'raw':
             raise ValueError("it lies on its side; save it upright, or compressed")
         return image
+    image.load()  # what is damaged says so here, and not below
     try:
         ImageOps.exif_transpose(image, in_place=True)
     except Exception:  # what is wrong with its notes is not wrong with its pixels
@@ -103,18 +125,91 @@ def _upright(image):  # as the camera was held
     return image
 
 # %% ../../nbs/data/pictures.ipynb #143256c9
-def _unreadable(where, error):
-    from PIL import Image
+_STARTS = {  # of files that bear the name of another kind
+    b'<svg': 'SVG; save it as PNG',
+    b'<?xml': 'SVG or other XML; save it as PNG',
+    b'<!doc': 'a web page; fetch the picture itself',
+    b'<html': 'a web page; fetch the picture itself',
+    b'%pdf': 'PDF; save it as PNG',
+    b'pk\3\4': 'a ZIP archive; unpack it',
+    b'version https://git-lfs': 'a pointer of Git LFS; git lfs pull fetches the file',
+}
 
+
+def _kind_of(path):  # what the first bytes of a file say that Pillow does not know
+    try:
+        with open(path, 'rb') as file:
+            start = file.read(64)
+    except (OSError, TypeError):
+        return ''
+    if start[4:8] == b'ftyp':
+        kind = 'HEIC' if start[8:10] == b'he' else 'cut, or a video'
+        return f"{kind}; save it as PNG or JPEG"
+    start = start.lstrip(b'\xef\xbb\xbf\r\n\t ').lower()
+    kinds = [kind for begin, kind in _STARTS.items() if start.startswith(begin)]
+    return kinds[0] if kinds else '' if start else 'empty; replace it by an intact copy'
+
+# %% ../../nbs/data/pictures.ipynb #f1a90003
+def _unreadable(where, error):
+    from PIL import Image, UnidentifiedImageError
+
+    if isinstance(error, UnidentifiedImageError):
+        kind = _kind_of(where)
+        if kind:
+            return ValueError(
+                f"cannot read {shown(where)}: cannot identify it; it is {kind}"
+            )
+        return damaged(where, "cannot identify it as a picture")
     if isinstance(error, (Image.DecompressionBombError, Image.DecompressionBombWarning)):
         return ValueError(
-            f"{where} would unpack to more pixels than are safe ({error}); shrink it first"
+            f"{shown(where)} would unpack to more pixels than are safe ({error}); shrink it first"
         )
     if isinstance(error, PermissionError):
-        return ValueError(f"cannot read {where}: you have no right to; chmod a+r gives it")
+        return ValueError(
+            f"cannot read {shown(where)}: you have no right to; chmod a+r gives it"
+        )
+    if isinstance(error, ValueError) and '; save it ' in str(error):  # from above
+        return ValueError(f"cannot read {shown(where)}: {error}")
     return damaged(where, f'{error}' or type(error).__name__)
 
+# %% ../../nbs/data/pictures.ipynb #f1a90004
+def _check_end(file, path):  # what Pillow overlooks in a file that it has unpacked
+    from PIL import Image
 
+    if file.format == 'PNG':
+        with Image.open(path) as again:
+            again.verify()  # the sums that are written behind each part
+    elif file.format == 'JPEG' and isinstance(path, str | Path):
+        with open(path, 'rb') as raw:
+            raw.seek(-min(64, os.path.getsize(path)), os.SEEK_END)
+            blank = not any(raw.read())
+            raw.seek(0)
+            if blank and not raw.read().rstrip(b'\0').endswith(b'\xff\xd9'):
+                raise OSError("its end is blank")
+
+
+def _late_notes(file):  # whether a PNG has notes behind its pixels, as some editors write
+    file.fp.seek(file.tile[0].offset - 8)
+    while len(head := file.fp.read(8)) == 8 and head[4:] != b'IEND':
+        if head[4:] in (b'eXIf', b'iTXt', b'zTXt', b'tEXt'):
+            return True
+        file.fp.seek(int.from_bytes(head[:4]) + 4, os.SEEK_CUR)
+    return False
+
+# %% ../../nbs/data/pictures.ipynb #f1a90005
+def _lies(file):  # whether a camera says that it was held on its side
+    try:
+        notes = {'exif', 'xmp', 'Raw profile type exif'} & set(file.info)
+        notes = notes or file.format in ('JPEG', 'MPO', 'WEBP')
+        if not notes and file.format == 'PNG':
+            notes = _late_notes(file)
+            if notes:
+                file.load()
+        return notes and file.getexif().get(0x0112) in (5, 6, 7, 8)
+    except Exception:  # wrong notes, as in `_upright`
+        return False
+
+# %% ../../nbs/data/pictures.ipynb #f1a90006
 @contextmanager
 def _opened(path, where):  # the picture, or an error that names the file
     from PIL import Image
@@ -138,6 +233,7 @@ def read_picture(
     channels, height, width = shape
     with _opened(path, where) as file:
         image = _flat(_upright(file), channels == 1)
+        _check_end(file, path)
         if crop and (crop[2] > image.width or crop[3] > image.height):
             raise ValueError(
                 f"it has {image.width} x {image.height} pixels, expected {crop[2]} x "
@@ -155,14 +251,10 @@ def picture_header(
     "What a file says of its picture, without unpacking it. Raises as `read_picture` does."
     with _opened(path, '') as file:
         size, palette = file.size, file.getpalette() if file.mode == 'P' else None
-        notes = file.format in ('JPEG', 'MPO', 'WEBP') or 'exif' in file.info
-        try:
-            lies = notes and file.getexif().get(0x0112) in (5, 6, 7, 8)  # on its side
-        except Exception:  # wrong notes, as in `_upright`
-            lies = False
         grey = file.mode in ('1', 'L', 'LA', 'La', 'I', 'F') or file.mode.startswith('I;16')
         if palette:
             grey = palette[0::3] == palette[1::3] == palette[2::3]
+        lies = _lies(file)
     return (size[::-1] if lies else size), grey
 
 # %% ../../nbs/data/pictures.ipynb #db014828
@@ -199,18 +291,26 @@ def is_foreign(
     name: str,  # Of a file or a folder, without what stands before it
 ) -> bool:  # Whether a file manager, an archive or an editor has left it
     "What lies among pictures and is none of them: all that is hidden, and a few names."
-    return name.startswith('.') or name in (
+    return name.startswith(('.', '~$')) or name in (
         '__MACOSX', '__pycache__', '@eaDir', '#recycle', '$RECYCLE.BIN', 'lost+found',
         'System Volume Information',
     )  # fmt: skip
 
+# %% ../../nbs/data/pictures.ipynb #f1a90007
+_UNREAD = set(
+    """
+.heic .heif .jxl .svg .psd .xcf .ico .icns .dng .cr2 .cr3 .nef .arw .raf .orf .rw2 .exr .hdr
+.pcx .eps .j2k .jpx .jpf .qoi .dds .dcm .nii .fits
+""".split()
+)
 
-def _is_image(name):
-    return os.path.splitext(name)[1].lower() in ENDINGS
+
+def _ending(name):
+    return os.path.splitext(name)[1].lower()
 
 
 def _walk(
-    folder, above, found, lost
+    folder, above, found, lost, other
 ):  # `above`: real paths, so that no link goes in circles
     real = os.path.realpath(folder)
     if real in above:
@@ -225,9 +325,11 @@ def _walk(
         if entry.is_symlink() and not os.path.exists(entry.path):
             lost.append(entry.path)
         elif entry.is_dir():
-            _walk(entry.path, (*above, real), found, lost)
-        elif _is_image(entry.name) and entry.is_file():
+            _walk(entry.path, (*above, real), found, lost, other)
+        elif _ending(entry.name) in ENDINGS and entry.is_file():
             found.append(entry.path)
+        elif _ending(entry.name) in _UNREAD:
+            other.append(entry.path)
 
 
 def image_files(
@@ -236,16 +338,19 @@ def image_files(
     """The image files in a folder and all below it, known by their endings.
 
     Links are followed; what is foreign is passed over. A link that leads nowhere is
-    left out with a warning. Raises `ValueError` for a folder that cannot be read.
+    left out with a warning, and so are pictures of a kind that is not read, such as HEIC.
+    Raises `ValueError` for a folder that cannot be read.
     """
     found: list[str] = []
     lost: list[str] = []
+    other: list[str] = []
     if os.path.isdir(path):
-        _walk(os.fspath(path), (), found, lost)
-    if lost:
-        warnings.warn(
-            f"{len(lost)} of the links in {path} lead nowhere and are left out, "
-            f"such as {min(lost)}",
-            stacklevel=2,
-        )
+        _walk(os.fspath(path), (), found, lost, other)
+    for left, why in (
+        (lost, "of the links in {} lead nowhere and are left out, such as {}"),
+        (other, "files in {} are left out, such as {}: save them as PNG or JPEG"),
+    ):
+        if left:
+            where = shown(path), shown(min(left))
+            warnings.warn(f"{len(left)} {why.format(*where)}", stacklevel=2)
     return sorted(found)

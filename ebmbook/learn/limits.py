@@ -139,6 +139,21 @@ def describe(
     return _WORDS.get(kind) or getattr(kind, '__name__', str(kind))
 
 
+def _typing_cure(text):
+    "What a text has from a word processor, another language or another program, or ''."
+    if re.search('[\u2018\u2019\u201a-\u201f\u00ab\u00bb]', text):
+        return "; write straight quotes, or none"
+    if re.search('[\u2010-\u2015\u2212]', text):
+        return "; write the minus as on the keyboard, -"
+    if re.fullmatch(r'[-+]?\d+,\d+', text):
+        return "; write a decimal point, and no sign between thousands"
+    if re.fullmatch(r'[-+]?\d+(\.\d+)?\s*(\^|\*\*)\s*[-+]?\d+', text):
+        return "; write powers of ten as 1e-4"
+    if not text.isascii() and text.strip().isnumeric():
+        return "; write digits 0 to 9"
+    return ''
+
+# %% ../../nbs/learn/limits.ipynb #f1a90008
 def _cure(value):
     "What may have gone wrong, or ''."
     if isinstance(value, bool):
@@ -149,7 +164,7 @@ def _cure(value):
         return "; write a decimal number without leading zeros"
     if isinstance(value, int) and abs(value) > LARGEST:
         return f"; no count is above {LARGEST}"
-    return ''
+    return _typing_cure(value) if isinstance(value, str) else ''
 
 
 def _missed(kind, value):

@@ -29,6 +29,8 @@ def _nearest(name, known):
     "The known name that was probably meant, or ''."
     # temp for temperature, which resembles generator more
     begun = [word for word in known if len(word) > 2 and name.startswith(word)]
+    alike = [word for word in known if word.lower() == name.strip().lower()]
+    begun = alike or begun
     near = begun or difflib.get_close_matches(name, list(known), 3, 0.5)
     # of equally near ones the one that begins alike: n_step means n_steps, not on_step
     return max(near, key=lambda word: _likeness(name, word), default='')
@@ -94,6 +96,9 @@ def strict(
     return checked
 
 # %% ../../nbs/learn/settings.ipynb #c342e362
+_FORM = "; write fields as {n_iters: 10, lr: 0.5}, with colons and blanks, lists as [1, 2]"
+
+
 def read_over(
     config: Any,  # A Config instance: its fields say which names and types are allowed
     over: dict | str | None,  # Fields to replace, as dictionary or as YAML, "{n_iters: 10}"
@@ -111,7 +116,8 @@ def read_over(
     known = [field.name for field in fields(config)]
     for name in over:
         if name not in known:
-            raise unknown('field', name, known)
+            error = unknown('field', name, known)
+            raise KeyError(f"{error.args[0]}{_FORM}") if over[name] is None else error
     return read_values(kinds(type(config)), over)
 
 # %% ../../nbs/learn/settings.ipynb #c007

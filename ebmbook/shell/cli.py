@@ -64,6 +64,11 @@ def _finite(value: float) -> float:
     return value
 
 
+def _home(path):
+    "A path as typed, whose ~ no shell has replaced; nothing is None."
+    return Path(path).expanduser() if path else None
+
+
 def _typed_options(ctx, *names):
     "Those options that were typed."
     return [name for name in names if ctx.get_parameter_source(name).name == 'COMMANDLINE']
@@ -213,7 +218,7 @@ def run(
     given = parameters(p, list(defaults))
     values = typed(given, defaults)
     _check_chapter(system, defaults | values)
-    target = notebook_out(path, given, out)
+    target = notebook_out(path, given, str(_home(out) or ''))
     wrong = execute(path, target, values)
     if wrong:
         message = f'ebmbook: the notebook failed.\n{wrong}\nThe traceback is in {target}'
@@ -282,6 +287,7 @@ def train(
     _given_once(ctx, pairs)
     given = defaults | typed(pairs, defaults)
     known = load_system(system)
+    given['out'] = str(_home(given['out']) or '')
     preset, cfg = select(known, given['dataset'], given['preset'], given['over'])
     _check_length(known, cfg)
     from ebmbook.data.catalogue import require
@@ -310,7 +316,7 @@ def samples_path(
     "Where samples go. Raises `ValueError` or `OSError` for a file that cannot be written."
     from PIL import Image
 
-    path = Path(out or ('samples.png' if image else 'samples.npy'))
+    path = Path(out or ('samples.png' if image else 'samples.npy')).expanduser()
     endings = {'.npy', *(Image.registered_extensions() if image else _FIGURES)}
     if path.suffix.lower() not in endings:
         raise ValueError(
@@ -318,7 +324,11 @@ def samples_path(
         )
     if path.is_dir():
         raise IsADirectoryError(f"--out {path} is a folder; name a file in it")
-    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.exists()
+    except OSError as error:
+        raise type(error)(f"--out {path} cannot be written: {error.strerror}") from None
     if not os.access(path if path.exists() else path.parent, os.W_OK):
         raise PermissionError(f"--out {path} cannot be written: permission denied")
     return path
@@ -348,8 +358,9 @@ def save_samples(
             f"{lost} of {len(x)} samples are not finite, and {path} is not written: "
             "the chains ran away, or the weights are damaged"
         )
-    if path.suffix == '.npy':
-        np.save(path, x.numpy())
+    if path.suffix.lower() == '.npy':
+        with path.open('wb') as file:  # by its name NumPy would add an ending to .NPY
+            np.save(file, x.numpy())
     elif image:
         save_images(x, path)
     else:
@@ -438,7 +449,7 @@ def _chosen_claims(file, only):
     "Claims of a file, or those that are named."
     from ebmbook.shell.claims import read_claims
 
-    claims = read_claims(file or None)
+    claims = read_claims(_home(file))
     known = [claim.id for claim in claims]
     for name in only or []:
         if name not in known:
@@ -497,13 +508,13 @@ def claims(
     from ebmbook.shell.claims import read_ledger, verdicts
 
     chosen = _chosen_claims(file, only)
-    path, failed = Path(ledger_file) if ledger_file else ledger_path(), []
+    path, failed = _home(ledger_file) or ledger_path(), []
     lines = read_ledger(path, new=run or not ledger_file)
     if run:
         from ebmbook.shell import judging
 
         numbers = _read_seeds(seeds)
-        folder = Path(out) if out else root() / 'runs' / 'claims'
+        folder = _home(out) or root() / 'runs' / 'claims'
         failed = judging.run_claims(chosen, numbers, path, folder, device, fresh)
         lines = read_ledger(path, new=True)
     results = verdicts(chosen, lines)

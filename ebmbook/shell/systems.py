@@ -9,6 +9,7 @@ import ast
 import importlib
 import json
 import os
+import re
 import sys
 from functools import cache
 from importlib import metadata, util
@@ -55,25 +56,34 @@ def _in_file(path):
 
     if not Path(path).is_file():
         raise FileNotFoundError(f"EBMBOOK_SYSTEMS names {path}, and there is no such file")
+    if Path(path).suffix != '.py':
+        raise ValueError(f"EBMBOOK_SYSTEMS names {path}, which is no Python file (.py)")
     name = f'ebmbook_systems_{Path(path).stem}'
     spec: Any = util.spec_from_file_location(name, path)
     module = util.module_from_spec(spec)
     sys.modules[name] = module  # dataclasses and pickles look there
-    spec.loader.exec_module(module)
+    try:
+        spec.loader.exec_module(module)
+    except (Exception, SystemExit) as error:
+        del sys.modules[name]
+        raise ImportError(
+            f"{path}, which EBMBOOK_SYSTEMS names, cannot be imported: "
+            f"{type(error).__name__}: {error}"
+        ) from error
     found = [value for value in vars(module).values() if isinstance(value, System)]
     found = [system for system in found if not _is_ours(system)]
     if not found:
         raise ValueError(f"{path} has no System (see CONTRIBUTING: how to add a system)")
     return {system.name: system for system in found}
 
-
+# %% ../../nbs/shell/systems.ipynb #f1a90009
 def _further():
     "Systems that are not the book's: name -> a function that returns it."
     found = {}
     for entry in metadata.entry_points(group='ebmbook.systems'):
         found[entry.name] = entry.load
     for path in os.environ.get('EBMBOOK_SYSTEMS', '').split(os.pathsep):
-        own = _in_file(path) if path else {}
+        own = _in_file(os.path.expanduser(path)) if path else {}
         found |= {name: (lambda system=system: system) for name, system in own.items()}
     for name in found:
         if name in SYSTEMS:
@@ -129,13 +139,17 @@ def check_device(
 
     from ebmbook.learn.runs import pick_device
 
+    from_shell = not name and os.environ.get('EBMBOOK_DEVICE')
     name = name or pick_device()
+    what = f"no device {name!r}{' (from EBMBOOK_DEVICE)' if from_shell else ''}"
+    if not re.fullmatch(r'cpu(:0)?|mps(:0)?|cuda(:[0-9]{1,3})?', name):
+        raise ValueError(f"{what}: take cpu, cuda, cuda:1 or mps")
     try:
         torch.empty(0, device=name)
     except (RuntimeError, AssertionError) as error:
-        first = str(error).splitlines()[0]
-        raise ValueError(f"no device {name!r} on this machine ({first})") from error
-    return name
+        first = str(error).splitlines()[0].split('. ')[0]
+        raise ValueError(f"{what} on this machine: {first[:150]}; take cpu") from error
+    return 'cpu' if name == 'cpu:0' else name
 
 # %% ../../nbs/shell/systems.ipynb #c031
 def _book_folder(system, preset):
@@ -198,7 +212,8 @@ def load_nets(
             "which weights? Give --weights FOLDER of a run, "
             "or -p preset NAME for the book's"
         )
-    folder = _weights_folder(Path(weights) if weights else _book_folder(system, preset))
+    own = Path(weights).expanduser() if weights else None
+    folder = _weights_folder(own or _book_folder(system, preset))
     from ebmbook.learn.weights import load_weights
 
     try:

@@ -50,7 +50,12 @@ def parameters(
     for pair in pairs or []:
         key, equals, value = pair.partition('=')
         if key not in known:
-            raise unknown('parameter', key, known)
+            error = unknown('parameter', key, known)
+            if 'over' in known and 'did you mean' not in error.args[0]:
+                error = KeyError(
+                    f"{error.args[0]}; settings go into -p over '{{lr: 1e-4}}'"
+                )
+            raise error
         if not equals:
             raise ValueError(f"-p {key} needs a value: -p {key} VALUE")
         if key in out:
@@ -101,6 +106,8 @@ def explain(
         first = text.splitlines()[0] if text else type(error).__name__
         cure = "A larger micro, e.g. -p over '{micro: 4}', or a smaller batch needs less."
         return 2, f"not enough memory: {first}\n{cure}"
+    if 'RuntimeError' in kinds and 'determine home directory' in text:
+        return 2, "a path that begins with ~ names a user who has no home here"
     if isinstance(error, KeyError):
         return 2, str(error.args[0]) if error.args else 'unknown key'
     if 'WrongOption' in kinds:
