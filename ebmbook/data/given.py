@@ -61,9 +61,7 @@ def _shape_of(x, shape, what):
 
 
 def _numbers_of(x, nets, what):
-    like = next(nets.parameters(), None)
-    if like is None:
-        return
+    like = next(nets.parameters(), x)
     if x.dtype != like.dtype:
         cure = f"{what}.to({like.dtype})"
         if x.dtype == torch.uint8 and x.ndim > 2:
