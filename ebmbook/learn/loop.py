@@ -541,9 +541,10 @@ def _check_batches(stages, cfg, processes):
                 f"batch={batch} does not divide into {processes} processes "
                 f"x micro={cfg.micro}"
             )
-        if stage.n_iters(cfg) and share < stage.least(cfg):
+        together = share * processes  # they share what looks at a batch as a whole
+        if stage.n_iters(cfg) and together < stage.least(cfg):
             raise ValueError(
-                f"batch={batch} leaves {share} for each of {parts} parts, "
+                f"batch={batch} leaves {together} for each of {cfg.micro} parts, "
                 f"but stage {stage.name!r} compares {stage.least(cfg)} or more"
             )
 
