@@ -5,11 +5,12 @@
 # %% auto #0
 __all__ = ['State', 'count', 'amount', 'positive', 'share', 'source', 'blocks_of', 'like_state', 'per_block', 'recording',
            'ordinary', 'energies_of', 'begin', 'gradients_of', 'watching', 'tell_chain', 'tell_recall', 'in_double',
-           'finite_start', 'finite_energies', 'stuck', 'moved', 'any_accepted', 'row', 'mean_weight', 'log_mean_exp',
-           'tell_lost', 'tell_idle', 'finite_weights', 'history', 'in_chunks']
+           'infinite_rows', 'finite_start', 'finite_energies', 'stuck', 'moved', 'any_accepted', 'row', 'mean_weight',
+           'log_mean_exp', 'tell_lost', 'tell_idle', 'finite_weights', 'history', 'in_chunks']
 
 # %% ../nbs/checks.ipynb #3618c44b
 import math
+import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -333,6 +334,13 @@ def in_double(
     return (values.cpu() if values.device.type in _NO_DOUBLE else values).double()
 
 
+def infinite_rows(
+    x: Tensor,  # (B, ...)
+) -> Tensor:  # (B,) bool
+    "Which of the rows hold NaN or infinite values."
+    return (~x.isfinite())[:, None].flatten(1).any(1)
+
+
 def finite_start(
     blocks: tuple[Tensor, ...],  # (B, ...) each
     what: str = 'x',  # Its name in messages
@@ -340,14 +348,14 @@ def finite_start(
 ) -> tuple[Tensor, ...]:  # The blocks
     """Refuse chains that start at NaN or infinity, unless a loop listens.
 
-    Raises `ValueError`.
+    On a GPU they are not looked at. Raises `ValueError`.
     """
     if _LISTENERS.get() is not _NOBODY:
         return blocks
     for block in blocks:
         if block.device.type != 'cpu' or block.isfinite().all():
             continue
-        bad = (~block.isfinite()).reshape(len(block), -1).any(1).sum().item()
+        bad = infinite_rows(block).sum().item()
         if bad <= lost * len(block):
             continue
         raise ValueError(
@@ -362,7 +370,7 @@ def finite_energies(
 ) -> None:
     """Refuse a start without an energy, unless a loop listens; an infinite one may be meant.
 
-    Raises `ValueError`.
+    On a GPU it is not looked at. Raises `ValueError`.
     """
     if _LISTENERS.get() is not _NOBODY or energies.device.type != 'cpu':
         return
@@ -472,14 +480,21 @@ def log_mean_exp(
     return mean_weight(row(log_w, 'log_w')).item()
 
 # %% ../nbs/checks.ipynb #789df388
+def _outward():  # stacklevel, in the caller, of the first line outside this package
+    frame, level = sys._getframe(1), 1
+    while frame.f_back and frame.f_globals.get('__name__', '').startswith('ebmbook.'):
+        frame, level = frame.f_back, level + 1
+    return level
+
+
 def tell_lost(
     start: State,  # (B, ...) or tuple of (B, ...)
     end: State,  # The same after a run
 ) -> None:
     "Warn of chains that began at finite numbers and left them, unless a loop listens."
-    blocks = end if isinstance(end, tuple) else (end,)
-    if _LISTENERS.get() is not _NOBODY or blocks[0].device.type != 'cpu':
+    if _LISTENERS.get() is not _NOBODY:
         return
+    blocks = end if isinstance(end, tuple) else (end,)
     if all(block.isfinite().all() for block in blocks):
         return
     lost = _infinite(blocks) & ~_infinite(start if isinstance(start, tuple) else (start,))
@@ -487,13 +502,12 @@ def tell_lost(
         warnings.warn(
             f"{int(lost.sum())} of {len(lost)} chains ended at NaN or infinity: the step is "
             "too large, or the energy has no bound below",
-            stacklevel=3,
+            stacklevel=_outward(),
         )
 
 
 def _infinite(blocks):  # (B,) bool
-    flat = [(~block.isfinite())[:, None].flatten(1).any(1) for block in blocks]
-    return torch.stack(flat).any(0)
+    return torch.stack([infinite_rows(block) for block in blocks]).any(0)
 
 
 _MANY = 10  # proposals, all of which are refused by chance in no run that works
@@ -505,16 +519,16 @@ def tell_idle(
     sizes: tuple,  # Step of each block
 ) -> None:
     "Warn if no chain can have moved, unless a loop listens."
-    if _LISTENERS.get() is not _NOBODY or accepted.device.type != 'cpu':
+    if _LISTENERS.get() is not _NOBODY:
         return
     at_rest = all(not torch.as_tensor(size).any() for size in sizes)
     if n_steps and at_rest and accepted.numel():
-        warnings.warn("the step is 0, and no chain moves", stacklevel=3)
+        warnings.warn("the step is 0, and no chain moves", stacklevel=_outward())
     elif n_steps >= _MANY and accepted.numel() and not accepted.any():
         warnings.warn(
             f"none of {n_steps} proposals was accepted, and no chain has moved: the step is "
             "too large, or the energy is not finite near x",
-            stacklevel=3,
+            stacklevel=_outward(),
         )
 
 # %% ../nbs/checks.ipynb #bf7b7b89

@@ -23,15 +23,8 @@ from torch.nn.utils import parametrize
 
 from . import checks
 from .checks import State, begin, blocks_of, energies_of, gradients_of, like_state
-from ebmbook.checks import (
-    in_chunks,
-    in_double,
-    log_mean_exp,
-    ordinary,
-    per_block,
-    recording,
-)
-from .checks import tell_chain, tell_recall
+from .checks import in_chunks, in_double, log_mean_exp, ordinary, per_block
+from .checks import recording, tell_chain, tell_recall
 
 _all_ = ['State', 'in_chunks', 'log_mean_exp']
 
@@ -194,7 +187,8 @@ def langevin_step(
     For loops of one's own; `langevin` is a loop over it, with the same numbers to the bit.
     Raises `TypeError` and `ValueError` as `langevin` does. Source: book chapter 1.
     """
-    if not isinstance(rates, _Ready):
+    alone = not isinstance(rates, _Ready)  # no loop over updates has looked at them
+    if alone:
         x, rates = _ready(x, rates, clip, differentiable)
     blocks = (x,) if isinstance(x, Tensor) else x
     energies, grads = gradients_of(energy, blocks, differentiable)
@@ -212,6 +206,8 @@ def langevin_step(
                 change = change.clamp(-clip, clip)
             block = block + change.to(block.dtype)
             moved.append(block if constrain is None else constrain(block))
+    if alone:
+        checks.moved(energy, x, tuple(moved), *rates)
     return like_state(x, tuple(moved))
 
 # %% ../nbs/01_mcmc.ipynb #c019

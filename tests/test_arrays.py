@@ -21,6 +21,7 @@ from ebmbook.mcmc import (
     hmc,
     in_chunks,
     langevin,
+    langevin_step,
     leapfrog,
     log_mean_exp,
     mala,
@@ -54,6 +55,7 @@ IMAGES = {
     'with a gradient': (FLOATS.clone().requires_grad_(), ''),
     'reversed, numpy': (FLOATS.numpy()[::-1], ''),
     'in [0, 1]': (BYTES / 255, '2 [*] x - 1'),
+    'bright': (BYTES / 255 * 0.92, '2 [*] x - 1'),
     'floats to 255': (BYTES.float(), '127.5'),
     'int16, scaled': (BYTES.short() * 128, 'neither bytes'),
     'below zero': (BYTES.long() - 128, 'neither bytes'),
@@ -66,6 +68,9 @@ IMAGES = {
     'none': (FLOATS[:0], 'images'),
     'channels last': (FLOATS.permute(0, 2, 3, 1), 'images'),
 }
+
+
+BRIGHT = ('in [0, 1]', 'bright')  # which pictures of [-1, 1] may be
 
 
 @pytest.mark.parametrize('name', IMAGES)
@@ -84,6 +89,12 @@ def test_images(name, call):
             return measure.evaluate_images(x, BYTES, 'digits')
         return getattr(measure, call)(x, OTHER)
 
+    if name in BRIGHT and call in ('psnr', 'ssim'):
+        with pytest.warns(UserWarning, match=f'x: .*{why}'):
+            found = run()
+        same = (x + 1) * 127.5  # the right number of what is given, to half a level
+        assert found == pytest.approx(getattr(measure, call)(same.byte(), OTHER), rel=0.01)
+        return
     if why:
         with pytest.raises(ValueError, match=why):
             run()
@@ -178,6 +189,18 @@ CALLS = {
     'half precision': (
         lambda: langevin(bowl, X.bfloat16() + 8, Rates(1e-4, 0.0), 9), 'rounds it away',
     ),
+    'half precision, one step': (
+        lambda: langevin_step(bowl, X.bfloat16() + 8, Rates(1e-4, 0.0)), 'rounds it away',
+    ),
+    'half precision, one step of blocks': (
+        lambda: langevin_step(
+            lambda x, z: bowl(x) + bowl(z), (X.half() + 99, X.half() + 99), ula(1e-6),
+        ),
+        'rounds it away',
+    ),
+    'one step to fewer': (
+        lambda: langevin_step(bowl, X, ula(0.1), constrain=lambda x: x[:2]), 'what constrain',
+    ),
     'half precision with noise': (
         lambda: langevin(bowl, X.half() + 99, ula(1e-6), 9), 'rounds it away',
     ),
@@ -228,6 +251,10 @@ def test_half_precision_moves_where_it_can():
     assert torch.equal(langevin(bowl, at_rest, Rates(0.1, 0.0), 3), at_rest)
     walls = dict(constrain=lambda x: x.clamp(-1, 1))
     assert torch.equal(langevin(lambda x: -bowl(x), x, Rates(0.1, 0.0), 3, **walls), x)
+    assert torch.equal(langevin_step(lambda x: -bowl(x), x, Rates(0.1, 0.0), **walls), x)
+    assert torch.equal(langevin_step(bowl, at_rest, Rates(0.1, 0.0)), at_rest)
+    with checks.watching():  # a loop of somebody's training has its own watchdog
+        assert torch.equal(langevin_step(bowl, x + 8, Rates(1e-5, 0.0)), x + 8)
 
 
 def test_a_record_of_two_runs_measures_each_from_its_start():
@@ -256,6 +283,31 @@ class Elsewhere(torch.Tensor):
 
 def elsewhere(x):
     return x.as_subclass(Elsewhere)
+
+
+def test_runs_are_judged_on_every_device():
+    bad = elsewhere(X.masked_fill(X > 0.9, math.nan))
+    with pytest.warns(UserWarning, match='1 of 4 chains ended'):
+        checks.tell_lost(elsewhere(X), bad)
+    with pytest.warns(UserWarning, match='none of 20 proposals'):
+        checks.tell_idle(elsewhere(torch.zeros(4)), 20, (0.1,))
+    with pytest.warns(UserWarning, match='the step is 0'):
+        checks.tell_idle(elsewhere(torch.ones(4)), 2, (0.0,))
+    assert checks.finite_start((bad,)) == (bad,)  # before a chain nothing waits
+
+
+ROWS = {  # shape -> where something that is no number lies
+    (4,): (1,), (4, 3): (2, 0), (4, 3, 2, 2): (3, 1, 1, 0), (1, 5): (0, 4),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize('shape', ROWS, ids=str)
+@pytest.mark.parametrize('value', [math.nan, math.inf, -math.inf])
+def test_rows_that_hold_no_numbers(value, shape):
+    x = torch.zeros(shape)
+    assert not checks.infinite_rows(x).any() and len(checks.infinite_rows(x[:0])) == 0
+    x[ROWS[shape]] = value
+    assert checks.infinite_rows(x).nonzero().tolist() == [[ROWS[shape][0]]]
 
 
 def test_float64_is_asked_where_it_is():
@@ -378,8 +430,9 @@ IDLE = {  # calls that return, and what they must say
 @pytest.mark.parametrize('name', IDLE)
 def test_a_run_says_that_it_was_for_nothing(name):
     call, says = IDLE[name]
-    with pytest.warns(UserWarning, match=says):
+    with pytest.warns(UserWarning, match=says) as said:
         call()
+    assert {warning.filename for warning in said} == {__file__}  # where it was called
     with warnings.catch_warnings():
         warnings.simplefilter('error')
         with checks.watching():  # a loop asks by itself

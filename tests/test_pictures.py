@@ -1,5 +1,6 @@
 "Pictures as people have them: each becomes the right numbers, or a refusal that names it."
 
+import errno
 import io
 import os
 import pickle
@@ -11,10 +12,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 
 from ebmbook import measure
-from ebmbook.data import check_shape, image_files, load, read_picture, require
+from ebmbook.data import (
+    check_shape,
+    folders,
+    image_files,
+    load,
+    pictures,
+    read_picture,
+    require,
+)
+from ebmbook.data.folders import find_folder
 from ebmbook.data.pictures import picture_header
 
 RAMP = np.array([[0, 21845, 43690, 65535]])
@@ -387,6 +397,13 @@ MIXED = {
     ('train/cat', 'train/dog', 'test/Cat'): 'lacks',
     ('train/cat', 'train/dog', 'test'): 'lie in none',
     ('test',): 'no train',
+    ('test', 'cat'): 'would be trained on.*in .*cat, into a folder train',
+    ('Val', 'cat'): 'would be trained on',
+    ('cat', 'dog', 'test/cat', 'test/dog'): 'would be trained on',
+    ('cat', 'dog', 'valid/cat', 'valid/dog'): 'would be trained on',
+    ('cat', 'dog', 'val/bird'): 'would be trained on',
+    ('cat', 'dog', 'test', 'val'): 'would be trained on',
+    ('all/cat', 'all/test'): 'would be trained on',
 }
 
 
@@ -435,11 +452,14 @@ SPLITS = {  # folders below PATH -> classes, pictures to train on and to test on
     ('train',): (0, 5, 1),
     ('all',): (0, 5, 1),
     ('train', 'bus', 'plane'): (3, 17, 1),
+    ('test', 'bus', 'plane'): (3, 17, 1),
+    ('bus', 'plane', 'val'): (3, 17, 1),
     ('train/cat', 'train/dog', 'val/cat', 'val/dog'): (2, 12, 12),
     ('train/cat', 'train/dog'): (2, 11, 1),
 }
 
 
+@pytest.mark.filterwarnings('ignore:.*taken for a class')
 @pytest.mark.parametrize('names', SPLITS, ids=', '.join)
 def test_names_of_splits(names, tmp_path):
     kinds(tmp_path, names=names)
@@ -448,6 +468,113 @@ def test_names_of_splits(names, tmp_path):
     assert (spec.n_classes, list(spec.n)) == (classes, counts)
     found = [len(load(f'folder:{tmp_path}', split=split)) for split in ('train', 'test')]
     assert found == counts
+    files = [
+        set(find_folder(f'folder:{tmp_path}', tmp_path, split)[0])
+        for split in ('train', 'test')
+    ]
+    assert list(map(len, files)) == counts and not files[0] & files[1]
+
+
+@pytest.mark.parametrize('name', ['test', 'Testing', 'val', 'valid', 'validation'])
+def test_a_class_of_the_name_of_a_split_is_said(name, tmp_path):
+    kinds(tmp_path, names=(name, 'bus', 'plane'))
+    with pytest.warns(UserWarning, match=f'{name} is taken for a class'):
+        assert require(f'folder:{tmp_path}').n_classes == 3
+
+
+def test_the_rest_is_looked_through_to_its_first_picture(tmp_path, monkeypatch):
+    kinds(tmp_path, each=9, names=('bus', 'plane'))
+    steps = []
+
+    def walk(folder, above=()):
+        for pair in pictures_walk(folder, above):
+            steps.append(pair)
+            yield pair
+
+    pictures_walk = pictures._walk
+    monkeypatch.setattr(pictures, '_walk', walk)
+    monkeypatch.setattr(folders, '_classed', lambda folder: ([], []))
+    with pytest.raises(FileNotFoundError, match='no images'):
+        find_folder(f'folder:{tmp_path}', tmp_path, 'train')
+    assert len(steps) == 2
+
+
+def test_faces_of_a_known_shape_need_no_headers(tmp_path, monkeypatch):
+    for i in range(3):
+        paint(tmp_path / 'celebahq256' / f'{i}.png')
+    monkeypatch.setattr(folders, 'picture_header', None)
+    assert require('celebahq256', tmp_path).shape == (3, 256, 256)
+    assert load('celebahq256', tmp_path).x.shape == (2, 3, 256, 256)
+
+
+# A machine that is full
+
+
+FULL = {
+    'memory': MemoryError(),
+    'files of the process': OSError(errno.EMFILE, 'Too many open files'),
+    'files of the machine': OSError(errno.ENFILE, 'Too many open files in system'),
+    'memory of the system': OSError(errno.ENOMEM, 'Cannot allocate memory'),
+}
+
+
+@pytest.mark.parametrize('name', FULL)
+@pytest.mark.parametrize('where', ['open', 'exif', 'turn', 'scan', 'list'])
+def test_a_full_machine_spoils_no_file(where, name, tmp_path, monkeypatch):
+    def full(*args, **options):
+        raise FULL[name]
+
+    path = tmp_path / 'a.jpg'
+    paint(path)
+    calls = dict(
+        open=(Image, 'open', lambda: read_picture(path, (1, 4, 6))),
+        exif=(Image.Image, 'getexif', lambda: picture_header(path)),
+        turn=(ImageOps, 'exif_transpose', lambda: read_picture(path, (1, 4, 6))),
+        scan=(os, 'scandir', lambda: image_files(tmp_path)),
+        list=(Path, 'iterdir', lambda: require(f'folder:{tmp_path}')),
+    )
+    owner, attribute, call = calls[where]
+    monkeypatch.setattr(owner, attribute, full)
+    with pytest.raises(type(FULL[name])) as error:
+        call()
+    assert error.value is FULL[name]
+
+
+# What is read again
+
+
+def test_a_picture_is_checked_once(tmp_path, monkeypatch):
+    path = tmp_path / 'a.png'
+    paint(path)
+    os.utime(path, (0, 0))
+    looked = []
+
+    def verify(self):
+        looked.append(self.filename)
+
+    monkeypatch.setattr('PIL.PngImagePlugin.PngImageFile.verify', verify)
+    for _ in range(3):
+        read_picture(path, (1, 4, 6))
+    read_picture(str(path), (1, 4, 6))
+    assert len(looked) == 1
+    os.utime(path, (9, 9))  # another file may be there now
+    read_picture(path, (1, 4, 6))
+    assert len(looked) == 2
+    os.utime(path)  # and what was just written may change within one tick
+    for _ in range(2):
+        read_picture(path, (1, 4, 6))
+    assert len(looked) == 4
+
+
+def test_a_file_that_is_spoilt_later_is_refused(tmp_path):
+    path = tmp_path / 'a.png'
+    path.write_bytes(raw_png(bytes([0, 85, 170, 255]), 8, 0))
+    os.utime(path, (0, 0))
+    read_picture(path, (1, 1, 4))
+    wrong_sum(path)
+    for _ in range(2):
+        with pytest.raises(ValueError, match='broken PNG'):
+            read_picture(path, (1, 1, 4))
 
 
 FEW = {  # pictures of each class -> images to train on and to test on, or why not

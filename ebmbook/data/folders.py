@@ -15,9 +15,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .examples import Examples, Spec, damaged, shown
+from .examples import Examples, Spec, damaged, is_shortage, shown
 from ebmbook.data.pictures import (
     ENDINGS,
+    has_images,
     image_files,
     is_foreign,
     picture_header,
@@ -37,7 +38,7 @@ def _subfolders(path):
     except FileNotFoundError:
         raise FileNotFoundError(f"there is no folder {shown(path)}") from None
     except OSError as error:
-        raise damaged(path, error.strerror) from None
+        raise damaged(path, error if is_shortage(error) else error.strerror) from None
     return {folder.name: folder for folder in folders if not is_foreign(folder.name)}
 
 
@@ -58,18 +59,15 @@ def _split_folders(path):  # those of the two splits, None where there is none; 
     rest = [
         folder
         for name, folder in sorted(folders.items())
-        if name.lower() not in (*_TRAIN, *_TEST) and image_files(folder)
+        if name.lower() not in (*_TRAIN, *_TEST) and has_images(folder)
     ]
     if train is None and test is None and len(rest) == 1 and not _loose(path):
         inner = _split_folders(rest[0])  # an archive often holds one folder with all
         return inner if inner[0] else (None, None)
     if train is not None and test is None and rest:
         return None, None  # a class of that name among others
-    if train is None and test is not None and not rest:
-        raise ValueError(
-            f"{path} holds {test.name} but no train: name a folder so, or take "
-            f"folder:{test}"
-        )
+    if train is None and test is not None:
+        return _class_or_split(path, test, rest)
     if rest and train is not None:
         warnings.warn(
             f"{path} holds train and {test.name}; other images are left out, such as "
@@ -77,6 +75,26 @@ def _split_folders(path):  # those of the two splits, None where there is none; 
             stacklevel=2,
         )
     return train, test
+
+
+def _class_or_split(path, test, rest):  # of `test` among `rest`, where there is no train
+    if not rest:
+        raise ValueError(
+            f"{path} holds {test.name} but no train: name a folder so, or take "
+            f"folder:{test}"
+        )
+    names = {name.lower() for name in _subfolders(path)} & set(_TEST)
+    if len(rest) < 2 or len(names) > 1 or any(map(has_images, _subfolders(test).values())):
+        raise ValueError(
+            f"{path} holds {test.name} but no train, and its images would be trained on: "
+            f"put all others, such as those in {rest[0]}, into a folder train, or name "
+            f"{test.name} otherwise if it is no split"
+        )
+    warnings.warn(
+        f"{path} holds no train, so {test.name} is taken for a class among others",
+        stacklevel=2,
+    )
+    return None, None
 
 
 def _loose(path):
@@ -243,6 +261,8 @@ def find_folder(
     them, classes that only the test images have, or a size that is none.
     """
     path, asked = asked_size(name, root)
+    if name == 'celebahq256':
+        asked = 3, 256, 256
     folders, files, kinds = _split_files(path)
     for part, folder in folders.items():
         if not files['train'] or not files[part] and folder != folders['train']:
@@ -270,8 +290,5 @@ def load_folder(
     split: str,  # train or test
 ) -> Examples:
     "Load one split of a folder of images."
-    if name != 'celebahq256':
-        paths, y, spec = find_folder(name, root, split)
-        return picture_set(paths, y, spec.shape)
-    paths, y, _ = find_folder(f'{name}@256', root, split)
-    return picture_set(paths, y, (3, 256, 256))
+    paths, y, spec = find_folder(name, root, split)
+    return picture_set(paths, y, spec.shape)

@@ -30,7 +30,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..data.examples import Examples
-from ..data.given import picture_range
+from ..checks import infinite_rows
+from ..data.given import picture_range, whole_bytes
 
 # %% ../../nbs/measure/extractors.ipynb #369767f3
 def as_tensor(
@@ -51,33 +52,24 @@ def as_tensor(
 def bytes_or_floats(
     x: Tensor | np.ndarray,  # Images (N, ...): bytes, or floats in [-1, 1]
     what: str = 'samples',  # How the message calls them
+    sure: bool = True,  # As in `picture_range`
 ) -> Tensor:  # uint8, or floating-point as it was
     """Tell bytes from floats, and refuse what may be either or neither.
 
-    Other integers are bytes if they lie in 0..255 and pass 1.
-    Raises `ValueError` for other types, NaN or infinite values, and floats that look like
-    images in [0, 1] or 0..255.
+    Other integers are bytes as `whole_bytes` says.
+    Raises `ValueError` for other types, NaN or infinite values, floats that look like
+    images in 0..255, and, if `sure`, for those that look like images in [0, 1].
     """
     x = as_tensor(x, what)
-    if x.dtype == torch.uint8 or not x.numel():
+    if not x.is_floating_point():
+        return whole_bytes(x, what)
+    if not x.numel():
         return x
-    if x.is_floating_point():
-        bad = (~x.isfinite()).reshape(len(x), -1).any(1).sum().item()
-        if bad:
-            raise ValueError(
-                f"{what}: {bad} of {len(x)} images hold NaN or infinite values"
-            )
-        picture_range(x, what)
-        return x
-    if x.dtype != torch.bool and not x.is_complex():
-        low, high = (end.item() for end in x.long().aminmax())
-        if 0 <= low and 1 < high <= 255:
-            return x.byte()
-        raise ValueError(
-            f"{what}: {x.dtype} from {low} to {high} is neither bytes in 0..255 nor "
-            "floats in [-1, 1]; scale it to one of them"
-        )
-    raise ValueError(f"{what}: expected float in [-1, 1] or uint8, got {x.dtype}")
+    bad = infinite_rows(x).sum().item()
+    if bad:
+        raise ValueError(f"{what}: {bad} of {len(x)} images hold NaN or infinite values")
+    picture_range(x, what, sure)
+    return x
 
 # %% ../../nbs/measure/extractors.ipynb #c005
 def to_uint8(
@@ -341,7 +333,8 @@ def _fetch(url, path, sha256):  # in half a minute or not at all
 
 
 def _check_hash(path, sha256):  # a name such as a-0123abcd.pth tells how its hash begins
-    tag = re.search(r'-([0-9a-f]{8,64})\.pth?$', path.name)
+    # digits without a letter may be a date
+    tag = re.search(r'-(?=[0-9]*[a-f])([0-9a-f]{8,64})\.pth?$', path.name)
     want = _INCEPTION_SHA256 if path.name == INCEPTION_FILE else tag and tag[1]
     if want and not sha256.startswith(want):
         raise ValueError(

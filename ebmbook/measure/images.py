@@ -162,7 +162,7 @@ def stretched(
 
     Some released programs save samples so, which changes FID. A constant image turns black.
     """
-    low, high = (x.flatten(1).aminmax(dim=1)[i].view(-1, 1, 1, 1) for i in (0, 1))
+    low, high = (end.view(-1, 1, 1, 1) for end in x.flatten(1).aminmax(dim=1))
     return (x - low) / (high - low).clamp(min=1e-5) * 2 - 1
 
 

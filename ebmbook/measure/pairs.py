@@ -17,7 +17,7 @@ DATA_RANGE = 1.0  # Of images once mapped to [0, 1], where both measures look at
 
 
 def _unit(x, what):  # in [0, 1]
-    x = bytes_or_floats(x, what)
+    x = bytes_or_floats(x, what, sure=False)  # one bright picture ends no measurement
     return x.float().div(255) if x.dtype == torch.uint8 else x.float().add(1).div(2)
 
 
@@ -51,7 +51,8 @@ def psnr(
 
     Data range 1 after mapping to [0, 1].
     Computes label `eq-metrics-psnr`; equal images give infinity.
-    Raises `ValueError` for unequal shapes, and what `bytes_or_floats` raises.
+    Raises `ValueError` for unequal shapes, and what `bytes_or_floats` raises; floats that
+    look like images in [0, 1] are a warning.
     """
     from torchmetrics.functional.image import peak_signal_noise_ratio
 
@@ -72,7 +73,7 @@ def ssim(
 
     Data range 1 after mapping to [0, 1].
     Raises `ValueError` for unequal shapes, images too small for the window's reflected
-    border, and what `bytes_or_floats` raises.
+    border, and what `bytes_or_floats` raises; warns as `psnr` does.
     """
     from torchmetrics.functional.image import structural_similarity_index_measure
 

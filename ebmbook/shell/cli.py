@@ -7,6 +7,7 @@ __all__ = ['app', 'System', 'Pairs', 'Device', 'Seed', 'Weights', 'datasets', 'm
            'samples_path', 'save_samples', 'sample', 'read_at', 'evaluate', 'claims', 'cost', 'bench', 'main']
 
 # %% ../../nbs/shell/cli.ipynb #c002
+import io
 import json
 import math
 import os
@@ -314,11 +315,9 @@ def samples_path(
     image: bool,  # Whether samples are images, or points
 ) -> Path:  # The file; its folder is there
     "Where samples go. Raises `ValueError` or `OSError` for a file that cannot be written."
-    from PIL import Image
-
     path = Path(out or ('samples.png' if image else 'samples.npy')).expanduser()
-    endings = {'.npy', *(Image.registered_extensions() if image else _FIGURES)}
-    if path.suffix.lower() not in endings:
+    ending = path.suffix.lower()
+    if ending != '.npy' and not (_drawn(ending) if image else ending in _FIGURES):
         raise ValueError(
             f"--out {path}: the ending says how samples are written; take .png or .npy"
         )
@@ -336,6 +335,17 @@ def samples_path(
 
 _FIGURES = ('.png', '.pdf', '.svg', '.jpg', '.jpeg', '.webp')  # what Matplotlib writes
 
+
+def _drawn(ending):  # whether Pillow writes pictures so; some kinds it can only read
+    from PIL import Image
+
+    kind = Image.registered_extensions().get(ending)
+    try:
+        Image.new('RGB', (1, 1)).save(io.BytesIO(), kind)
+    except (KeyError, ValueError, OSError):
+        return False
+    return True
+
 # %% ../../nbs/shell/cli.ipynb #5a3c9e18
 def save_samples(
     x: Any,  # (n, C, H, W) images in [-1, 1], or points
@@ -348,11 +358,12 @@ def save_samples(
     import matplotlib.pyplot as plt
     import numpy as np
 
+    from ebmbook.checks import infinite_rows
     from ebmbook.plot import save_images, show_points
 
     image = x.ndim == 4
     path = samples_path(str(out), image)
-    lost = int((~x.isfinite()).flatten(1).any(1).sum())
+    lost = int(infinite_rows(x).sum())
     if lost:
         raise ValueError(
             f"{lost} of {len(x)} samples are not finite, and {path} is not written: "
