@@ -19,7 +19,8 @@ from torch.func import functional_call
 
 from ..data.catalogue import load
 from ..data.examples import Examples
-from ..data.given import examples_for
+from .. import checks
+from ..data.given import examples_for, mask_for
 from ..data.scenes import camera_to_world
 from ..learn.contract import Context, Group, Stage
 from ..learn.latents import adam_rows, gather_rows, new_table
