@@ -499,6 +499,19 @@ def test_the_rest_is_looked_through_to_its_first_picture(tmp_path, monkeypatch):
     assert len(steps) == 2
 
 
+def test_a_folder_is_looked_through_once(tmp_path, monkeypatch):
+    kinds(tmp_path, names=('bus', 'plane'))
+    walked, headers = [], []
+
+    def seen(calls, call):
+        return lambda *args: calls.append(args) or call(*args)
+
+    monkeypatch.setattr(folders, 'image_files', seen(walked, folders.image_files))
+    monkeypatch.setattr(folders, 'picture_header', seen(headers, folders.picture_header))
+    assert len(load(f'folder:{tmp_path}')) == 11
+    assert (len(walked), len(headers)) == (1, 12)
+
+
 def test_faces_of_a_known_shape_need_no_headers(tmp_path, monkeypatch):
     for i in range(3):
         paint(tmp_path / 'celebahq256' / f'{i}.png')

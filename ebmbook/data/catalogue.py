@@ -291,7 +291,6 @@ _LOADERS: Mapping[str, _Loader] = dict.fromkeys(_MADE_HERE, load_procedural) | d
     lsun_church64=load_lsun,
     imagenet32=load_imagenet32,
     celebahq256=load_folder,
-    folder=load_folder,
 )
 
 # %% ../../nbs/00_data.ipynb #49442b57
@@ -306,8 +305,10 @@ def load(
     """
     if split not in ('train', 'test'):
         raise ValueError(f"split must be 'train' or 'test', got {split!r}")
-    spec = require(name, root)
-    return _LOADERS[name.partition(':')[0]](name, spec, data_root(root), split)
+    root = data_root(root)
+    if name.startswith('folder:'):
+        return load_folder(name, None, root, split)  # which looks through it itself
+    return _LOADERS[name](name, require(name, root), root, split)
 
 # %% ../../nbs/00_data.ipynb #c059
 _TORCHVISION = dict(

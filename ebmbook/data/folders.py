@@ -285,7 +285,7 @@ def find_folder(
 
 def load_folder(
     name: str,  # folder:PATH, or celebahq256
-    spec: Spec,  # Not needed: the folder is looked through
+    spec: Spec | None,  # Not needed: the folder is looked through
     root: Path,  # Data folder
     split: str,  # train or test
 ) -> Examples:

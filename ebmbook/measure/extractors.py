@@ -29,8 +29,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..data.examples import Examples
 from ..checks import infinite_rows
+from ..data.examples import Examples
 from ..data.given import picture_range, whole_bytes
 
 # %% ../../nbs/measure/extractors.ipynb #369767f3
