@@ -52,6 +52,26 @@ def _named(folders, names):  # the first of these names that a folder bears, in 
             )
     return next((small[name] for name in names if name in small), None)
 
+# %% ../../nbs/data/folders.ipynb #4bc4e87e
+def _class_or_split(path, test, rest):  # of `test` among `rest`, where there is no train
+    if not rest:
+        raise ValueError(
+            f"{path} holds {test.name} but no train: name a folder so, or take "
+            f"folder:{test}"
+        )
+    names = {name.lower() for name in _subfolders(path)} & set(_TEST)
+    if len(rest) < 2 or len(names) > 1 or any(map(has_images, _subfolders(test).values())):
+        raise ValueError(
+            f"{path} holds {test.name} but no train, and its images would be trained on: "
+            f"put all others, such as those in {rest[0]}, into a folder train, or name "
+            f"{test.name} otherwise if it is no split"
+        )
+    warnings.warn(
+        f"{path} holds no train, so {test.name} is taken for a class among others",
+        stacklevel=2,
+    )
+    return None, None
+
 # %% ../../nbs/data/folders.ipynb #4bc4e87d
 def _split_folders(path):  # those of the two splits, None where there is none; and the rest
     folders = _subfolders(path)
@@ -75,26 +95,6 @@ def _split_folders(path):  # those of the two splits, None where there is none; 
             stacklevel=2,
         )
     return train, test
-
-
-def _class_or_split(path, test, rest):  # of `test` among `rest`, where there is no train
-    if not rest:
-        raise ValueError(
-            f"{path} holds {test.name} but no train: name a folder so, or take "
-            f"folder:{test}"
-        )
-    names = {name.lower() for name in _subfolders(path)} & set(_TEST)
-    if len(rest) < 2 or len(names) > 1 or any(map(has_images, _subfolders(test).values())):
-        raise ValueError(
-            f"{path} holds {test.name} but no train, and its images would be trained on: "
-            f"put all others, such as those in {rest[0]}, into a folder train, or name "
-            f"{test.name} otherwise if it is no split"
-        )
-    warnings.warn(
-        f"{path} holds no train, so {test.name} is taken for a class among others",
-        stacklevel=2,
-    )
-    return None, None
 
 
 def _loose(path):
