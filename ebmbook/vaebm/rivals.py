@@ -122,17 +122,24 @@ def continued(
 
 # %% ../../nbs/06_vaebm/rivals.ipynb #f1a2b501
 def _unread_share(cfg, reason):
-    if cfg.p_max:
-        raise ValueError(f"p_max={cfg.p_max} would do nothing: {reason}; set p_max to 0")
+    for name, none in (('p_max', '0'), ('queue', 'false'), ('keep_x', 'false')):
+        given = getattr(cfg, name)
+        if given:
+            raise ValueError(
+                f"{name}={given} would do nothing: {reason}; set {name} to {none}"
+            )
 
 
 def check_own_buffer(
     cfg: Config,  # Resolved settings of 'ebm'
     spec: Spec | None = None,  # As in `check_config`
 ) -> Config:  # The same
-    "As `check_config`; the buffer is always there. Raises `ValueError` for `p_max`."
+    """As `check_config`; the buffer is always there, and keeps x in rows.
+
+    Raises `ValueError` for `p_max`, `queue` and `keep_x`.
+    """
+    _unread_share(cfg, "with method 'ebm' 95 % of the chains always go on from rows of x")
     check_config(cfg, spec)
-    _unread_share(cfg, "with method 'ebm' 95 % of the chains always go on from the buffer")
     if cfg.buffer < cfg.batch:
         raise ValueError(f"a buffer of {cfg.buffer} rows cannot start {cfg.batch} chains")
     return cfg
@@ -270,13 +277,15 @@ def start_sample(
 
 # %% ../../nbs/06_vaebm/rivals.ipynb #3a7c90e9
 def check_no_chain(
-    cfg: Config,  # Resolved settings of 'wgan'
+    cfg: Config,  # Resolved settings of 'vae' or 'wgan'
     spec: Spec | None = None,  # As in `check_config`
 ) -> Config:  # The same
-    "As `check_config`, without a buffer. Raises `ValueError` for `p_max`."
-    check_config(cfg, spec)
-    _unread_share(cfg, "method 'wgan' runs no chain")
-    return cfg
+    """As `check_config`, without a buffer.
+
+    Raises `ValueError` for `p_max`, `queue` and `keep_x`.
+    """
+    _unread_share(cfg, f"method '{cfg.method}' runs no chain")
+    return check_config(cfg, spec)
 
 
 def critic_losses(
@@ -309,6 +318,7 @@ _UNTRAINED = _VAE._replace(n_iters=lambda cfg: 0)
 RIVALS: dict[str, dict[str, Any]] = {
     'vae': dict(
         about='The variational autoencoder of VAEBM alone.',
+        check=check_no_chain,
         build=VaeNets,
         stages=(_VAE,),
         sample=vae_sample,
