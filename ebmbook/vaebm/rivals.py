@@ -122,12 +122,12 @@ def continued(
 
 # %% ../../nbs/06_vaebm/rivals.ipynb #f1a2b501
 def _unread_share(cfg, reason):
-    for name, none in (('p_max', '0'), ('queue', 'false'), ('keep_x', 'false')):
-        given = getattr(cfg, name)
-        if given:
-            raise ValueError(
-                f"{name}={given} would do nothing: {reason}; set {name} to {none}"
-            )
+    nothing = dict(p_max='0', queue='false', keep_x='false')
+    given = [name for name in nothing if getattr(cfg, name)]
+    if given:
+        what = ', '.join(f'{name}={getattr(cfg, name)}' for name in given)
+        advice = ', '.join(f'{name} to {nothing[name]}' for name in given)
+        raise ValueError(f"{what} would do nothing: {reason}; set {advice}")
 
 
 def check_own_buffer(
