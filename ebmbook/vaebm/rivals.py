@@ -112,7 +112,7 @@ def continued(
     ctx: Context,  # Generator, and the state that keeps the buffer
 ) -> Tensor:  # (n, ...) samples without graph
     "Ends of chains in x, of which one in twenty starts from noise and the others go on."
-    if 'x' not in ctx.state:
+    if len(ctx.state.get('x', ())) != nets.cfg.buffer:  # or a setting has changed
         ctx.state['x'] = _noise(nets, nets.cfg.buffer, None)
     fresh = _noise(nets, n, ctx.generator)
     x, rows = recall(ctx.state['x'], fresh, 0.05, ctx.generator)
