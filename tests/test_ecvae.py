@@ -741,7 +741,9 @@ def test_missing_data_ends_the_chapter_in_seconds(tmp_path):
     ends_without_data('07_ecvae', tmp_path)
 
 
-@pytest.mark.parametrize('change', ['method: ecvae', 'method: vae', 'method: ecflow'])
+@pytest.mark.parametrize(
+    'change', ['method: ecvae', 'method: vae', 'method: wgan', 'method: ecflow']
+)
 def test_a_small_preset_says_its_cost_and_trains(change, tmp_path):
     small = 'n_iters: 2, batch: 4, n_steps: 2, save_every: 1, log_every: 1'
     over = f'{change}, {small}, flow_depth: 1, flow_width: 8'
