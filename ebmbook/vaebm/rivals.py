@@ -284,7 +284,7 @@ def check_no_chain(
 
     Raises `ValueError` for `p_max`, `queue` and `keep_x`.
     """
-    _unread_share(cfg, f"method '{cfg.method}' runs no chain")
+    _unread_share(cfg, "methods 'vae' and 'wgan' run no chain")
     return check_config(cfg, spec)
 
 
