@@ -194,6 +194,7 @@ def test_networks_refuse_settings_of_another_method(method):
         (dict(method='ebm', posterior=True), 'no encoder'),
         (dict(method='vae', n_steps_test=3), 'no energy'),
         (dict(method='flow', n_steps_test=3), 'no energy'),
+        (dict(method='wgan', n_steps_test=3), 'no chain'),
     ],
 )
 def test_settings_that_a_rival_cannot_use_end_before_training(change, why, tmp_path):
@@ -483,6 +484,18 @@ def test_no_chain_of_a_critic_is_timed():
         preset_case('ecvae', 'digits', 2, 1, 'cpu', dict(method='wgan'))
 
 
+@pytest.mark.parametrize('method', ['wgan', 'vae', 'flow'])
+def test_networks_without_chains_run_none_in_use(method):
+    nets = built(replace(TINY, method=method)).eval()
+    with pytest.raises(ValueError, match='to run 3 updates of'):
+        ecvae.SYSTEM.of(nets.cfg).sample(nets, 2, n_steps=3)
+    with pytest.raises(ValueError, match=f"got '?{method}"):
+        ecvae.sample(nets, 2, n_steps=3)
+    for each in (dict(n_steps=3), dict(n_steps=3, stretch=True)):
+        with pytest.raises(ValueError, match='to run 3 updates of'):
+            ecvae.evaluate(nets, n=200, **each)
+
+
 # --- training
 
 
@@ -728,7 +741,9 @@ def test_missing_data_ends_the_chapter_in_seconds(tmp_path):
     ends_without_data('07_ecvae', tmp_path)
 
 
-@pytest.mark.parametrize('change', ['method: ecvae', 'method: vae', 'method: ecflow'])
+@pytest.mark.parametrize(
+    'change', ['method: ecvae', 'method: vae', 'method: wgan', 'method: ecflow']
+)
 def test_a_small_preset_says_its_cost_and_trains(change, tmp_path):
     small = 'n_iters: 2, batch: 4, n_steps: 2, save_every: 1, log_every: 1'
     over = f'{change}, {small}, flow_depth: 1, flow_width: 8'

@@ -43,6 +43,8 @@ CASES = [
     ('selfsup', '', dict(method='byol')),
     ('selfsup', '', dict(method='wmse')),
     ('liebm', '', dict(encoder='joint')),
+    ('vaebm', '', dict(p_max=1.0, p_rise=1, buffer=16, n_iters=5)),
+    ('vaebm', '', dict(queue=True, p_max=1.0, p_rise=1, buffer=16, n_iters=5)),
 ]
 # mean and variance of a part are not those of the batch
 NORMED = [
@@ -206,7 +208,9 @@ def test_parts_equal_the_whole(name, base, changes, alone, tmp_path):
         same_log(out, tmp_path)
 
 
-@pytest.mark.parametrize('name,base,changes', [CASES[4], CASES[8], CASES[9]], ids=str)
+@pytest.mark.parametrize(
+    'name,base,changes', [*CASES[4:5], *CASES[8:10], *CASES[-2:]], ids=str
+)
 def test_parts_of_two_processes(name, base, changes, alone, tmp_path):
     two, changes = tmp_path / 'two', changes | dict(micro=2)
     both(two, lambda: work(name, base, two, changes))
@@ -218,6 +222,16 @@ def test_parts_of_two_processes(name, base, changes, alone, tmp_path):
         )
         assert far(nets, first, start) == []
         same_log(out, two)
+
+
+@pytest.mark.parametrize('case', CASES[-2:], ids=str)
+def test_chains_go_on_from_one_buffer(case, alone, tmp_path):
+    out, two = alone(*case)[2], tmp_path / 'two'
+    both(two, lambda: work(*case[:2], two, case[2]))
+    one, other = (load_checkpoint(folder)['state'] for folder in (out, two))
+    assert one.keys() == other.keys()
+    assert one['buffer'].abs().sum(1).count_nonzero() > 8  # of more than one step
+    assert torch.allclose(one['buffer'], other['buffer'], atol=1e-5)
 
 
 def test_replay_buffers_are_those_of_one_process(alone, tmp_path):

@@ -495,16 +495,19 @@ def sample(
     generator: torch.Generator | None = None,  # Source of every draw
     on_step: Callable | None = None,  # As in `langevin`
     chunk: int = 512,  # Samples at once; bounds the memory
+    clamp: bool = True,  # Keep images within [-1, 1], where a chain may leave them
 ) -> Tensor:  # (n, ...) images in [-1, 1], or points
     """Draw from the model.
 
     Below 1, `temp` is for pictures only.
     Raises `TypeError` for an option that it does not have, and `ValueError` for networks
-    of a rival that draws by chains: `SYSTEM.of(nets.cfg).sample` does.
+    of a rival that draws by other chains, or by none while there are updates to run:
+    `SYSTEM.of(nets.cfg).sample` draws there.
     """
     cfg = nets.cfg
-    check_words(cfg, dict(method=('ecvae', 'ecflow', 'vae', 'flow', 'wgan')))
     n_steps = cfg.n_steps_test if n_steps is None else n_steps
+    once = () if n_steps else ('vae', 'flow', 'wgan')
+    check_words(cfg, dict(method=('ecvae', 'ecflow', *once)))
 
     def draw(size):
         with frozen(nets):
@@ -514,7 +517,7 @@ def sample(
             return calibrate(nets.energy, x, cfg, n_steps, generator, on_step)
 
     x = in_chunks(draw, n, chunk)
-    return x.clamp(-1, 1) if len(cfg.shape) == 3 else x
+    return x.clamp(-1, 1) if clamp and len(cfg.shape) == 3 else x
 
 # %% ../../nbs/07_ecvae.ipynb #8b057f07
 @strict

@@ -68,12 +68,13 @@ def measure_images(
     extractor: str = '',  # A name in place of the one for these data
     n_steps: int | None = None,  # As in `sample`
     temp: float = 1.0,  # As in `sample`
-    stretch: bool = False,  # As in `image_report`
+    stretch: bool = False,  # As in `image_report`, of images before they are clamped
 ) -> dict[str, Measured]:  # fid, precision, recall
     "Compare samples with images of the data."
 
     def draw(n):
-        return _draw(nets, n, n_steps=n_steps, temp=temp, generator=generator)
+        how = dict(n_steps=n_steps, temp=temp, clamp=not stretch)
+        return _draw(nets, n, generator=generator, **how)
 
     return image_report(draw, nets.cfg, n, extractor, stretch=stretch)[0]
 

@@ -20,7 +20,7 @@ from ..checks import count as check_count
 from ..data.catalogue import flip_if, load
 from ..data.given import examples_for
 from ..learn.contract import Context, Group, Stage
-from ..learn.latents import gather_rows, recall_queue
+from ..learn.latents import recall_queue
 from ..learn.objectives import contrast
 from ..learn.settings import check_words, strict
 from ..learn.system import energy_net
@@ -183,8 +183,8 @@ def _from_queue(cfg, new, ctx):  # starts, some from a queue, and `keep` for the
     rate = 1 - recall_share(cfg, ctx.step)
     new, rows = recall_queue(state['buffer'], added, new, rate, ctx.generator)
 
-    def keep(ends):  # of all processes
-        found, ends = gather_rows(rows, ends)
+    def keep(ends):  # of all processes, whose rows differ
+        found, ends = ctx.gather(rows), ctx.gather(ends)
         state['buffer'][found] = ends
 
     return new, keep
@@ -196,16 +196,22 @@ def recalled(
     fill: Callable[[], Tensor],  # (buffer, D) what the buffer holds at first
     ctx: Context,  # Step, generator, and the state that keeps the buffer
 ) -> tuple[Tensor, Callable]:  # (B, D) starts; `keep(ends)`, which stores their ends
-    "Put what finished chains left in the place of some starts; a queue starts empty."
+    """Put what finished chains left in the place of some starts.
+
+    A queue starts empty. A buffer of another kind or size, which a run had before its
+    settings changed, is begun anew.
+    """
     if cfg.queue:
         return _from_queue(cfg, new, ctx)
-    if 'buffer' not in ctx.state:
-        ctx.state['buffer'] = fill()
+    state, shape = ctx.state, (cfg.buffer, new.shape[1])
+    was_queue = state.pop('since', None) is not None
+    if was_queue or 'buffer' not in state or state['buffer'].shape != shape:
+        state['buffer'] = fill()
     rate = 1 - recall_share(cfg, ctx.step)
-    flat, rows = recall(ctx.state['buffer'], new, rate, ctx.generator)
+    flat, rows = recall(state['buffer'], new, rate, ctx.generator)
 
     def keep(ends):
-        ctx.state['buffer'][rows] = ends
+        state['buffer'][rows] = ends
 
     return flat, keep
 

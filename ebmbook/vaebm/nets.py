@@ -163,7 +163,7 @@ def _set_gain(conv, x, std, correction=0):
 @torch.no_grad()
 def data_init(
     net: nn.Module,  # Network whose convolutions went through `wnorm`
-    x: Tensor,  # (B, ...) training images in [-1, 1]; the paper takes 160
+    x: Tensor,  # (B, ...) training images in [-1, 1]; 160 as released
     std: float = 0.2,  # Standard deviation that every output channel shall have
     unbiased: bool = False,  # Divide squares by one less than their number, as released
 ) -> nn.Module:  # `net` itself, gains and biases replaced

@@ -277,6 +277,12 @@ DEFAULT_PRESET = {name: name for name in PRESETS if name in DATASETS}
 
 # %% ../../nbs/06_vaebm/presets.ipynb #c011
 def _check_buffer(cfg):
+    for name in ('queue', 'keep_x'):
+        if getattr(cfg, name) and not cfg.p_max:
+            raise ValueError(
+                f"{name}=True would do nothing: no chain starts from the buffer without "
+                f"p_max above 0; set p_max, or {name} to false"
+            )
     if cfg.p_max and cfg.buffer < cfg.batch:
         raise ValueError(f"a buffer of {cfg.buffer} rows cannot start {cfg.batch} chains")
 

@@ -112,7 +112,7 @@ def continued(
     ctx: Context,  # Generator, and the state that keeps the buffer
 ) -> Tensor:  # (n, ...) samples without graph
     "Ends of chains in x, of which one in twenty starts from noise and the others go on."
-    if 'x' not in ctx.state:
+    if len(ctx.state.get('x', ())) != nets.cfg.buffer:  # or a setting has changed
         ctx.state['x'] = _noise(nets, nets.cfg.buffer, None)
     fresh = _noise(nets, n, ctx.generator)
     x, rows = recall(ctx.state['x'], fresh, 0.05, ctx.generator)
@@ -122,17 +122,24 @@ def continued(
 
 # %% ../../nbs/06_vaebm/rivals.ipynb #f1a2b501
 def _unread_share(cfg, reason):
-    if cfg.p_max:
-        raise ValueError(f"p_max={cfg.p_max} would do nothing: {reason}; set p_max to 0")
+    nothing = dict(p_max='0', queue='false', keep_x='false')
+    given = [name for name in nothing if getattr(cfg, name)]
+    if given:
+        what = ', '.join(f'{name}={getattr(cfg, name)}' for name in given)
+        advice = ', '.join(f'{name} to {nothing[name]}' for name in given)
+        raise ValueError(f"{what} would do nothing: {reason}; set {advice}")
 
 
 def check_own_buffer(
     cfg: Config,  # Resolved settings of 'ebm'
     spec: Spec | None = None,  # As in `check_config`
 ) -> Config:  # The same
-    "As `check_config`; the buffer is always there. Raises `ValueError` for `p_max`."
+    """As `check_config`; the buffer is always there, and keeps x in rows.
+
+    Raises `ValueError` for `p_max`, `queue` and `keep_x`.
+    """
+    _unread_share(cfg, "with method 'ebm' 95 % of the chains always go on from rows of x")
     check_config(cfg, spec)
-    _unread_share(cfg, "with method 'ebm' 95 % of the chains always go on from the buffer")
     if cfg.buffer < cfg.batch:
         raise ValueError(f"a buffer of {cfg.buffer} rows cannot start {cfg.batch} chains")
     return cfg
@@ -270,13 +277,15 @@ def start_sample(
 
 # %% ../../nbs/06_vaebm/rivals.ipynb #3a7c90e9
 def check_no_chain(
-    cfg: Config,  # Resolved settings of 'wgan'
+    cfg: Config,  # Resolved settings of 'vae' or 'wgan'
     spec: Spec | None = None,  # As in `check_config`
 ) -> Config:  # The same
-    "As `check_config`, without a buffer. Raises `ValueError` for `p_max`."
-    check_config(cfg, spec)
-    _unread_share(cfg, "method 'wgan' runs no chain")
-    return cfg
+    """As `check_config`, without a buffer.
+
+    Raises `ValueError` for `p_max`, `queue` and `keep_x`.
+    """
+    _unread_share(cfg, "methods 'vae' and 'wgan' run no chain")
+    return check_config(cfg, spec)
 
 
 def critic_losses(
@@ -309,6 +318,7 @@ _UNTRAINED = _VAE._replace(n_iters=lambda cfg: 0)
 RIVALS: dict[str, dict[str, Any]] = {
     'vae': dict(
         about='The variational autoencoder of VAEBM alone.',
+        check=check_no_chain,
         build=VaeNets,
         stages=(_VAE,),
         sample=vae_sample,
