@@ -127,10 +127,12 @@ GOES_ON = {
 
 @pytest.mark.parametrize('what', GOES_ON)
 def test_goes_on(what, out, whole, tmp_path):  # noqa: F811
+    kept = tiny.clock(out)
     GOES_ON[what](out)
     code, said = ran(tmp_path, command(out))
     assert code == 0, said
     assert_same(out, whole)
+    assert len(kept) == 4 and tiny.went_on(out, kept)
 
 
 STOPS = {
@@ -200,7 +202,7 @@ def test_files_that_may_not_grow(most, out, whole, tmp_path):  # noqa: F811
     def limit():
         resource.setrlimit(resource.RLIMIT_FSIZE, (most, most))
 
-    before = checksum(out)
+    before, kept = checksum(out), tiny.clock(out)
     code, said = ran(tmp_path, command(out), limit)
     line = line_of(said)
     assert code == 2 and 'could not write' in line and 'run again' in line, said
@@ -208,6 +210,7 @@ def test_files_that_may_not_grow(most, out, whole, tmp_path):  # noqa: F811
     assert checksum(out) == before
     assert ran(tmp_path, command(out))[0] == 0
     assert_same(out, whole)
+    assert len(kept) == 4 and tiny.went_on(out, kept)
 
 
 # --- signals
@@ -248,10 +251,13 @@ def test_sigterm_at_other_moments(what, codes, whole, tmp_path):  # noqa: F811
     out = tmp_path / 'run'
     code, said = ran(tmp_path, command(out), when(what))
     assert code in codes, said
+    kept = tiny.clock(out)
+    assert bool(kept) == (code == 130)
     if code == 130:
         assert 'run the same command again to continue' in line_of(said)
     assert ran(tmp_path, command(out))[0] == 0
     assert_same(out, whole)
+    assert tiny.went_on(out, kept)
 
 
 def test_nobody_reads_what_is_said(whole, tmp_path):  # noqa: F811

@@ -3,6 +3,7 @@
 import json
 import math
 import pickle
+import time
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -20,6 +21,7 @@ from ebmbook.data import DATASETS, load
 from ebmbook.vaebm.method import as_seen, prepared
 from ebmbook.vaebm.nvae import NVAE_SIZES, nvae
 from ebmbook.vaebm.presets import PRESETS
+from tiny import clock, went_on
 
 SMALL_NETS = dict(
     ch=4, groups=(1, 1), latent=2, net='4/2 4', first=4, n_steps=2, n_steps_test=2
@@ -181,6 +183,7 @@ def test_training_continues_to_the_last_bit(change, tmp_path):
         pass
 
     def stop(step, nets):
+        time.sleep(0.03)
         if stop.seen == 5:  # all saved in the second stage, whose buffer is no longer fresh
             raise Enough
         stop.seen += 1
@@ -188,7 +191,9 @@ def test_training_continues_to_the_last_bit(change, tmp_path):
     stop.seen = 0
     with pytest.raises(Enough):
         trained(cfg, tmp_path / 'broken', on_step=stop)
+    kept = clock(tmp_path / 'broken')
     assert same_weights(whole, trained(cfg, tmp_path / 'broken'))
+    assert len(kept) > 3 and went_on(tmp_path / 'broken', kept)
 
 
 @pytest.mark.parametrize('change', [dict(), dict(queue=True), dict(method='ebm-vae')])
