@@ -366,10 +366,11 @@ def test_damaged_files_are_named(tmp_path, whole, name, text, code, why):
         assert_same(out, whole)
 
 
-def test_a_ledger_cut_by_a_full_disk_is_mended(tmp_path):
+@pytest.mark.parametrize('tail', [b'{"metric": "fi', bytes(64)], ids=['half', 'zeros'])
+def test_a_ledger_cut_by_a_full_disk_is_mended(tail, tmp_path):
     path = tmp_path / 'ledger.jsonl'
     publish([dict(metric='fid', value=1.0)], path)
-    path.write_text(path.read_text() + '{"metric": "fi')
+    path.write_bytes(path.read_bytes() + tail)
     with pytest.warns(UserWarning, match='ledger.jsonl:2 was cut off'):
         assert len(ledger(path)) == 1
     with pytest.warns(UserWarning, match='set aside in ledger.jsonl.cut'):

@@ -244,6 +244,29 @@ def test_the_energy_of_faces_sees_eight_bits():
     assert as_seen(batch['x'], faces).unique().numel() == 32
 
 
+def test_gains_of_drawn_images(monkeypatch):
+    "With `init_drawn`, drawn rows, half of them mirrored, and squares over n - 1."
+    seen = []
+
+    def note(net, x, **options):
+        seen.append((x, options))
+
+    monkeypatch.setattr(vaebm.method, 'data_init', note)
+    data = load(TINY.data).tensor(len(load(TINY.data)))
+    batch, ctx = dict(x=torch.zeros(2, 1, 8, 8)), Context(0, 0.0, gen())
+    for change in (dict(), dict(init_drawn=True), dict(init_drawn=True, flip=False)):
+        cfg = replace(TINY, **dict(flip=True, data_init=True) | change)
+        nets = SimpleNamespace(cfg=cfg, vae=torch.nn.Identity(), energy=None)
+        prepared(nets, batch, ctx)
+    (first, _), (drawn, _), (plain, _) = seen
+    assert [options['unbiased'] for _, options in seen] == [False, True, True]
+    assert torch.equal(first, data[:160])  # as released: the first ones, never mirrored
+    rows = torch.randperm(len(data), generator=gen())[:160]
+    assert torch.equal(plain, data[rows])
+    turned = (drawn != plain).flatten(1).any(1)
+    assert torch.equal(drawn[turned], plain[turned].flip(-1)) and 40 < turned.sum() < 120
+
+
 RIVALS = [
     dict(method='vae'),
     dict(method='ebm', buffer=16),

@@ -123,7 +123,8 @@ def clock(out, at=None):
     if at is None:
         at = max((int(path.stem[11:]) for path in out.glob('checkpoint-*.pt')), default=0)
     text = (out / 'log.jsonl').read_text() if at else ''
-    lines = [json.loads(line) for line in text.split('\n')[:-1]]
+    found = (json.loads(line) for line in text.split('\n')[:-1])
+    lines = [line for line in found if isinstance(line, dict) and 'seconds' in line]
     return [line['seconds'] for line in lines if line['total'] <= at]
 
 
