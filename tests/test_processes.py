@@ -460,6 +460,7 @@ def test_a_worker_that_dies(tmp_path):
     class Deadly(Pictures):
         def __getitems__(self, idx):
             if self.bad in idx:
+                time.sleep(2)  # the batches before it are trained on meanwhile
                 os.kill(os.getpid(), signal.SIGKILL)
             return self.whole.batch(idx)
 
