@@ -144,7 +144,7 @@ def test_a_worker_is_killed(tmp_path, whole, save_every):  # noqa: F811
     kept = tiny.clock(out)
     saved = load_checkpoint(out) or dict(step=0)
     assert saved['step'] == max(steps_of(out), default=0) == len(kept)
-    assert len(kept) >= 2 or save_every == 100  # a step that breaks off cannot be saved
+    assert len(kept) >= 1 or save_every == 100  # a step that breaks off cannot be saved
     code, said = ran(tmp_path, command(out, '--change'))
     assert code == 0, said
     assert_same(out, whole)
