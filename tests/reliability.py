@@ -2,9 +2,9 @@
 
     python tests/reliability.py [--kills 20] [--signals 10] [--seed 0]
 
-Every run that had an accident goes on and must end as one that had none, bit for bit. Prints a
-table of each part; the exit status is 1 if anything differs. It takes some minutes; the slow tests
-run a quarter of it.
+Every run that had an accident goes on from its newest checkpoint, as the times in its log tell,
+and must end as one that had none, bit for bit. Prints a table of each part; the exit status is 1
+if anything differs. It takes some minutes; the slow tests run a part of it.
 """
 
 import argparse
@@ -27,9 +27,9 @@ import tiny
 from ebmbook.learn import loop, runs
 from ebmbook.learn.runs import open_run
 from ebmbook.learn.weights import store_weights
-from ebmbook.shell.systems import load_system
+from ebmbook.shell.systems import SYSTEMS, load_system
 
-SYSTEMS = ['foundations', 'nerf_lebm', 'coopflow', 'cdrl', 'vaebm', 'ecvae', 'liebm']
+NAMES = list(SYSTEMS)
 STEPS, TIMEOUT = 8, 300
 
 
@@ -105,18 +105,22 @@ def new():
     return Path(tempfile.mkdtemp(prefix='ebmbook-reliability-'))
 
 
-KNOWN: dict[str, tuple[str, float]] = {}
+KNOWN: dict[str, str] = {}
 
 
 def whole(name):
-    "Digest of a training without accidents, and the seconds that it takes."
+    "Digest of a training without accidents."
     if name not in KNOWN:
-        began = time.monotonic()
         digest, said = finish(new(), name, 0)
-        KNOWN[name] = digest, time.monotonic() - began
+        KNOWN[name] = digest
         if digest.startswith('exit'):
             print(said)
     return KNOWN[name]
+
+
+def steps(out):
+    "Steps whose checkpoints are there."
+    return sorted(int(path.stem[11:]) for path in out.glob('checkpoint-*.pt'))
 
 
 def begun(out, n=1):
@@ -131,28 +135,30 @@ def reached(out, step, pid):
     code, found = None, -1
     while code is None and found < step:
         code = wait(pid, 0.01)
-        found = max(
-            (int(path.stem[11:]) for path in out.glob('checkpoint-*.pt')), default=0
-        )
+        found = max(steps(out), default=0)
     return code is None
 
 
 def kill(name, workers, rng):
     "Kill a training at a random moment, perhaps again; whether it ends as it should."
-    folder, (want, took) = new(), whole(name)
+    folder, want = new(), whole(name)
     out = folder / 'run'
     out.mkdir()
-    at = []
+    at, kept, lost = [], [], False
     for _ in range(rng.randint(1, 2)):
-        pid = fork(folder, name, workers, out)
+        pid = fork(folder, name, workers, out, slow)
         step = rng.randrange(STEPS - 1)  # 0: perhaps before the first step
-        alive = reached(out, step, pid)
-        if alive and wait(pid, rng.uniform(0, took / STEPS)) is None:
+        # two slow steps are left after the last of these
+        if reached(out, step, pid) and wait(pid, rng.uniform(0, 0.1)) is None:
             os.kill(pid, signal.SIGKILL)
             os.waitpid(pid, 0)
             at.append(step)
+        lost = lost or not tiny.went_on(out, kept)
+        kept = tiny.clock(out)
     got, _ = finish(folder, name, workers)
-    return got == want and len(at) > 0, f"killed after step {at}", got
+    lost = lost or not tiny.went_on(out, kept)
+    how = f"killed after step {at}, {len(kept)} steps kept" + ', BEGUN ANEW' * lost
+    return got == want and len(at) > 0 and not lost, how, got
 
 
 def slow(out):
@@ -167,7 +173,7 @@ def slow(out):
 
 def group(name, workers, kind):
     "Send a signal to the group; whether there are checkpoint and message, and the same end."
-    folder, (want, _) = new(), whole(name)
+    folder, want = new(), whole(name)
     out = folder / 'run'
     out.mkdir()
     pid = fork(folder, name, workers, out, slow)
@@ -177,15 +183,17 @@ def group(name, workers, kind):
     code, said = wait(pid), (folder / 'said').read_text()
     kept = len(list(out.glob('checkpoint-*.pt')))
     fine = code == 130 and kept and f'stopped by {kind.name} at step' in said
+    times = tiny.clock(out)
     got, _ = finish(folder, name, workers)
-    return bool(fine) and got == want, f"exit {code}, {kept} checkpoints", got
+    fine = fine and got == want and times and tiny.went_on(out, times)
+    return bool(fine), f"exit {code}, {kept} checkpoints, {len(times)} steps kept", got
 
 
 # --- damage: a name, what is done to the newest checkpoint or another file
 
 
 def newest(out):
-    return sorted(out.glob('checkpoint-*.pt'))[-1]
+    return out / f'checkpoint-{steps(out)[-1]:09d}.pt'
 
 
 def cut(share):
@@ -236,20 +244,23 @@ DAMAGE = {
 
 
 def damaged(name, spoil, why):
-    "Stop, damage, go on; whether the file was named and the end is the same."
-    folder, (want, _) = new(), whole(name)
+    "Stop, damage, go on; whether the file was named, and steps and end are the same."
+    folder, want = new(), whole(name)
     out = folder / 'run'
     out.mkdir()
     pid = fork(folder, name, 0, out, slow)
     begun(out, 2)
     os.kill(pid, signal.SIGTERM)
     wait(pid)
+    kept = tiny.clock(out, steps(out)[-2])  # the newest may be the one that is damaged
     spoil(out)
     got, said = finish(folder, name, 0)
     if got.startswith('exit') and why in said and 'Traceback' not in said:
         (out / 'config.json').unlink()  # as the message says
         got, _ = finish(folder, name, 0)
-    return why in said and got == want, f"said {why!r}" if why else 'nothing to say', got
+    fine = why in said and got == want and len(kept) > 0 and tiny.went_on(out, kept)
+    said = f"said {why!r}" if why else 'nothing to say'
+    return fine, f"{said}, {len(kept)} steps kept", got
 
 
 def full(what):
@@ -292,14 +303,18 @@ def full(what):
 
 
 def disk(name, what):
-    "A full disk, then free space; whether one message says so, and the end is the same."
-    folder, (want, _) = new(), whole(name)
+    "A full disk, then free space; whether a message says so, and steps and end are the same."
+    folder, want = new(), whole(name)
+    out = folder / 'run'
     got, said = finish(folder, name, 0, full(what))
     told = 'could not write' in said and 'Traceback' not in said
-    for old in (folder / 'run').glob('*.tmp*'):
+    for old in out.glob('*.tmp*'):
         old.unlink()
+    kept = tiny.clock(out)
     ended, _ = finish(folder, name, 0)
-    return told and got.startswith('exit') and ended == want, said.strip()[-90:], ended
+    fine = told and got.startswith('exit') and ended == want
+    fine = fine and len(kept) > 0 and tiny.went_on(out, kept)
+    return fine, f"{len(kept)} steps kept, {said.strip()[-70:]}", ended
 
 
 def report(title, rows):
@@ -322,14 +337,16 @@ def main():
     asked = parser.parse_args()
     warnings.simplefilter('ignore', DeprecationWarning)
     rng, began, bad = random.Random(asked.seed), time.monotonic(), 0
-    cases = [(SYSTEMS[i % 7], 2 * (i // 7 % 2)) for i in range(max(asked.kills, 1))]
+    # every other with data workers, and the other ones in the next round
+    each = len(NAMES)
+    cases = [(NAMES[i % each], 2 * ((i + i // each) % 2)) for i in range(asked.kills)]
 
     with tiny.few_cars():
-        kills = ((f'{n}, workers {w}', kill(n, w, rng)) for n, w in cases[: asked.kills])
+        kills = ((f'{n}, workers {w}', kill(n, w, rng)) for n, w in cases)
         bad += report('kill -9 at a random moment', kills)
         kinds = [signal.SIGTERM] * asked.signals + [signal.SIGINT, signal.SIGHUP]
         sent = (
-            (f'{kind.name} to {SYSTEMS[i % 7]}', group(SYSTEMS[i % 7], 2, kind))
+            (f'{kind.name} to {NAMES[i % each]}', group(NAMES[i % each], 2, kind))
             for i, kind in enumerate(kinds)
         )
         bad += report('a signal to the group, two data workers', sent)

@@ -1,40 +1,18 @@
 "Files that would run a command if they were trusted: weights, checkpoints, settings, claims."
 
 import json
-import os
-import pickle
 import shutil
 
 import pytest
-import torch
 import yaml
 
 import tiny
+from crafted import KINDS, craft, trust
 from ebmbook.learn.loop import train
 from ebmbook.learn.runs import load_checkpoint, open_run
 from ebmbook.learn.weights import load_weights
 from ebmbook.shell.claims import read_claims
 from ebmbook.shell.systems import load_nets, load_system
-
-
-class Command:
-    def __init__(self, path):
-        self.path = path
-
-    def __reduce__(self):
-        return os.mkdir, (str(self.path),)
-
-
-def written(path, ran, kind):
-    if kind == 'pickle':
-        path.write_bytes(pickle.dumps(Command(ran)))
-    else:
-        held = {'nets': Command(ran)} if kind == 'inside' else Command(ran)
-        zipped = kind != 'old'
-        torch.save(held, path, _use_new_zipfile_serialization=zipped)
-
-
-KINDS = ['pickle', 'old', 'zip', 'inside']
 
 
 @pytest.fixture(scope='module')
@@ -59,7 +37,7 @@ def test_weights(kind, name, copy, tmp_path):
     "Also beside good ones, and alone under the name that older programs look for."
     system, _, out = copy
     ran, folder = tmp_path / 'ran', out / 'weights'
-    written(folder / name, ran, kind)
+    craft(folder / name, ran, kind)
     if name != 'model.safetensors':
         load_nets(
             system, str(out), device='cpu'
@@ -76,6 +54,8 @@ def test_weights(kind, name, copy, tmp_path):
             call()
         assert 'model.safetensors' in str(error.value)
     assert not ran.exists()
+    trust(folder / name, kind)
+    assert ran.exists()  # what it would have done
 
 
 @pytest.mark.parametrize('kind', KINDS)
@@ -84,19 +64,24 @@ def test_checkpoints(kind, copy, tmp_path):
     system, cfg, out = copy
     ran = tmp_path / 'ran'
     good = load_checkpoint(out)['step']
-    written(out / f'checkpoint-{good + 1:09d}.pt', ran, kind)
+    bad = out / f'checkpoint-{good + 1:09d}.pt'
+    craft(bad, ran, kind)
+    kept = bad.read_bytes()
     with pytest.warns(UserWarning, match='using the checkpoint before it') as said:
         assert load_checkpoint(out)['step'] == good
     message = str(said[0].message)
     assert '\n' not in message and 'weights_only' not in message
     for path in out.glob('checkpoint-*.pt'):
-        written(path, ran, kind)
+        craft(path, ran, kind)
     with pytest.warns(UserWarning, match='no checkpoint is before it'):
         assert load_checkpoint(out) is None
     with pytest.warns(UserWarning, match='cannot be read'):
         run = open_run('cdrl', 'tiny', cfg, out=out, device='cpu')
         train(tiny.bare(system, cfg), cfg, run, progress=False)
     assert not ran.exists()
+    bad.write_bytes(kept)
+    trust(bad, kind)
+    assert ran.exists()  # what it would have done
 
 
 @pytest.mark.parametrize('where', ['config.json', 'weights/config.json'])

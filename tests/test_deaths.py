@@ -12,6 +12,7 @@ from contextlib import suppress
 
 import psutil
 import pytest
+import tiny
 from test_parts import free_port
 from test_processes import Child, assert_same, command, has_lines, ran, slowly, steps_of
 from test_processes import until, whole  # noqa: F401
@@ -86,10 +87,12 @@ def test_the_other_process_ends(tmp_path, two, rank):
     assert f'the checkpoint of step {steps_of(out)[-1]} in {out} is intact' in line
     assert line.endswith('run the same command again to continue')
     assert load_checkpoint(out)['step'] == steps_of(out)[-1]
+    kept = tiny.clock(out)
     for child in pair(out):  # as it says
         code, said = child.wait()
         assert code == 0, said
     assert_same(out, two)
+    assert len(kept) >= 4 and tiny.went_on(out, kept)
 
 
 def test_before_there_is_a_checkpoint(tmp_path):
@@ -138,11 +141,14 @@ def test_a_worker_is_killed(tmp_path, whole, save_every):  # noqa: F811
     workers_of(child, 2)[0].kill()
     line = ends(child)
     assert 'a process that reads data ended' in line and 'run again to continue' in line
-    found = load_checkpoint(out)
-    assert (found is None) == (not steps_of(out)) and (found or save_every > 1)
+    kept = tiny.clock(out)
+    saved = load_checkpoint(out) or dict(step=0)
+    assert saved['step'] == max(steps_of(out), default=0) == len(kept)
+    assert len(kept) >= 1 or save_every == 100  # a step that breaks off cannot be saved
     code, said = ran(tmp_path, command(out, '--change'))
     assert code == 0, said
     assert_same(out, whole)
+    assert tiny.went_on(out, kept)
 
 
 @pytest.mark.parametrize('rank', [0, 1])
@@ -156,7 +162,9 @@ def test_a_worker_of_one_of_two_processes_is_killed(tmp_path, two, rank):
     other = lines[1 - rank]
     assert 'another process could not read' in other or 'another process of this' in other
     assert load_checkpoint(out)['step'] >= 4
+    kept = tiny.clock(out)
     for child in pair(out, '--change'):
         code, said = child.wait()
         assert code == 0, said
     assert_same(out, two)
+    assert len(kept) >= 4 and tiny.went_on(out, kept)

@@ -7,6 +7,7 @@ import pytest
 from typer.testing import CliRunner
 
 from ebmbook.shell import cli
+from ebmbook.shell.claims import read_ledger
 
 CLAIMS = """
 - id: cooperation
@@ -117,18 +118,29 @@ def put(path, contents):
     return path
 
 
-@pytest.mark.parametrize('run', ['', '--run'])
-@pytest.mark.parametrize('what', LEDGERS)
+READ = [
+    *((what, '') for what in LEDGERS),
+    *((what, '--run') for what in ('words', 'no at')),
+]
+
+
+@pytest.mark.parametrize('what, run', READ)
 def test_ledgers(tmp_path, monkeypatch, what, run):
     contents, says = LEDGERS[what]
-    if run and not contents.strip():
-        return  # a ledger may begin empty
     ledger = put(tmp_path / 'own.jsonl', contents)
     file = put(tmp_path / 'claims.yaml', CLAIMS)
     options = ['--file', file, '--ledger', ledger, *([run] if run else [])]
     found, lines = asked(tmp_path, monkeypatch, 'claims', *options)
     assert found.exit_code == 2 and len(lines) == 1, found.output
     assert says in lines[0] and 'own.jsonl' in lines[0] and not found.stdout
+
+
+@pytest.mark.parametrize('contents', ['', '\n  \n'])
+def test_a_ledger_may_begin_empty(tmp_path, contents):
+    ledger = put(tmp_path / 'own.jsonl', contents)
+    assert read_ledger(ledger, new=True) == []
+    with pytest.raises(ValueError, match='is no ledger'):
+        read_ledger(ledger)
 
 
 @pytest.mark.parametrize('what', FILES)
@@ -140,7 +152,9 @@ def test_claims_files(tmp_path, monkeypatch, what):
     assert says in lines[0] and 'claims.yaml' in lines[0] and not found.stdout
 
 
-@pytest.mark.parametrize('option, says', [('--file', 'no claims file'), ('--ledger', 'no')])
+@pytest.mark.parametrize(
+    'option, says', [('--file', 'no claims file'), ('--ledger', 'no ledger')]
+)
 def test_what_is_no_file(tmp_path, monkeypatch, option, says):
     (tmp_path / 'folder').mkdir()
     file = put(tmp_path / 'claims.yaml', CLAIMS)
@@ -148,7 +162,9 @@ def test_what_is_no_file(tmp_path, monkeypatch, option, says):
         given = {'--file': file} | {option: tmp_path / place}
         words = [word for pair in given.items() for word in pair]
         found, lines = asked(tmp_path, monkeypatch, 'claims', *words)
-        assert found.exit_code == 2 and len(lines) == 1 and place in lines[0], found.output
+        assert found.exit_code == 2 and len(lines) == 1, found.output
+        folder = 'is a folder' if (option, place) == ('--ledger', 'folder') else says
+        assert folder in lines[0] and place in lines[0], found.output
 
 
 def test_what_is_right_is_judged(tmp_path, monkeypatch):

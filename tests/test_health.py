@@ -13,7 +13,7 @@ from ebmbook.learn.health import Health
 from ebmbook.learn.loop import train
 from ebmbook.learn.runs import open_run
 from ebmbook.shell.systems import SYSTEMS, load_system
-from tiny import bare, digest, few_cars, settings, trained
+from tiny import bare, clock, digest, few_cars, settings, trained, went_on
 
 
 class Nobody:
@@ -71,14 +71,17 @@ def test_ages_of_a_buffer_resume(tmp_path):
     assert len(ages) == 6 and ages[0] == 0 and max(ages) > 0.5
 
     def stop(step, nets):
+        time.sleep(0.03)
         if step == 3:  # the autoencoder's stage has one step
             raise KeyboardInterrupt
 
     run = open_run(system.name, 'tiny', cfg, out=tmp_path / 'parts', device='cpu')
     with pytest.raises(KeyboardInterrupt):
         train(system, cfg, run, progress=False, on_step=stop)
+    kept = clock(run.folder)
     train(system, cfg, run, progress=False)
     log = (run.folder / 'log.jsonl').read_text().splitlines()
+    assert len(kept) > 1 and went_on(run.folder, kept)
     again = [json.loads(line) for line in log]
     assert [line['buffer/age'] for line in again if 'buffer/age' in line] == ages
 

@@ -18,12 +18,11 @@ import pytest
 import tiny
 from test_deaths import line_of, pair
 from test_processes import BASE, Child, assert_same, command, has_lines, ran, settings
-from test_processes import slowly, steps_of, train_to, until, whole  # noqa: F401
+from test_processes import slowly, train_to, until, whole  # noqa: F401
 
 from ebmbook import cdrl
 from ebmbook.learn import files, loop
 from ebmbook.learn.files import LOCK
-from ebmbook.learn.ledger import ledger, publish
 from ebmbook.learn.runs import load_checkpoint, open_run
 from ebmbook.shell.systems import load_system
 
@@ -127,10 +126,12 @@ GOES_ON = {
 
 @pytest.mark.parametrize('what', GOES_ON)
 def test_goes_on(what, out, whole, tmp_path):  # noqa: F811
+    kept = tiny.clock(out)
     GOES_ON[what](out)
     code, said = ran(tmp_path, command(out))
     assert code == 0, said
     assert_same(out, whole)
+    assert len(kept) == 4 and tiny.went_on(out, kept)
 
 
 STOPS = {
@@ -200,7 +201,7 @@ def test_files_that_may_not_grow(most, out, whole, tmp_path):  # noqa: F811
     def limit():
         resource.setrlimit(resource.RLIMIT_FSIZE, (most, most))
 
-    before = checksum(out)
+    before, kept = checksum(out), tiny.clock(out)
     code, said = ran(tmp_path, command(out), limit)
     line = line_of(said)
     assert code == 2 and 'could not write' in line and 'run again' in line, said
@@ -208,6 +209,7 @@ def test_files_that_may_not_grow(most, out, whole, tmp_path):  # noqa: F811
     assert checksum(out) == before
     assert ran(tmp_path, command(out))[0] == 0
     assert_same(out, whole)
+    assert len(kept) == 4 and tiny.went_on(out, kept)
 
 
 # --- signals
@@ -226,7 +228,9 @@ def when(what):
         if what == 'write':
             os.fsync = first(os.fsync)
         elif what == 'finish':
-            loop._Job.settle = first(loop._Job.settle)
+            real, late = loop._Job.settle, first(loop._Job.settle)
+            # not of the stage before, which has no steps here
+            loop._Job.settle = lambda job, nets: (late if job.step else real)(job, nets)
         else:
             setattr(loop, what, first(getattr(loop, what)))
 
@@ -248,10 +252,13 @@ def test_sigterm_at_other_moments(what, codes, whole, tmp_path):  # noqa: F811
     out = tmp_path / 'run'
     code, said = ran(tmp_path, command(out), when(what))
     assert code in codes, said
+    kept = tiny.clock(out)
+    assert bool(kept) == (code == 130)
     if code == 130:
         assert 'run the same command again to continue' in line_of(said)
     assert ran(tmp_path, command(out))[0] == 0
     assert_same(out, whole)
+    assert tiny.went_on(out, kept)
 
 
 def test_nobody_reads_what_is_said(whole, tmp_path):  # noqa: F811
@@ -314,16 +321,3 @@ def test_the_clock_is_set(jump, monkeypatch, tmp_path):
         with pytest.raises(OSError, match=f'is in use: process {me}'):
             files.check_free(tmp_path)
         monkeypatch.undo()
-
-
-def test_a_ledger_of_zeros(tmp_path):
-    path = tmp_path / 'ledger.jsonl'
-    publish([dict(metric='fid', value=1.0)], path)
-    with open(path, 'ab') as file:
-        file.write(bytes(64))
-    with pytest.warns(UserWarning, match='ledger.jsonl:2 was cut off'):
-        assert len(ledger(path)) == 1
-    with pytest.warns(UserWarning, match='set aside in ledger.jsonl.cut'):
-        publish([dict(metric='kid', value=2.0)], path)
-    assert [line['metric'] for line in ledger(path)] == ['fid', 'kid']
-    assert steps_of(tmp_path) == []

@@ -3,6 +3,7 @@
 import json
 import math
 import pickle
+import time
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -20,6 +21,7 @@ from ebmbook.data import DATASETS, load
 from ebmbook.vaebm.method import as_seen, prepared
 from ebmbook.vaebm.nvae import NVAE_SIZES, nvae
 from ebmbook.vaebm.presets import PRESETS
+from tiny import clock, went_on
 
 SMALL_NETS = dict(
     ch=4, groups=(1, 1), latent=2, net='4/2 4', first=4, n_steps=2, n_steps_test=2
@@ -211,6 +213,7 @@ def test_training_continues_to_the_last_bit(change, tmp_path):
         pass
 
     def stop(step, nets):
+        time.sleep(0.03)
         if stop.seen == 5:  # all saved in the second stage, whose buffer is no longer fresh
             raise Enough
         stop.seen += 1
@@ -218,7 +221,9 @@ def test_training_continues_to_the_last_bit(change, tmp_path):
     stop.seen = 0
     with pytest.raises(Enough):
         trained(cfg, tmp_path / 'broken', on_step=stop)
+    kept = clock(tmp_path / 'broken')
     assert same_weights(whole, trained(cfg, tmp_path / 'broken'))
+    assert len(kept) > 3 and went_on(tmp_path / 'broken', kept)
 
 
 @pytest.mark.parametrize('change', [dict(), dict(queue=True), dict(method='ebm-vae')])
@@ -272,6 +277,29 @@ def test_the_energy_of_faces_sees_eight_bits():
 
     assert levels(faces) == 256 and levels(replace(faces, energy_bits=5)) == 32
     assert as_seen(batch['x'], faces).unique().numel() == 32
+
+
+def test_gains_of_drawn_images(monkeypatch):
+    "With `init_drawn`, drawn rows, half of them mirrored, and squares over n - 1."
+    seen = []
+
+    def note(net, x, **options):
+        seen.append((x, options))
+
+    monkeypatch.setattr(vaebm.method, 'data_init', note)
+    data = load(TINY.data).tensor(len(load(TINY.data)))
+    batch, ctx = dict(x=torch.zeros(2, 1, 8, 8)), Context(0, 0.0, gen())
+    for change in (dict(), dict(init_drawn=True), dict(init_drawn=True, flip=False)):
+        cfg = replace(TINY, **dict(flip=True, data_init=True) | change)
+        nets = SimpleNamespace(cfg=cfg, vae=torch.nn.Identity(), energy=None)
+        prepared(nets, batch, ctx)
+    (first, _), (drawn, _), (plain, _) = seen
+    assert [options['unbiased'] for _, options in seen] == [False, True, True]
+    assert torch.equal(first, data[:160])  # as released: the first ones, never mirrored
+    rows = torch.randperm(len(data), generator=gen())[:160]
+    assert torch.equal(plain, data[rows])
+    turned = (drawn != plain).flatten(1).any(1)
+    assert torch.equal(drawn[turned], plain[turned].flip(-1)) and 40 < turned.sum() < 120
 
 
 RIVALS = [

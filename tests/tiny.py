@@ -115,6 +115,24 @@ def trained(system, cfg, folder, **options):
     return nets, [{k: v for k, v in line.items() if k != 'seconds'} for line in lines]
 
 
+def clock(out, at=None):
+    """When the steps behind the newest checkpoint were done, or those up to `at`.
+
+    A training that goes on keeps these times; one that begins anew has others.
+    """
+    if at is None:
+        at = max((int(path.stem[11:]) for path in out.glob('checkpoint-*.pt')), default=0)
+    text = (out / 'log.jsonl').read_text() if at else ''
+    found = (json.loads(line) for line in text.split('\n')[:-1])
+    lines = [line for line in found if isinstance(line, dict) and 'seconds' in line]
+    return [line['seconds'] for line in lines if line['total'] <= at]
+
+
+def went_on(out, kept):
+    "Whether a training kept the times of the steps that it had done."
+    return clock(out)[: len(kept)] == kept
+
+
 def forget():
     "Empty every cache of the package."
     modules = [module for name, module in sys.modules.items() if name.startswith('ebmbook')]
