@@ -206,7 +206,6 @@ def kinds(
 
 # %% ../../nbs/learn/limits.ipynb #a7c1e017
 _NUMBER = re.compile(r'[-+]?(0|[1-9][\d_]*)?(\.\d*)?(e[-+]?\d+)?', re.IGNORECASE)
-_TRUE, _FALSE = ('true', 'yes', 'on'), ('false', 'no', 'off')
 _FINITE = {'.inf': math.inf, '+.inf': math.inf, '-.inf': -math.inf, '.nan': math.nan}
 
 
@@ -232,6 +231,9 @@ def numbers(
     if isinstance(value, list):
         return list(map(numbers, value))
     return _number(value) if isinstance(value, str) else value
+
+# %% ../../nbs/learn/limits.ipynb #d0012003
+_TRUE, _FALSE = ('true', 'yes', 'on'), ('false', 'no', 'off')
 
 
 def _from_text(kind, text):

@@ -434,7 +434,7 @@ def _reason(error):
         return "it holds other things than tensors and plain values"
     return f"{type(error).__name__}: {error}".splitlines()[0]
 
-
+# %% ../../nbs/learn/runs.ipynb #d0012005
 def _fits(state):
     return ''
 
