@@ -421,7 +421,9 @@ def _read_whole(path, map_location):
     sealed = _is_sealed(path)
     if not sealed and (bad := zipfile.ZipFile(path).testzip()):
         raise ValueError(f"its part {bad} is damaged")
-    state = torch.load(path, map_location=map_location, weights_only=True)
+    # 'cpu:0', as several processes are given it, is a place that `torch.load` refuses
+    where = 'cpu' if torch.device(map_location).type == 'cpu' else map_location
+    state = torch.load(path, map_location=where, weights_only=True)
     # those of earlier versions have neither
     if not sealed and isinstance(state, dict) and 'identity' in state:
         raise ValueError("its checksum is missing")
