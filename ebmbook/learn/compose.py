@@ -35,7 +35,7 @@ def _parts(energy):
         raise TypeError(f"an energy is a module or a function E(x) -> (B,), got {kind}")
     return [(1.0, energy)]
 
-
+# %% ../../nbs/learn/compose.ipynb #cmpcd006a
 class Composable:
     "What can be added to energies and multiplied by numbers."
 

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['METHODS', 'STAGES', 'DataFields', 'ChainFields', 'OptimFields', 'Config', 'method_options', 'FitNets', 'losses',
-           'optimisers', 'check_energy', 'Fitted', 'fit']
+           'optimisers', 'check_energy', 'Fitted', 'fit', 'load_fitted']
 
 # %% ../../nbs/learn/fit.ipynb #fitcd003
 import copy
@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import torch
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_model
 from torch import Tensor, nn
 
@@ -43,7 +44,7 @@ from ebmbook.learn.objectives import (
 from .runs import open_run, pick_device, plain_json
 from .settings import check_options, read_over, unknown
 from .system import System
-from .weights import store_weights
+from .weights import load_weights, store_weights
 from ..mcmc import Draws, frozen, langevin_step, reflect, ula
 from ..mcmc import tempered as on_path
 
@@ -83,7 +84,7 @@ class ChainFields:
     spread: Positive = 1.2  # Width of the noise of `nce`
     walls: Weight = 0.25  # How far they stand off, in units of the data's range
 
-
+# %% ../../nbs/learn/fit.ipynb #fitcd006b
 @dataclass(frozen=True, kw_only=True)
 class OptimFields:
     "Length and learning rate."
@@ -98,7 +99,7 @@ class OptimFields:
 class Config(Loop, DataFields, ChainFields, OptimFields):
     "Settings of a fit; those of the loop are inherited."
 
-
+# %% ../../nbs/learn/fit.ipynb #fitcd006d
 # what each objective reads; chains are for samples too
 _READ = {
     'pcd': ('n_steps', 'buffer', 'restart'),
@@ -146,6 +147,7 @@ class FitNets(nn.Module):
         net: nn.Module,  # E(x) or E(x, labels) -> (B,), in nats
         x: Tensor,  # (N, ...) some of the examples
         y: Tensor | None = None,  # Their labels
+        start: bool = True,  # Whether it is to be trained, not filled with weights
     ) -> None:
         super().__init__()
         self.cfg, self.net = cfg, net
@@ -157,13 +159,16 @@ class FitNets(nn.Module):
         self.register_buffer('scale', scale)
         rows = torch.arange(cfg.buffer) % len(x)
         self.register_buffer('pool', torch.empty(0) if y is None else y[rows])
-        given = () if y is None else (y[:512],)
+        at_start = self._gap(x[:512], y) if start else torch.zeros(())
+        self.log_z = nn.Parameter(at_start, requires_grad=cfg.objective == 'nce')
+
+    def _gap(self, x, y):
+        "Where the classifier of `nce` begins undecided."
+        device = next(self.net.parameters()).device
+        given = () if y is None else (y[: len(x)].to(device),)
         with frozen(self.net), torch.no_grad():
-            some = x[:512].to(next(net.parameters()).device)
-            given = tuple(part.to(some.device) for part in given)
-            # the classifier of `nce` begins undecided
-            gap = self.noise(x[:512]).mean() - self.net(some, *given).mean().cpu()
-        self.log_z = nn.Parameter(gap, requires_grad=cfg.objective == 'nce')
+            level = self.net(x.to(device), *given).mean().cpu()
+            return self.noise(x).mean() - level
 
     def inside(self, x: Tensor) -> Tensor:  # (B, ...), what passes a wall thrown back
         middle, half = (self.high + self.low) / 2, (self.high - self.low) / 2
@@ -236,7 +241,7 @@ def _scored(nets, x, given, ctx):
     sigma = nets.cfg.sigma * nets.scale.item()
     return denoising_score(nets.net, x, sigma, given=given, generator=ctx.generator)
 
-
+# %% ../../nbs/learn/fit.ipynb #fitcd010a
 _OBJECTIVES = dict(pcd=_persistent, cd=_short, drl=_recovery, nce=_classified, dsm=_scored)
 
 
@@ -310,7 +315,7 @@ def _one_each(net, x):
 
     return checked
 
-
+# %% ../../nbs/learn/fit.ipynb #fitcd012a
 def check_energy(
     energy: Any,  # To be a module E(x) -> (B,), or E(x, labels)
     x: Tensor,  # (B, ...) some examples, B >= 2
@@ -370,7 +375,7 @@ def _tensor_data(data, labels):
 def _moved(labels):
     return None if labels is None else labels.detach().cpu()
 
-
+# %% ../../nbs/learn/fit.ipynb #fitcd014a
 def _read_data(data, labels):
     "Examples, some of them as they are, and the labels of these or None."
     if isinstance(data, Tensor):
@@ -422,7 +427,35 @@ def _draw(nets, n, given, n_steps, generator):
             x = langevin_step(energy, x, rates, **options)
     return x
 
+# %% ../../nbs/learn/fit.ipynb #fitcd016a
+def _labels_for(nets, labels, n):
+    "Labels as the module takes them. Raises `ValueError`."
+    if not nets.cfg.labels:
+        if labels is not None:
+            raise ValueError("this energy was taught without labels; leave them out")
+        return ()
+    if not isinstance(labels, Tensor) or len(labels) != n:
+        got = tuple(labels.shape) if isinstance(labels, Tensor) else labels
+        shape = ', '.join(['B', *map(str, nets.pool.shape[1:])])
+        raise ValueError(f"this energy takes labels ({shape}), B = {n}, got {got}")
+    return (labels.to(nets.pool),)
 
+
+def _described(nets):
+    "One sentence."
+    cfg = nets.cfg
+    n = sum(own.numel() for own in nets.net.parameters())
+    text = (
+        f"Fitted {cfg.net} of {n:,} weights on examples {cfg.shape}"
+        f"{' with labels' if cfg.labels else ''}: {METHODS[cfg.objective]}, "
+        f"{cfg.n_iters:,} steps of {cfg.batch}"
+    )
+    if cfg.objective == 'dsm':
+        sigma = cfg.sigma * nets.scale.item()
+        text += f"; the density with noise of std {sigma:.3g} added"
+    return text + ('' if cfg.temp == 1 else f"; chains at temperature {cfg.temp:g}")
+
+# %% ../../nbs/learn/fit.ipynb #fitcd016b
 class Fitted(Composable):
     """A trained energy: samples, energies, and weights to keep.
 
@@ -442,19 +475,6 @@ class Fitted(Composable):
 
     def as_energy(self) -> Callable[..., Tensor]:
         return self.nets.net
-
-    def _given(self, labels, n):
-        "Labels as the module takes them. Raises `ValueError`."
-        if not self.cfg.labels:
-            if labels is not None:
-                raise ValueError("this energy was taught without labels; leave them out")
-            return ()
-        pool = self.nets.pool
-        if not isinstance(labels, Tensor) or len(labels) != n:
-            got = tuple(labels.shape) if isinstance(labels, Tensor) else labels
-            shape = ', '.join(['B', *map(str, pool.shape[1:])])
-            raise ValueError(f"this energy takes labels ({shape}), B = {n}, got {got}")
-        return (labels.to(pool),)
 
     def sample(
         self,
@@ -476,11 +496,9 @@ class Fitted(Composable):
         nets = self.nets
         generator = torch.Generator(nets.scale.device).manual_seed(seed)
         if self.cfg.labels and labels is None:
-            rows = torch.randint(
-                len(nets.pool), (n,), generator=generator, device=nets.pool.device
-            )
-            labels = nets.pool[rows]
-        given = self._given(labels, n)
+            some = torch.rand(n, generator=generator, device=nets.scale.device)
+            labels = nets.pool[(some * len(nets.pool)).long()]
+        given = _labels_for(nets, labels, n)
         done = [0]
 
         def draw(m):
@@ -502,7 +520,7 @@ class Fitted(Composable):
         Raises `TypeError` and `ValueError` for what the energy does not take.
         """
         examples_for(self.nets, x, free=len(self.cfg.shape) != 3)
-        inputs = (x, *self._given(labels, len(x)))
+        inputs = (x, *_labels_for(self.nets, labels, len(x)))
         parts = zip(*(part.split(chunk) for part in inputs))
         with torch.no_grad():
             found = [self.nets.net(*part) for part in parts]
@@ -523,17 +541,7 @@ class Fitted(Composable):
         return store_weights(self.nets, folder)
 
     def __repr__(self) -> str:
-        cfg, nets = self.cfg, self.nets
-        n = sum(own.numel() for own in nets.net.parameters())
-        text = (
-            f"Fitted {cfg.net} of {n:,} weights on examples {cfg.shape}"
-            f"{' with labels' if cfg.labels else ''}: {METHODS[cfg.objective]}, "
-            f"{cfg.n_iters:,} steps of {cfg.batch}"
-        )
-        if cfg.objective == 'dsm':
-            sigma = cfg.sigma * nets.scale.item()
-            text += f"; the density with noise of std {sigma:.3g} added"
-        return text + ('' if cfg.temp == 1 else f"; chains at temperature {cfg.temp:g}")
+        return _described(self.nets)
 
 # %% ../../nbs/learn/fit.ipynb #fitcd018
 def _settings_of(energy, method, shape, labels, name, given):
@@ -553,7 +561,7 @@ def _settings_of(energy, method, shape, labels, name, given):
 def _build(energy, x, y, cfg):
     return FitNets(cfg, copy.deepcopy(energy), x, y)
 
-
+# %% ../../nbs/learn/fit.ipynb #fitcd018a
 def _system(energy, x, y):
     "The description that the loop of this book trains."
 
@@ -628,3 +636,43 @@ def fit(
         run = open_run('fit', method, cfg, cfg, seed=seed, out=folder, device=device)
         nets = train(system, cfg, run, examples, progress=progress, on_step=on_step)
     return Fitted(nets)
+
+# %% ../../nbs/learn/fit.ipynb #fitcd023
+def _stored_settings(path):
+    "Settings of a stored fit. Raises `ValueError` naming the file."
+    try:
+        found = json.loads(path.read_text(encoding='utf-8'))
+        if found['system'] != 'fit':
+            raise ValueError(f"it is of the system {found['system']!r}")
+        known = {field.name for field in fields(Config)}
+        values = {k: v for k, v in found['config'].items() if k in known}
+        return Config(**values)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"there is no stored fit: {path} is missing") from error
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise ValueError(f"{path} is not of a stored fit: {error}") from error
+
+
+def load_fitted(
+    folder: str | Path,  # From `Fitted.save`, or the folder `weights` of a run
+    energy: nn.Module,  # Built as it was for the training; left as it is
+    device: str = 'cpu',  # Where it computes
+) -> Fitted:
+    """Read a fit that was stored.
+
+    Raises `FileNotFoundError` if there is none, `ValueError` for damaged files and weights
+    of another energy.
+    """
+    _parameters_of(energy)
+    folder = Path(folder)
+    cfg = _stored_settings(folder / 'config.json')
+    path = folder / 'model.safetensors'
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no stored fit: {path} is missing")
+    nets = FitNets(cfg, copy.deepcopy(energy), torch.randn(2, *cfg.shape), start=False)
+    try:
+        with safe_open(path, 'pt') as file:
+            nets.pool = file.get_tensor('pool')
+    except SafetensorError as error:
+        raise ValueError(f"{path} is damaged, or of no fit: {error}") from error
+    return Fitted(load_weights(nets, path).to(device))
