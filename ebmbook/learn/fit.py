@@ -10,6 +10,7 @@ __all__ = ['METHODS', 'STAGES', 'DataFields', 'ChainFields', 'OptimFields', 'Con
 import copy
 import hashlib
 import json
+import os
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -73,14 +74,15 @@ class DataFields:
 class ChainFields:
     "Chains and noises; lengths in units of the data's standard deviation."
 
-    n_steps: Count = 20  # Langevin updates in a step of the training
-    step: Positive = 2e-3  # Time step of `pcd` and `cd`, in units of the data's variance
+    n_steps: Count = 10  # Langevin updates in a step of the training
+    step: Positive = 5e-3  # Time step of `pcd` and `cd`, in units of the data's variance
     tether: Positive = 0.2  # Time step of `drl`, in units of the variance of its noise
     temp: Weight = 1.0  # Temperature of chains; below 1 the energy is learned for it
     buffer: Count = 10_000  # Chains of `pcd`
     restart: Share = 0.02  # Probability that one of them starts anew
+    metropolis: bool = True  # Whether chains of `drl` refuse wrong updates
     sigma: Positive = 0.1  # Noise of `dsm`, or the largest of `drl`
-    least: Part = 0.2  # Smallest noise of `drl`, in units of the largest
+    least: Part = 0.25  # Smallest noise of `drl`, in units of the largest
     spread: Positive = 1.2  # Width of the noise of `nce`
     walls: Weight = 0.25  # How far they stand off, in units of the data's range
 
@@ -104,11 +106,12 @@ class Config(Loop, DataFields, ChainFields, OptimFields):
 _READ = {
     'pcd': ('n_steps', 'buffer', 'restart'),
     'cd': ('n_steps',),
-    'drl': ('n_steps', 'tether', 'sigma', 'least'),
+    'drl': ('n_steps', 'tether', 'metropolis', 'sigma', 'least'),
     'nce': ('spread',),
     'dsm': ('sigma',),
 }
-_GIVEN = ('data', 'shape', 'net', 'objective', 'labels')
+# where a method wants another number than the settings
+_DEFAULTS: dict[str, dict[str, Any]] = {'drl': dict(n_steps=15, sigma=0.4)}
 
 
 def method_options(
@@ -227,8 +230,8 @@ def _recovery(nets, x, given, ctx):
     cfg = nets.cfg
     largest = cfg.sigma * nets.scale
     sigma = largest * cfg.least ** ctx.uniform(len(x), x)  # even on a log scale
-    options = dict(step=cfg.tether, given=given, constrain=nets.inside)
-    options |= dict(generator=ctx.generator)
+    options = dict(step=cfg.tether, metropolis=cfg.metropolis, given=given)
+    options |= dict(constrain=nets.inside, generator=ctx.generator)
     return recovery_likelihood(nets.net, x, sigma, cfg.n_steps, **options)
 
 
@@ -551,7 +554,8 @@ def _settings_of(energy, method, shape, labels, name, given):
         f"fit by {method}", given, known, [field.name for field in fields(Config)]
     )
     fixed = dict(data=name, shape=shape, net=type(energy).__name__, labels=labels)
-    plain = Config(**fixed, objective=method, batch=128, ema=0.999)
+    fixed |= dict(objective=method, batch=128, ema=0.999)
+    plain = Config(**fixed, **_DEFAULTS.get(method, {}))
     found = replace(plain, **read_over(plain, dict(given)))
     if found.objective == 'pcd' and found.buffer < found.batch:
         raise ValueError(f"buffer={found.buffer} chains are fewer than batch={found.batch}")
@@ -621,6 +625,8 @@ def fit(
     """
     if n_iters is not None and minutes is not None:
         raise ValueError("give n_iters or minutes, not both")
+    if not out and int(os.environ.get('WORLD_SIZE', 1)) > 1:
+        raise ValueError("several processes need a folder that they share: give out")
     given = options if n_iters is None else options | dict(n_iters=n_iters)
     method_options(method)  # a wrong name first
     examples, x, y = _read_data(data, labels)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.functional import softplus
 
 from ..checks import in_double, positive, recording
-from ..mcmc import Draws, Rates, frozen, langevin, normal, recall, ula
+from ..mcmc import Draws, Rates, frozen, langevin, mala, normal, recall, ula
 
 # %% ../../nbs/learn/objectives.ipynb #dd952d6d
 def cd_loss(
@@ -57,6 +57,14 @@ def _chains(energy, target, start, rates, n_steps, options):
     "Ends of Langevin chains on `target`, a function of the module `energy`."
     with frozen(energy):
         return langevin(target, start, rates, n_steps, **options)
+
+
+def _tested(energy, target, start, eta, n_steps, constrain, options):
+    "The same with a Metropolis test; walls mirror the energy, and the ends come back."
+    fold = constrain or (lambda x: x)
+    with frozen(energy):
+        end, _ = mala(lambda here: target(fold(here)), start, eta, n_steps, **options)
+        return fold(end)
 
 
 def _contrast(energy, x, fake, given, beside):
@@ -134,26 +142,32 @@ def recovery_likelihood(
     *,
     step: float = 0.1,  # Time step in units of the variance of the noise
     given: tuple[Tensor, ...] = (),  # Further inputs, (B, ...) each, such as labels
+    metropolis: bool = False,  # Whether a test refuses wrong updates, as in `mala`
     constrain: Callable[[Tensor], Tensor] | None = None,  # As in `langevin`
-    **options: Any,  # Of `langevin`: generator
+    generator: Draws = None,  # Source of the draws
 ) -> tuple[Tensor, dict[str, Tensor]]:  # Loss; to log
     """Data against chains that guess them from noisy copies; one energy, many noises.
 
     The smaller the noise, the easier the chains and the less a step says about parts of the
     density that lie apart. Each rung alone has the density of the data as its minimiser.
     In the paper each rung has an energy of its own; then the samples of one are the noisy
-    copies of the next, as in the chapter on CDRL. Raises what `langevin` raises.
+    copies of the next, as in the chapter on CDRL. Where an energy has become steep, long
+    steps end at absurd heights and make it steeper; the Metropolis test, which is not in the
+    paper, refuses them. Raises what `langevin` and `mala` raise.
     Source: Gao et al. 2021, eqs. 4 and 7; label `eq-objectives-recovery`.
     """
     wide = sigma.reshape(-1, *[1] * (x.ndim - 1))
-    anchor = x + wide * normal(x, options.get('generator'))
+    anchor = x + wide * normal(x, generator)
     target = tethered(
         lambda here: _energies(energy, here, given), anchor, 0.5 / sigma.square()
     )
     start = anchor if constrain is None else constrain(anchor)
-    options = dict(options, constrain=constrain)
-    rates = ula(step * sigma.square())
-    fake = _chains(energy, target, start, rates, n_steps, options)
+    eta, options = step * sigma.square(), dict(generator=generator)
+    if metropolis:
+        fake = _tested(energy, target, start, eta, n_steps, constrain, options)
+    else:
+        options |= dict(constrain=constrain)
+        fake = _chains(energy, target, start, ula(eta), n_steps, options)
     return _contrast(energy, x, fake, given, given)
 
 # %% ../../nbs/learn/objectives.ipynb #objcd022
