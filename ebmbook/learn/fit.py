@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['METHODS', 'STAGES', 'DataFields', 'ChainFields', 'OptimFields', 'Config', 'method_options', 'FitNets', 'losses',
-           'optimisers', 'check_energy', 'Fitted', 'fit', 'load_fitted']
+           'optimisers', 'check_energy', 'Fitted', 'fit_config', 'fit', 'load_fitted']
 
 # %% ../../nbs/learn/fit.ipynb #fitcd003
 import copy
@@ -46,7 +46,7 @@ from .runs import open_run, pick_device, plain_json
 from .settings import check_options, read_over, unknown
 from .system import System
 from .weights import load_weights, store_weights
-from ..mcmc import Draws, frozen, langevin_step, reflect, ula
+from ..mcmc import Draws, frozen, langevin, mala, reflect, ula
 from ..mcmc import tempered as on_path
 
 # %% ../../nbs/learn/fit.ipynb #fitcd006
@@ -75,12 +75,12 @@ class ChainFields:
     "Chains and noises; lengths in units of the data's standard deviation."
 
     n_steps: Count = 10  # Langevin updates in a step of the training
-    step: Positive = 5e-3  # Time step of `pcd` and `cd`, in units of the data's variance
-    tether: Positive = 0.2  # Time step of `drl`, in units of the variance of its noise
+    step: Positive = 5e-3  # First time step of chains, in units of the data's variance
+    tether: Positive = 0.2  # First one of `drl`, in units of the variance of its noise
     temp: Weight = 1.0  # Temperature of chains; below 1 the energy is learned for it
     buffer: Count = 10_000  # Chains of `pcd`
     restart: Share = 0.02  # Probability that one of them starts anew
-    metropolis: bool = True  # Whether chains of `drl` refuse wrong updates
+    metropolis: bool = True  # Whether updates are tested, and their step adapts
     sigma: Positive = 0.1  # Noise of `dsm`, or the largest of `drl`
     least: Part = 0.25  # Smallest noise of `drl`, in units of the largest
     spread: Positive = 1.2  # Width of the noise of `nce`
@@ -106,12 +106,12 @@ class Config(Loop, DataFields, ChainFields, OptimFields):
 _READ = {
     'pcd': ('n_steps', 'buffer', 'restart'),
     'cd': ('n_steps',),
-    'drl': ('n_steps', 'tether', 'metropolis', 'sigma', 'least'),
+    'drl': ('n_steps', 'tether', 'sigma', 'least'),
     'nce': ('spread',),
     'dsm': ('sigma',),
 }
 # where a method wants another number than the settings
-_DEFAULTS: dict[str, dict[str, Any]] = {'drl': dict(n_steps=15, sigma=0.4)}
+_DEFAULTS: dict[str, dict[str, Any]] = {'drl': dict(n_steps=15, sigma=0.2)}
 
 
 def method_options(
@@ -197,42 +197,82 @@ class FitNets(nn.Module):
         write_text(folder / 'config.json', text + '\n')
 
 # %% ../../nbs/learn/fit.ipynb #fitcd010
-def _chain_options(nets, generator):
-    "Rates and guards of chains on the energy of data."
+_RUNGS = 8  # of the ladder of `drl`; each has a step of its own
+_ACCEPT = 0.6  # mean acceptance that steps aim at
+_GAIN = 0.1  # how fast in a training, per step
+_SETTLE, _BLOCK = 0.5, 5  # and for samples, per so many updates
+
+
+def _tested(nets, eta, n_steps, generator):
+    """chain(target, start) -> ends and what a Metropolis test accepted of each.
+
+    The walls mirror the energy, so that no chain is lost behind them.
+    """
+    fold, own = nets.inside, dict(temp=nets.cfg.temp, generator=generator)
+
+    def chain(target, start):
+        end, accepted = mala(lambda x: target(fold(x)), fold(start), eta, n_steps, **own)
+        return fold(end), accepted
+
+    return chain
+
+
+def _untested(nets, eta, n_steps, generator):
+    "chain(target, start) -> ends; no slope takes a chain farther than noise would."
+    limit = 5 * (2 * eta.max().item()) ** 0.5
+    own = dict(constrain=nets.inside, clip=limit, generator=generator)
+    rates = ula(eta, nets.cfg.temp)
+    return lambda target, start: langevin(target, nets.inside(start), rates, n_steps, **own)
+
+
+def _chain(nets, ctx, eta, rung):
+    "Chains of a training; where updates are tested, the step of each rung adapts."
     cfg = nets.cfg
-    eta = cfg.step * nets.scale.item() ** 2
-    # noise hardly ever goes as far, and no slope takes a chain across the plane
-    limit = 5 * (2 * eta) ** 0.5
-    return ula(eta, cfg.temp), dict(constrain=nets.inside, clip=limit, generator=generator)
+    if not cfg.metropolis:
+        return _untested(nets, eta, cfg.n_steps, ctx.generator)
+    log_step = ctx.state.setdefault('log_step', eta.new_zeros(_RUNGS))
+    tested = _tested(nets, eta * log_step.exp()[rung], cfg.n_steps, ctx.generator)
+
+    def chain(target, start):
+        end, accepted = tested(target, start)
+        sums = accepted.new_zeros(2, _RUNGS)
+        sums[0].index_add_(0, rung, accepted - _ACCEPT)
+        sums[1].index_add_(0, rung, torch.ones_like(accepted))
+        excess, n = ctx.mean(sums)
+        log_step.add_(_GAIN * excess / n.clamp(min=1e-3)).clamp_(-9.0, 3.0)
+        return end
+
+    return chain
+
+# %% ../../nbs/learn/fit.ipynb #fitcd010c
+def _plain_chain(nets, x, ctx):
+    "Chains on the energy of data."
+    eta = (nets.cfg.step * nets.scale.square()).expand(len(x))
+    return _chain(nets, ctx, eta, torch.zeros(len(x), device=x.device).long())
 
 
 def _persistent(nets, x, given, ctx):
     cfg, state = nets.cfg, ctx.state
     if 'chains' not in state:  # from the global generator, which parts of a batch share
         state['chains'] = nets.fresh(x.new_empty(cfg.buffer, *x.shape[1:]))
-    rates, options = _chain_options(nets, ctx.generator)
     beside = (nets.pool,) if given else ()
-    options |= dict(restart=cfg.restart, given=given, beside=beside)
-    fresh = nets.fresh(x, ctx.generator)
-    return persistent_divergence(
-        nets.net, x, state['chains'], fresh, rates, cfg.n_steps, **options
-    )
+    options = dict(restart=cfg.restart, given=given, beside=beside)
+    options |= dict(generator=ctx.generator)
+    fresh, chain = nets.fresh(x, ctx.generator), _plain_chain(nets, x, ctx)
+    return persistent_divergence(nets.net, x, state['chains'], fresh, chain, **options)
 
 
 def _short(nets, x, given, ctx):
-    rates, options = _chain_options(nets, ctx.generator)
-    return contrastive_divergence(
-        nets.net, x, rates, nets.cfg.n_steps, given=given, **options
-    )
+    return contrastive_divergence(nets.net, x, _plain_chain(nets, x, ctx), given=given)
 
 
 def _recovery(nets, x, given, ctx):
     cfg = nets.cfg
-    largest = cfg.sigma * nets.scale
-    sigma = largest * cfg.least ** ctx.uniform(len(x), x)  # even on a log scale
-    options = dict(step=cfg.tether, metropolis=cfg.metropolis, given=given)
-    options |= dict(constrain=nets.inside, generator=ctx.generator)
-    return recovery_likelihood(nets.net, x, sigma, cfg.n_steps, **options)
+    place = ctx.uniform(len(x), x)
+    sigma = cfg.sigma * nets.scale * cfg.least**place  # even on a log scale
+    chain = _chain(nets, ctx, cfg.tether * sigma.square(), (_RUNGS * place).long())
+    own = dict(given=given, generator=ctx.generator)
+    return recovery_likelihood(nets.net, x, sigma, chain, **own)
 
 
 def _classified(nets, x, given, ctx):
@@ -417,17 +457,22 @@ def _on_path(i, n, net, noise):
 
 
 def _draw(nets, n, given, n_steps, generator):
-    rates, options = _chain_options(nets, generator)
-    like = nets.scale.new_empty(n, *nets.cfg.shape)
-    x = nets.fresh(like, generator)
+    eta = (nets.cfg.step * nets.scale.square()).expand(n)
+    x = nets.fresh(nets.scale.new_empty(n, *nets.cfg.shape), generator)
     with frozen(nets):
 
         def at_data(here):
             return nets.net(here, *given)
 
-        for i in range(n_steps):
-            energy = _on_path(i, n_steps, at_data, nets.noise)
-            x = langevin_step(energy, x, rates, **options)
+        for done in range(0, n_steps, _BLOCK):
+            energy = _on_path(done, n_steps, at_data, nets.noise)
+            few = min(_BLOCK, n_steps - done)
+            if not nets.cfg.metropolis:
+                x = _untested(nets, eta, few, generator)(energy, x)
+                continue
+            x, accepted = _tested(nets, eta, few, generator)(energy, x)
+            if done < 0.75 * n_steps:  # then exact
+                eta = eta * (_SETTLE * (accepted.mean() - _ACCEPT)).exp()
     return x
 
 # %% ../../nbs/learn/fit.ipynb #fitcd016a
@@ -547,16 +592,27 @@ class Fitted(Composable):
         return _described(self.nets)
 
 # %% ../../nbs/learn/fit.ipynb #fitcd018
-def _settings_of(energy, method, shape, labels, name, given):
-    "Settings of a fit. Raises `KeyError`, `TypeError` and `ValueError`."
+def fit_config(
+    method: str,  # One of `METHODS`
+    *,
+    shape: tuple[int, ...],  # Of one example
+    data: str = 'examples',  # What the examples are called
+    net: str = 'Module',  # Class of the energy
+    labels: bool = False,  # Whether the energy takes labels
+    **options: Any,  # Settings that the method reads
+) -> Config:  # Resolved
+    """The settings that `fit` trains with.
+
+    Raises `KeyError` for an unknown method, `TypeError` and `ValueError` for settings that
+    do not suit.
+    """
     known = method_options(method)
-    check_options(
-        f"fit by {method}", given, known, [field.name for field in fields(Config)]
-    )
-    fixed = dict(data=name, shape=shape, net=type(energy).__name__, labels=labels)
+    own = [field.name for field in fields(Config)]
+    check_options(f"fit by {method}", options, known, own)
+    fixed = dict(data=data, shape=shape, net=net, labels=labels)
     fixed |= dict(objective=method, batch=128, ema=0.999)
     plain = Config(**fixed, **_DEFAULTS.get(method, {}))
-    found = replace(plain, **read_over(plain, dict(given)))
+    found = replace(plain, **read_over(plain, dict(options)))
     if found.objective == 'pcd' and found.buffer < found.batch:
         raise ValueError(f"buffer={found.buffer} chains are fewer than batch={found.batch}")
     return found
@@ -632,7 +688,8 @@ def fit(
     examples, x, y = _read_data(data, labels)
     check_energy(energy, x[:8], None if y is None else y[:8])
     shape, name = tuple(x.shape[1:]), _called(x, y, len(examples))
-    cfg = _settings_of(energy, method, shape, y is not None, name, given)
+    known = dict(shape=shape, data=name, net=type(energy).__name__, labels=y is not None)
+    cfg = fit_config(method, **known, **given)
     system, device = _system(energy, x, y), device or pick_device()
     if minutes is not None:
         positive(minutes, 'minutes')
