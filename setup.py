@@ -26,7 +26,7 @@ setup(
     keywords=cfg['keywords'],
     packages=find_packages(include=['ebmbook', 'ebmbook.*']),
     python_requires='>=' + cfg['min_python'],
-    package_data={'ebmbook': ['py.typed', 'extractors/*']},
+    package_data={'ebmbook': ['py.typed', 'extractors/*', 'weights/*/*']},
     install_requires=cfg['requirements'].split(),
     extras_require=extras,
     entry_points={'console_scripts': cfg['console_scripts'].split()},

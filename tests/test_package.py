@@ -96,6 +96,8 @@ def test_the_wheel_holds_the_package_and_nothing_else(wheel):
     assert held == package
     assert {f"ebmbook/{m.replace('.', '/')}.py" for m, _ in modules(ROOT)} < held
     assert sum(o.startswith('ebmbook/extractors/') for o in held) >= 2
+    assert sum(o.startswith('ebmbook/weights/') for o in held) >= 30
+    assert wheel.stat().st_size <= 30 * 2**20
 
 
 def test_the_wheel_says_what_it_needs_and_brings_the_command(wheel):

@@ -153,7 +153,7 @@ def check_device(
 
 # %% ../../nbs/shell/systems.ipynb #c031
 def _book_folder(system, preset):
-    from ebmbook.learn.runs import book_weights, root
+    from ebmbook.learn.runs import book_weights, weights_folder
 
     name = system.name
     if preset not in system.presets:
@@ -161,7 +161,7 @@ def _book_folder(system, preset):
     found = book_weights(name, preset)
     if found is not None:
         return found
-    folders = sorted((root() / 'results' / 'weights').glob(f'{name}-*'))
+    folders = sorted(weights_folder().glob(f'{name}-*'))
     have = [
         p.name.removeprefix(f'{name}-')
         for p in folders
