@@ -22,7 +22,7 @@ if TYPE_CHECKING:  # it imports PyTorch, and help must come at once
     from ebmbook.learn.system import System
 
 # %% auto #0
-__all__ = ['SYSTEMS', 'systems', 'load_system', 'select', 'check_device', 'load_nets', 'read_labels']
+__all__ = ['SYSTEMS', 'systems', 'load_system', 'select', 'check_device', 'weights_in', 'load_nets', 'read_labels']
 
 # %% ../../nbs/shell/systems.ipynb #c013
 SYSTEMS = {
@@ -174,8 +174,12 @@ def _book_folder(system, preset):
     )
 
 
-def _weights_folder(folder):
-    "The folder that holds weights: this one, or `weights` below it."
+def weights_in(
+    folder: Path,  # Of weights, or of a run
+) -> Path:  # This one, or `weights` below it
+    "The folder that holds weights. Raises `FileNotFoundError` naming what is missing."
+    if not folder.is_dir():
+        raise FileNotFoundError(f"there is no folder {folder}; does its path hold a typo?")
     inner = folder / 'weights'
     if not (folder / 'model.safetensors').is_file() and inner.is_dir():
         folder = inner
@@ -213,7 +217,7 @@ def load_nets(
             "or -p preset NAME for the book's"
         )
     own = Path(weights).expanduser() if weights else None
-    folder = _weights_folder(own or _book_folder(system, preset))
+    folder = weights_in(own or _book_folder(system, preset))
     from ebmbook.learn.weights import load_weights
 
     try:
