@@ -8,6 +8,7 @@ if TYPE_CHECKING:  # they import PyTorch, and help must come at once
     from ebmbook.shell.model import Model as Model
     from ebmbook.shell.model import load as load
     from ebmbook.shell.model import models as models
+    from ebmbook.shell.training import train as train
 
 __version__ = "0.1.0"
 
@@ -42,6 +43,7 @@ _FRONT = {
     'Model': 'shell.model',
     'load': 'shell.model',
     'models': 'shell.model',
+    'train': 'shell.training',
 }
 __all__ = list(_FRONT)
 

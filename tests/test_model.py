@@ -15,7 +15,7 @@ NAMES = list(ebmbook.models())
 # the fewest numbers with which each task says something
 FEW = {
     'cdrl': dict(compose=dict(n=8, n_steps=1), inpaint=dict(n=2, n_steps=1)),
-    'coopflow': dict(reconstruct=dict(n=2), bits=dict(n=16)),
+    'coopflow': dict(reconstruct=dict(n=2, n_iters=2), bits=dict(n=16)),
     'ecvae': dict(posterior=dict(n=4), restore=dict(n=2, n_steps=2)),
     'liebm': dict(
         ood=dict(n=20),
@@ -118,7 +118,10 @@ def stored(tmp_path):
 @pytest.mark.parametrize(
     ('ref', 'words'),
     [
-        ('cdrl/digits-con', "unknown model 'cdrl/digits-con'; did you mean 'cdrl/digits-cond'"),
+        (
+            'cdrl/digits-con',
+            "unknown model 'cdrl/digits-con'; did you mean 'cdrl/digits-cond'",
+        ),
         ('cdrl-digits-cond', "did you mean 'cdrl/digits-cond'"),
         ('CDRL/digits-cond', "did you mean 'cdrl/digits-cond'"),
         ('liebm/digit', "did you mean 'liebm/digits'"),
@@ -160,7 +163,10 @@ def spoilt(path, change):
         (lambda found: found['cfg'].update(chh=8), 'holds no settings of cdrl'),
         (lambda found: found['cfg'].update(ch='many'), 'ch'),
         (lambda found: found.pop('cfg'), 'holds no settings of cdrl'),
-        (lambda found: (found.pop('system'), found.pop('cfg')), 'does not say which system'),
+        (
+            lambda found: (found.pop('system'), found.pop('cfg')),
+            'does not say which system',
+        ),
     ],
 )
 def test_settings_that_do_not_fit(stored, change, words):
@@ -219,7 +225,10 @@ def test_a_wrong_device():
         (lambda m: m.energy([1, 2]), 'must be a tensor'),
         (lambda m: m.evaluate('smaple'), "did you mean 'sample'"),
         (lambda m: m.evaluate('sample', nn=3), "no option 'nn'"),
-        (lambda m: m.anomaly(torch.zeros(1, 1, 8, 8)), 'has no anomaly; it has: sample, energy'),
+        (
+            lambda m: m.anomaly(torch.zeros(1, 1, 8, 8)),
+            'has no anomaly; it has: sample, energy',
+        ),
         (lambda m: m.restore(torch.zeros(1, 1, 8, 8), 'sr2'), "evaluate(task='inpaint')"),
     ],
 )
@@ -297,11 +306,11 @@ def test_the_door_costs_nothing_until_it_is_used():
 
 def test_the_seed_is_that_of_the_command_line(tmp_path):
     import numpy as np
-    from test_cli import run
+    from test_cli import invoke
 
     out = tmp_path / 'x.npy'
     line = '-p preset spiral-T100 -n 3 --seed 5 --device cpu --out'.split()
-    done = run('sample', 'coopflow', *line, str(out))
+    done = invoke("sample", "coopflow", *line, str(out))
     assert done.exit_code == 0, done.output
     x = ebmbook.load('coopflow/spiral-T100', 'cpu').sample(3, seed=5)
     assert np.array_equal(np.load(out), x.numpy())

@@ -27,6 +27,7 @@ from ebmbook.data.files import (
     load_torchvision,
 )
 from .folders import asked_size, find_folder, load_folder
+from .held import held
 from .procedural import CAR_NAMES, SHAPE_NAMES, load_procedural
 from ..mcmc import Draws, uniform
 
@@ -229,6 +230,8 @@ def require(
     root = data_root(root)
     if name.startswith('folder:'):
         return find_folder(name, root, 'train')[2]
+    if name.startswith('given:'):
+        return held(name)[0]
     if name not in DATASETS:
         raise _unknown_set(name)
     spec = DATASETS[name]
@@ -307,6 +310,8 @@ def load(
     if split not in ('train', 'test'):
         raise ValueError(f"split must be 'train' or 'test', got {split!r}")
     spec = require(name, root)
+    if name.startswith('given:'):
+        return held(name)[1 if split == 'train' else 2]
     return _LOADERS[name.partition(':')[0]](name, spec, data_root(root), split)
 
 # %% ../../nbs/00_data.ipynb #c059

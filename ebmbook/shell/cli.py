@@ -31,6 +31,7 @@ from ebmbook.shell.chapters import (
 from ebmbook.shell.systems import (
     SYSTEMS,
     check_device,
+    check_length,
     load_nets,
     load_system,
     read_labels,
@@ -247,14 +248,6 @@ def _given_once(ctx, given):
             raise ValueError(f"{name} is given twice: by -p {name} and by --{name}")
 
 
-def _check_length(system, cfg):
-    "A training without a step would leave what it found and look like one."
-    if not any(stage.n_iters(cfg) for stage in system.of(cfg).stages):
-        raise ValueError(
-            "n_iters: no stage of this training has a step, so nothing would be trained"
-        )
-
-
 @app.command(cls=Command)
 def train(
     ctx: typer.Context,
@@ -289,7 +282,7 @@ def train(
     known = load_system(system)
     given['out'] = str(_home(given['out']) or '')
     preset, cfg = select(known, given['dataset'], given['preset'], given['over'])
-    _check_length(known, cfg)
+    check_length(known, cfg)
     from ebmbook.data.catalogue import require
     from ebmbook.learn.log import seconds_trained
     from ebmbook.learn.runs import open_run

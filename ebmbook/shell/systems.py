@@ -22,7 +22,8 @@ if TYPE_CHECKING:  # it imports PyTorch, and help must come at once
     from ebmbook.learn.system import System
 
 # %% auto #0
-__all__ = ['SYSTEMS', 'systems', 'load_system', 'select', 'check_device', 'weights_in', 'load_nets', 'read_labels']
+__all__ = ['SYSTEMS', 'systems', 'load_system', 'select', 'check_length', 'check_device', 'weights_in', 'load_nets',
+           'read_labels']
 
 # %% ../../nbs/shell/systems.ipynb #c013
 SYSTEMS = {
@@ -129,6 +130,20 @@ def select(
         raise unknown('preset', preset, list(known))
     preset, cfg = choose(known, defaults, dataset or known[preset].data, preset, over)
     return preset, system.of(cfg).check(cfg)
+
+
+def check_length(
+    system: System,
+    cfg: Any,  # Resolved settings
+) -> None:
+    """A training without a step would leave what it found and look like one.
+
+    Raises `ValueError`.
+    """
+    if not any(stage.n_iters(cfg) for stage in system.of(cfg).stages):
+        raise ValueError(
+            "n_iters: no stage of this training has a step, so nothing would be trained"
+        )
 
 
 def check_device(
