@@ -5,10 +5,8 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:  # they import PyTorch, and help must come at once
-    from ebmbook.shell.model import Model as Model
-    from ebmbook.shell.model import load as load
-    from ebmbook.shell.model import models as models
-    from ebmbook.shell.training import train as train
+    from ebmbook.shell.model import Model, load, models
+    from ebmbook.shell.training import train
 
 __version__ = "0.1.0"
 
@@ -45,7 +43,7 @@ _FRONT = {
     'models': 'shell.model',
     'train': 'shell.training',
 }
-__all__ = list(_FRONT)
+__all__ = ['Model', 'load', 'models', 'train']
 
 
 def __getattr__(name):

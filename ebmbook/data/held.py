@@ -99,7 +99,7 @@ def _of_dataset(source):
     about = (type(source).__name__, len(source), tuple(first.shape[1:]), labels)
     return Examples(x, labels, tuple(first.shape[1:])), _digits(*about)
 
-
+# %% ../../nbs/data/held.ipynb #3207d5cd
 def _examples_of(source):
     "What was given as examples, and digits of its content."
     if isinstance(source, Examples) and not isinstance(source.x, Tensor):

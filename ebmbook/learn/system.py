@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['USES', 'Task', 'points_only', 'images_only', 'energy_net', 'generator_of', 'seed_of', 'Sampler', 'EnergyOf',
-           'ChainEnergy', 'Restorer', 'Build', 'System']
+           'ChainEnergy', 'Restorer', 'Build', 'Uses', 'System']
 
 # %% ../../nbs/learn/system.ipynb #a1f03c02
 from collections.abc import Callable, Mapping, Sequence
@@ -140,8 +140,51 @@ def _unchanged(cfg):
 USES = ('sample', 'energy', 'anomaly', 'restore')
 
 
+class Uses:
+    "Questions to a `System` about what it has for some networks."
+
+    of: Any
+    unfit: Any
+
+    def _lacks(self, nets, name):
+        if getattr(self, name) is None:
+            return f"has no {name}"
+        why = self.unfit[name](nets) if name in self.unfit else ''
+        return f"has no {name} for these networks: it {why}" if why else ''
+
+    def uses(
+        self,
+        nets: Any,  # Trained networks
+    ) -> list[str]:  # Of 'sample', 'energy', 'anomaly', 'restore'
+        "What these networks can be asked for, besides tasks."
+        own = self.of(nets.cfg)
+        return [name for name in USES if not own._lacks(nets, name)]
+
+    def use(
+        self,
+        nets: Any,  # Trained networks
+        name: str,  # One of `USES`
+    ) -> Callable[..., Tensor]:  # Its function, which takes the networks first
+        "Find a use of these networks. Raises `ValueError` that names what they have."
+        own = self.of(nets.cfg)
+        lacks = own._lacks(nets, name)
+        if not lacks:
+            return getattr(own, name)
+        have = own.uses(nets)
+        have += [f"evaluate(task={task!r})" for task in own.measures(nets)]
+        raise ValueError(f"{own.name} {lacks}; it has: {', '.join(have) or 'nothing'}")
+
+    def measures(
+        self,
+        nets: Any,  # Trained networks
+    ) -> list[str]:  # Names of tasks
+        "What can be measured of these networks."
+        tasks = self.of(nets.cfg).tasks
+        return list(dict.fromkeys(task.name for task in tasks if not task.unfit(nets)))
+
+# %% ../../nbs/learn/system.ipynb #48e12f76
 @dataclass(frozen=True, kw_only=True)
-class System:
+class System(Uses):
     "Everything that is asked of a system; None stands for what it does not have."
 
     name: str  # As on the command line
@@ -170,34 +213,6 @@ class System:
     ) -> 'System':
         "Itself, or the rival that the settings name; the only place that looks at it."
         return self.rivals.get(vars(cfg).get('method', ''), self)
-
-    def _lacks(self, nets, name):
-        if getattr(self, name) is None:
-            return f"has no {name}"
-        why = self.unfit[name](nets) if name in self.unfit else ''
-        return f"has no {name} for these networks: it {why}" if why else ''
-
-    def uses(
-        self,
-        nets: Any,  # Trained networks
-    ) -> list[str]:  # Of 'sample', 'energy', 'anomaly', 'restore'
-        "What these networks can be asked for, besides tasks."
-        own = self.of(nets.cfg)
-        return [name for name in USES if not own._lacks(nets, name)]
-
-    def use(
-        self,
-        nets: Any,  # Trained networks
-        name: str,  # One of `USES`
-    ) -> Callable[..., Tensor]:  # Its function, which takes the networks first
-        "Find a use of these networks. Raises `ValueError` that names what they have."
-        own = self.of(nets.cfg)
-        lacks = own._lacks(nets, name)
-        if not lacks:
-            return getattr(own, name)
-        tasks = dict.fromkeys(task.name for task in own.tasks if not task.unfit(nets))
-        have = [*own.uses(nets), *(f"evaluate(task={task!r})" for task in tasks)]
-        raise ValueError(f"{own.name} {lacks}; it has: {', '.join(have) or 'nothing'}")
 
     def task(
         self,

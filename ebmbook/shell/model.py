@@ -101,6 +101,22 @@ def _source(nets, seed, options):
 def _sizes(nets):
     return sum(param.numel() for param in nets.parameters())
 
+
+def _has(system, nets):
+    uses = ', '.join(system.uses(nets)) or 'nothing'
+    return f"{uses}; evaluate: {', '.join(system.measures(nets)) or 'nothing'}"
+
+
+def _store(model, folder):
+    "Weights, settings that state their system, and card."
+    make_folder(folder.parent)
+    store_weights(model.nets, folder)
+    path = folder / 'config.json'
+    stored = json.loads(path.read_text(encoding='utf-8'))
+    stored |= dict(system=model.system.name, preset=model.preset)
+    write_text(path, json.dumps(stored, indent=2, sort_keys=True) + '\n')
+    write_text(folder / 'README.md', model.card)
+
 # %% ../../nbs/shell/model.ipynb #84972f59
 @dataclass(frozen=True, eq=False, repr=False)
 class Model:
@@ -124,18 +140,11 @@ class Model:
 
     def __repr__(self) -> str:
         shape = ' x '.join(map(str, self.cfg.shape))
-        uses = ', '.join(self.system.uses(self.nets)) or 'nothing'
         return (
             f"Model {self.name!r} ({self.system.name}): {self.system.about}\n"
             f"  {self.cfg.data}, {shape}, {_sizes(self.nets):,} parameters, on {self.device}\n"
-            f"  has: {uses}; evaluate: {', '.join(self.tasks) or 'nothing'}"
+            f"  has: {_has(self.system, self.nets)}"
         )
-
-    @property
-    def tasks(self) -> list[str]:
-        "Names of the tasks that suit the networks."
-        tasks = self.system.tasks
-        return list(dict.fromkeys(task.name for task in tasks if not task.unfit(self.nets)))
 
     def sample(
         self,
@@ -197,13 +206,7 @@ class Model:
         "Store weights, settings and card. Raises `OSError` naming the folder."
         folder = Path(folder).expanduser()
         _vacant(folder, overwrite)
-        make_folder(folder.parent)
-        store_weights(self.nets, folder)
-        path = folder / 'config.json'
-        stored = json.loads(path.read_text(encoding='utf-8'))
-        stored |= dict(system=self.system.name, preset=self.preset)
-        write_text(path, json.dumps(stored, indent=2, sort_keys=True) + '\n')
-        write_text(folder / 'README.md', self.card)
+        _store(self, folder)
         return folder
 
     def push_to_hub(
@@ -295,7 +298,7 @@ def _fetch(ref):
         ) from error
     return Path(found)
 
-
+# %% ../../nbs/shell/model.ipynb #89873eb4
 def _own_folder(name):
     "The folder of a shipped model. Raises `KeyError` with the nearest right name."
     known = _shipped()
@@ -322,7 +325,7 @@ def _plain_card(system, nets, name):
         f"```python\nimport ebmbook\n\nmodel = ebmbook.load({name!r})\n```\n"
     )
 
-
+# %% ../../nbs/shell/model.ipynb #60779330
 def model_of(
     system: System,
     nets: nn.Module,  # Trained networks of its settings
@@ -333,7 +336,7 @@ def model_of(
     own = system.of(nets.cfg)
     return Model(own, nets, name, preset, _plain_card(own, nets, name))
 
-
+# %% ../../nbs/shell/model.ipynb #d93a8b54
 def load(
     ref: str | os.PathLike,  # 'cdrl/digits-cond', './folder', '~/folder', 'hf:owner/name'
     device: str | None = None,  # None picks the fastest
