@@ -106,6 +106,23 @@ def test_every_task_is_tried():
         assert set(model.system.measures(model.nets)) <= {'sample', *tried}, name
 
 
+def test_the_cards_say_what_the_ledger_says():
+    import yaml
+
+    from ebmbook.shell.cards import card_of
+
+    for name in NAMES:
+        folder = book_weights(*name.split('/', 1))
+        text = (folder / 'README.md').read_text(encoding='utf-8')
+        assert text == card_of(folder), "make it again: ebmbook.shell.cards.write_cards()"
+        head = yaml.safe_load(text.split('---')[1])
+        assert head['license'] == 'apache-2.0' and name.split('/')[0] in head['tags']
+        for part in ('Data:', 'Training:', 'Metrics', 'Use', 'Limits', 'citation'):
+            assert part in text
+        assert text.count('\n| sample |') + text.count('\n| compose') > 0
+        assert ebmbook.load(name, 'cpu').card == text
+
+
 # --- what is refused, and what a folder may be
 
 
