@@ -61,7 +61,7 @@ def _digits(*parts):
     for part in parts:
         if isinstance(part, Tensor):
             found.update(f'{part.dtype}{tuple(part.shape)}'.encode())
-            found.update(part.contiguous().view(torch.uint8).numpy().tobytes())
+            found.update(part.numpy().tobytes())
         else:
             found.update(str(part).encode())
     return found.hexdigest()[:12]

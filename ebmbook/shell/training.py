@@ -9,11 +9,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from ..data.catalogue import require
+from ..data.catalogue import DATASETS, require
 from ..data.held import hold
 from ..learn.limits import LARGEST
 from ..learn.loop import train as fit
 from ..learn.runs import open_run
+from ..learn.settings import unknown
 from ..learn.system import System
 from .model import Model, model_of
 from .systems import check_device, check_length, load_system, select
@@ -58,6 +59,8 @@ def _check_shape(preset, cfg, spec, given):
 def _settings(system, data, preset, over, test):
     "Preset and settings of a training, checked against its data."
     name = _name_of(data, test)
+    if name and not name.startswith(('folder:', 'given:')) and name not in DATASETS:
+        raise unknown('data set', name, list(DATASETS))
     preset = _preset_of(system, name, preset)
     preset, cfg = select(system, name, preset, over)
     spec = require(cfg.data)
