@@ -75,22 +75,8 @@ def _cost(lines):
     ]
     return ' or '.join(parts) or 'not recorded'
 
-
-def card(
-    system: str,  # Name of the system
-    preset: str,  # Name of the preset
-    cfg: dict,  # Its settings, as config.json has them
-    lines: list[dict],  # Of the ledger, about these weights
-) -> str:  # Markdown with a header that the hub reads
-    "What a model is, its data, cost, metrics, use, limits, licence and citation."
-    name, data = f'{system}/{preset}', cfg['data']
-    spec, shape = DATASETS[data], ' x '.join(map(str, cfg['shape']))
-    origin = _DATA_LICENCE.get(data, 'made by this package')
-    paper = _PAPERS.get(system, 'of the method')
-    head = ['| task | metric | value | 95 % | n | extractor |', '|---|---|---|---|---|---|']
-    table = '\n'.join(head + [_row(line) for line in lines])
-    seed = ', '.join(sorted({str(line['seed']) for line in lines})) or 'not recorded'
-    return f"""---
+# %% ../../nbs/shell/cards.ipynb #50f2aa76
+_TEXT = """---
 library_name: ebmbook
 license: apache-2.0
 tags: [energy-based-model, {system}]
@@ -98,10 +84,10 @@ tags: [energy-based-model, {system}]
 
 # {name}
 
-{load_system(system).about}
+{about}
 
-- **Data:** `{data}`, {spec.about}, {shape}; {spec.n[0]:,} examples for training; {origin}.
-- **Training:** preset `{preset}`, seed {seed}; {_cost(lines)}.
+- **Data:** `{data}`, {kind}, {shape}; {n:,} examples for training; {origin}.
+- **Training:** preset `{preset}`, seed {seed}; {cost}.
 - **Weights:** stored in half precision as safetensors, computed in float32.
 
 ## Use
@@ -137,6 +123,33 @@ method draws, which need not be exact samples of the energy.
 Apache-2.0.
 Cite the paper, {paper}, and this book (`CITATION.cff`).
 """
+
+# %% ../../nbs/shell/cards.ipynb #0f8f349e
+def card(
+    system: str,  # Name of the system
+    preset: str,  # Name of the preset
+    cfg: dict,  # Its settings, as config.json has them
+    lines: list[dict],  # Of the ledger, about these weights
+) -> str:  # Markdown with a header that the hub reads
+    "What a model is, its data, cost, metrics, use, limits, licence and citation."
+    data = cfg['data']
+    spec = DATASETS[data]
+    head = ['| task | metric | value | 95 % | n | extractor |', '|---|---|---|---|---|---|']
+    return _TEXT.format(
+        name=f'{system}/{preset}',
+        system=system,
+        preset=preset,
+        about=load_system(system).about,
+        data=data,
+        kind=spec.about,
+        shape=' x '.join(map(str, cfg['shape'])),
+        n=spec.n[0],
+        origin=_DATA_LICENCE.get(data, 'made by this package'),
+        seed=', '.join(sorted({str(line['seed']) for line in lines})) or 'not recorded',
+        cost=_cost(lines),
+        table='\n'.join(head + [_row(line) for line in lines]),
+        paper=_PAPERS.get(system, 'of the method'),
+    )
 
 # %% ../../nbs/shell/cards.ipynb #88a563a3
 def card_of(
