@@ -149,6 +149,24 @@ except FileNotFoundError as e: print(e)
     assert 'needs a clone of the ebmbook repository' in said and str(tmp_path) in said
 
 
+def test_what_ships_works_outside_a_clone(unpacked, tmp_path):
+    code = """
+import socket
+def closed(*args, **options): raise OSError("no network here")
+socket.socket.connect = socket.create_connection = closed
+import ebmbook
+assert len(ebmbook.models()) >= 16
+model = ebmbook.load("cdrl/digits-cond", "cpu")
+assert "## Metrics" in model.card
+assert model.sample(2, n_steps=1).shape == (2, 1, 8, 8)
+assert set(model.evaluate("inpaint", n=2, n_steps=1)) == {"known_error", "variety"}
+over = dict(ch=8, init_ch=8, n_steps=2, n_iters=2, pretrain=1, head_start=0, batch=8)
+mine = ebmbook.train("cdrl", "digits", over=over, out="./mine", progress=False)
+assert ebmbook.load("./mine").cfg == mine.cfg
+"""
+    python(code, tmp_path, PYTHONPATH=str(unpacked))
+
+
 def test_the_command_works_outside_a_clone(unpacked, tmp_path):
     def run(*args):
         return subprocess.run(
