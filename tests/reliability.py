@@ -126,21 +126,33 @@ def begun(out, n=1):
         time.sleep(0.005)
 
 
+def reached(out, step, pid):
+    "Wait for the checkpoint of a step; whether the child still trains."
+    code, found = None, -1
+    while code is None and found < step:
+        code = wait(pid, 0.01)
+        found = max(
+            (int(path.stem[11:]) for path in out.glob('checkpoint-*.pt')), default=0
+        )
+    return code is None
+
+
 def kill(name, workers, rng):
     "Kill a training at a random moment, perhaps again; whether it ends as it should."
     folder, (want, took) = new(), whole(name)
     out = folder / 'run'
     out.mkdir()
-    hit = 0
+    at = []
     for _ in range(rng.randint(1, 2)):
         pid = fork(folder, name, workers, out)
-        code = wait(pid, rng.uniform(0, took))
-        if code is None:
+        step = rng.randrange(STEPS - 1)  # 0: perhaps before the first step
+        alive = reached(out, step, pid)
+        if alive and wait(pid, rng.uniform(0, took / STEPS)) is None:
             os.kill(pid, signal.SIGKILL)
             os.waitpid(pid, 0)
-            hit += 1
+            at.append(step)
     got, _ = finish(folder, name, workers)
-    return got == want, f"killed {hit} times", got
+    return got == want and len(at) > 0, f"killed after step {at}", got
 
 
 def slow(out):

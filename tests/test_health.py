@@ -20,7 +20,7 @@ class Nobody:
     "In the place of `Health`: looks at nothing."
 
     def __init__(self, ctx, closely=False):
-        pass
+        self.ctx, self.rows = ctx, {}
 
     def watch(self):
         return nullcontext()

@@ -241,7 +241,7 @@ def when(what):
         ('_step', {130}),
         ('write', {130}),
         ('finish', {130}),
-        ('store_weights', {0}),
+        ('store_weights', {130}),
     ],
 )
 def test_sigterm_at_other_moments(what, codes, whole, tmp_path):  # noqa: F811

@@ -90,7 +90,7 @@ class OptimFields:
     lr_init: Positive = 1e-5  # Adam step size of the initialiser
     warmup: Steps = 10_000  # Steps until the learning rates are reached
     head_start: Integer = 500  # Steps by which the initialiser's warm-up is ahead, or late
-    clip: Positive = 1.0  # Largest gradient norm of each network
+    clip: Weight = 1.0  # Largest gradient norm of each network; 0 is none
 
 # %% ../../nbs/05_cdrl/presets.ipynb #7d6aff9e
 @dataclass(frozen=True, kw_only=True)
@@ -146,8 +146,7 @@ _CLAIM_PRESETS = {
 
 # %% ../../nbs/05_cdrl/presets.ipynb #4ba71fb8
 # fmt: off
-# batch from the released code (32 on each of 8 GPUs), lengths too where it differs from the
-# text
+# batch from the released code (32 on each of 8 GPUs), and the length of imagenet32-cond
 _FULL: dict[str, Any] = dict(batch=256, save_every=5_000, flip=True, tweedie=2.)
 _CIFAR: dict[str, Any] = dict(_FULL, data='cifar10', shape=(3, 32, 32))
 _IMAGENET: dict[str, Any] = dict(_FULL, data='imagenet32', shape=(3, 32, 32))

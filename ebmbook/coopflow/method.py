@@ -350,12 +350,23 @@ def pixel_error(
     """
     if x.shape != made.shape:
         raise ValueError(f"x has shape {tuple(x.shape)}, and made {tuple(made.shape)}")
+    _check_known(mask, x)
+    return _pixel_error(x, made, mask)
+
+
+def _check_known(mask, x):
+    if mask is None:
+        return
+    mask_for(mask, x, channels=False)
+    if not mask.flatten(1).any(1).all():
+        raise ValueError("mask is False everywhere in a picture: nothing is known of it")
+
+
+def _pixel_error(x, made, mask):
     error = (x - made).square().sum(1, keepdim=True)
     if mask is None:
         return error.flatten(1).mean(1)
-    mask = mask_for(mask, x, channels=False).expand_as(error)
-    if not mask.flatten(1).any(1).all():
-        raise ValueError("mask is False everywhere in a picture: nothing is known of it")
+    mask = mask.expand_as(error)
     return (error * mask).flatten(1).sum(1) / mask.flatten(1).sum(1)
 
 # %% ../../nbs/04_coopflow.ipynb #c050
@@ -369,7 +380,7 @@ def _measure_place(make, start, x, mask):  # mask as in `reconstruct`
     known = torch.ones_like(x[:1, :1], dtype=torch.bool) if mask is None else mask
     out = make(start.requires_grad_())
     grad = torch.autograd.grad(((x - out) * known).square().sum(), start)[0]
-    return _Place(start.detach(), grad, pixel_error(x, out.detach(), mask))
+    return _Place(start.detach(), grad, _pixel_error(x, out.detach(), mask))
 
 
 def _keep_better(new, old):  # image by image; and (B, 1, 1, 1), where the new place is kept
@@ -409,6 +420,7 @@ def reconstruct(
     Source: label `eq-coopflow-reconstruct`; Zhu 2024, section 4.4.3; step sizes from the
     released scripts.
     """
+    _check_known(mask, x)
     rate = x.new_full((len(x), 1, 1, 1), lr)
     errors = []
     here: _Place | None = None

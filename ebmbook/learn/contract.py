@@ -54,7 +54,7 @@ class Stage(NamedTuple):
     finish: Callable | None = None  # finish(nets, generator), on averaged weights
     ema: Callable = lambda cfg: cfg.ema  # ema(cfg) -> decay of the average in this stage
     draws: int | None = None  # Number that seeds its draws; None is its place
-    least: Callable = lambda cfg: 1  # least(cfg) -> smallest batch that the losses take
+    least: Callable = lambda cfg: 1  # least(cfg) -> smallest batch of all processes
 
 # %% ../../nbs/learn/contract.ipynb #6cc1e251
 @dataclass

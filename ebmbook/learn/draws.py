@@ -21,7 +21,8 @@ def random_states() -> dict:  # Plain values and tensors
         numpy=(kind, keys.tolist(), place, has_gauss, cached),
         torch=torch.get_rng_state(),
         mps=torch.mps.get_rng_state() if on_mps else None,
-        cuda=torch.cuda.get_rng_state_all() if on_cuda else [],
+        # of the device in use: another process has the state of its own
+        cuda=[torch.cuda.get_rng_state()] if on_cuda else [],
     )
 
 
@@ -36,11 +37,10 @@ def set_random_states(
     np.random.set_state((kind, np.array(keys, dtype=np.uint32), *rest))
     torch.set_rng_state(states['torch'].cpu())
     if torch.cuda.is_available():
-        for i in range(torch.cuda.device_count()):
-            if i < len(states['cuda']):
-                torch.cuda.set_rng_state(states['cuda'][i].cpu(), i)
-            else:
-                torch.cuda.default_generators[i].manual_seed(seed)
+        if states['cuda']:
+            torch.cuda.set_rng_state(states['cuda'][0].cpu())
+        else:
+            torch.cuda.manual_seed(seed)
     if torch.backends.mps.is_available():
         if states['mps'] is None:
             torch.mps.manual_seed(seed)

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['LARGEST', 'Integer', 'Steps', 'Count', 'Real', 'Weight', 'Positive', 'Share', 'Decay', 'Name', 'Text', 'Shape',
-           'Part', 'Degrees', 'Range', 'Filled', 'fits', 'describe', 'refusal', 'kinds', 'settle', 'numbers', 'read',
-           'read_mapping', 'read_values', 'option_kinds', 'check_values']
+           'Part', 'Degrees', 'Range', 'Filled', 'fits', 'describe', 'refusal', 'kinds', 'numbers', 'read',
+           'read_mapping', 'read_values', 'settle', 'option_kinds', 'check_values']
 
 # %% ../../nbs/learn/limits.ipynb #a7c1e003
 import functools
@@ -204,33 +204,6 @@ def kinds(
             continue
     return found
 
-
-def _plain(value):
-    "Lists as tuples and numbers of NumPy and PyTorch as those of Python."
-    if isinstance(value, (list, tuple)):
-        return tuple(map(_plain, value))
-    # a named tuple or an array stays what it is
-    scalar = (
-        type(value).__module__ in ('numpy', 'torch') and getattr(value, 'shape', None) == ()
-    )
-    return value.item() if scalar else value
-
-
-def settle(
-    cfg: Any,  # Settings that were just made
-) -> None:
-    """Give settings their plain types and refuse what a field does not take.
-
-    Raises `ValueError` naming the field.
-    """
-    hints = kinds(type(cfg))
-    for name in [field.name for field in fields(cfg)]:
-        value, given = _plain(getattr(cfg, name)), getattr(cfg, name)
-        if type(value) is not type(given) or isinstance(given, (list, tuple)):
-            object.__setattr__(cfg, name, value)
-        if name in hints and not fits(hints[name], value):
-            raise refusal(name, hints[name], value)
-
 # %% ../../nbs/learn/limits.ipynb #a7c1e017
 _NUMBER = re.compile(r'[-+]?(0|[1-9][\d_]*)?(\.\d*)?(e[-+]?\d+)?', re.IGNORECASE)
 _TRUE, _FALSE = ('true', 'yes', 'on'), ('false', 'no', 'off')
@@ -287,7 +260,12 @@ def _guess(value):
         return {name: _guess(each) for name, each in value.items()}
     if isinstance(value, (list, tuple)):
         return tuple(map(_guess, value))
-    return yaml.safe_load(value) if isinstance(value, str) else value
+    if not isinstance(value, str):
+        return value
+    try:
+        return yaml.safe_load(value)
+    except yaml.YAMLError:  # no value of YAML, but a text
+        return value
 
 # %% ../../nbs/learn/limits.ipynb #a7c1e018
 def _read_tuple(parts, value):
@@ -372,6 +350,34 @@ def read_values(
             raise refusal(name, hints[name], out[name])
     return out
 
+# %% ../../nbs/learn/limits.ipynb #5e771e01
+def _plain(value):
+    "Lists as tuples and numbers of NumPy and PyTorch as those of Python."
+    if isinstance(value, (list, tuple)):
+        return tuple(map(_plain, value))
+    # a named tuple or an array stays what it is
+    scalar = (
+        type(value).__module__ in ('numpy', 'torch') and getattr(value, 'shape', None) == ()
+    )
+    return value.item() if scalar else value
+
+
+def settle(
+    cfg: Any,  # Settings that were just made
+) -> None:
+    """Give settings their plain types and refuse what a field does not take.
+
+    Raises `ValueError` naming the field.
+    """
+    hints = kinds(type(cfg))
+    for name in [field.name for field in fields(cfg)]:
+        value = _plain(getattr(cfg, name))
+        if name in hints and not fits(hints[name], value):
+            raise refusal(name, hints[name], value)
+        if name in hints and type(value) in (int, tuple):
+            value = read(hints[name], value)  # 1 is 1.0 where a number is asked
+        object.__setattr__(cfg, name, value)
+
 # %% ../../nbs/learn/limits.ipynb #b8e49f91
 # what options take wherever they occur, unless a task declares it or its default is another
 _OPTIONS: dict[str, Any] = dict(
@@ -403,8 +409,11 @@ def _option_kind(name, default, declared):
     "What an option takes: as declared with limits, as everywhere, or as its default is."
     if typing.get_origin(declared) in (typing.Annotated, typing.Literal):
         return declared
-    if name in _OPTIONS and fits(_OPTIONS[name], default):
-        return _OPTIONS[name]
+    kind = _OPTIONS.get(name)
+    if kind is not None and fits(kind, default):
+        # a function that declares a plain number does not know None
+        known = declared in (int, float) and typing.get_origin(kind) in _UNIONS
+        return typing.get_args(kind)[0] if known else kind
     plain = {int: Integer, float: Real, bool: bool, str: str}
     return declared or plain.get(type(default), object)
 

@@ -220,15 +220,6 @@ def _read(logs, accelerator):
     return dict(zip(logs, values.tolist()))
 
 
-def _any(asked, channel):
-    "Whether any process was asked to stop; a signal reaches them at different steps."
-    if channel is None:
-        return bool(asked)
-    n = torch.tensor(len(asked))
-    dist.all_reduce(n, group=channel)
-    return n.item() > 0
-
-
 def _everywhere(ok, accelerator):
     "True only if it is true on every process."
     bad = (~ok).float()
@@ -393,7 +384,7 @@ def _step(job, batch):
     batch = {key: value.to(device, non_blocking=True) for key, value in batch.items()}
     parts = _divide(batch, job.cfg.micro)
     contexts = _contexts(job)
-    # at the first step, and where a line of the log ends
+    # at the first step, and every `log_every` steps
     closely = job.step == 0 or (job.step + 1) % job.cfg.log_every == 0
     logs = optimiser_step(
         job.stage, job.nets, parts, contexts, job.groups, job.accelerator, closely
@@ -457,12 +448,18 @@ class _Stop:
         known = self.main or not found.startswith('no checkpoint')
         return f"{found}; " * known + "run the same command again to continue"
 
-    def asked(self):
-        return _any(self.signals, self.channel)
+    def look(self, error=None):
+        "Whether an error came to any process, and whether any was asked to end."
+        told = [error is not None, bool(self.signals)]
+        if self.channel is None:
+            return told
+        n = torch.tensor(told, dtype=torch.int64)
+        dist.all_reduce(n, group=self.channel)
+        return [times > 0 for times in n.tolist()]
 
-    def failed(self, error):
-        "Whether an error, or None, came to any process."
-        return _any([error] if error else [], self.channel)
+    def asked(self):
+        "Whether any process was asked to end."
+        return self.look()[1]
 
     def leave(self, step):
         "Raise what ends a training that was asked to."
@@ -493,7 +490,8 @@ def _fit(
         batches, lines = iter(bar), _Lines(job, log, bar)
         while job.step < job.n_iters:
             batch, error = _fetch(batches)
-            if stop.failed(error):
+            failed, asked = stop.look(error)  # once in a step: processes wait for it
+            if failed:
                 _save_here(job, lines)
                 other = f"another process could not read its data; {stop.kept()}"
                 raise error or ChildProcessError(other)
@@ -502,7 +500,7 @@ def _fit(
             lines.add(logs)
             if on_step is not None:
                 on_step(job.step, job.nets)
-            asked = stop.asked()
+            asked = asked or (stop.channel is None and bool(stop.signals))
             due = job.step == job.n_iters or asked or job.step % job.cfg.save_every == 0
             start += _record(job, lines, due, keep_every)
             if asked:
@@ -541,9 +539,10 @@ def _check_batches(stages, cfg, processes):
                 f"batch={batch} does not divide into {processes} processes "
                 f"x micro={cfg.micro}"
             )
-        if stage.n_iters(cfg) and share < stage.least(cfg):
+        together = share * processes  # they share what looks at a batch as a whole
+        if stage.n_iters(cfg) and together < stage.least(cfg):
             raise ValueError(
-                f"batch={batch} leaves {share} for each of {parts} parts, "
+                f"batch={batch} leaves {together} for each of {cfg.micro} parts, "
                 f"but stage {stage.name!r} compares {stage.least(cfg)} or more"
             )
 
@@ -615,7 +614,8 @@ def train(
         def misfit(state):
             return _misfit(state, run, system.stages, nets)
 
-        saved = load_checkpoint(run.folder, str(accelerator.device), misfit)
+        first = accelerator.is_main_process
+        saved = load_checkpoint(run.folder, str(accelerator.device), misfit, first)
         examples = load(cfg.data) if examples is None else as_examples(examples)
         done = _steps_of(system.stages, cfg, saved)
         log = Log(run, done, tensorboard, accelerator.is_main_process)
@@ -624,5 +624,7 @@ def train(
             _fit_all(*todo, **options)
             if accelerator.is_main_process:
                 store_weights(nets, run.folder / 'weights')
+            if stop.asked():  # meanwhile: whoever called must not go on
+                stop.leave(sum(stage.n_iters(cfg) for stage in system.stages))
         accelerator.wait_for_everyone()
     return nets.eval()

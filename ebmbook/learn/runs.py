@@ -194,8 +194,9 @@ def _check_vacant(folder):
 def settings_hash(
     config: dict,  # Settings as JSON gives them back
 ) -> str:  # 16 hexadecimal digits
-    "What a checkpoint says of the settings that it was made with."
-    text = json.dumps(config, sort_keys=True)
+    "What a checkpoint says of the settings that it was made with; None is no setting."
+    known = {name: value for name, value in config.items() if value is not None}
+    text = json.dumps(known, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 # %% ../../nbs/learn/runs.ipynb #1851d248
@@ -235,6 +236,48 @@ def _stored(path):
     # folders of earlier versions call the preset a row
     return dict(old, preset=old.get('preset', old.get('row')))
 
+# %% ../../nbs/learn/runs.ipynb #5ea1ed01
+_MARK = b'ebmbook sha256 '  # then 64 hexadecimal digits: the comment of the archive
+
+
+def _seal(file):
+    "Put the hash of an archive into its comment, which is empty so far."
+    file.seek(0)
+    comment = _MARK + hashlib.file_digest(file, 'sha256').hexdigest().encode()
+    file.seek(-2, os.SEEK_END)
+    file.write(len(comment).to_bytes(2, 'little') + comment)
+
+
+def _is_sealed(path):
+    "Whether a checkpoint has a checksum. Raises `ValueError` if it is wrong."
+    n = len(_MARK) + 64
+    with open(path, 'rb') as file:
+        rest = file.seek(0, os.SEEK_END) - n - 2
+        if rest < 0:
+            raise ValueError("it was cut off")
+        file.seek(-n, os.SEEK_END)
+        comment = file.read()
+        if not comment.startswith(_MARK):
+            return False
+        file.seek(0)
+        found = hashlib.sha256()
+        while rest and (part := file.read(min(rest, 2**20))):
+            found.update(part)
+            rest -= len(part)
+    found.update(b'\0\0')
+    if found.hexdigest().encode() != comment.removeprefix(_MARK):
+        raise ValueError("its checksum is wrong")
+    return True
+
+
+def _is_whole(path):
+    "Whether nothing says that a checkpoint is damaged."
+    try:
+        _is_sealed(path)
+    except (OSError, ValueError):
+        return False
+    return True
+
 # %% ../../nbs/learn/runs.ipynb #6133bc81
 def _differences(old, head):
     "Names of what a folder's settings and those of a run do not share."
@@ -254,7 +297,7 @@ def _changed(folder, old, wrong, head, change):
             f"{folder} holds a run that differs in {', '.join(wrong)}; {advice}"
         )
     check_free(folder)
-    found = _checkpoints(folder)
+    found = [path for path in _checkpoints(folder) if _is_whole(path)]
     if not found:  # nothing was made with the old settings
         return []
     fields = {name: [old['config'].get(name), head['config'][name]] for name in wrong}
@@ -332,39 +375,6 @@ def forget(
             place.rmdir()
 
 # %% ../../nbs/learn/runs.ipynb #c013
-_MARK = b'ebmbook sha256 '  # then 64 hexadecimal digits: the comment of the archive
-
-
-def _seal(file):
-    "Put the hash of an archive into its comment, which is empty so far."
-    file.seek(0)
-    comment = _MARK + hashlib.file_digest(file, 'sha256').hexdigest().encode()
-    file.seek(-2, os.SEEK_END)
-    file.write(len(comment).to_bytes(2, 'little') + comment)
-
-
-def _is_sealed(path):
-    "Whether a checkpoint has a checksum. Raises `ValueError` if it is wrong."
-    n = len(_MARK) + 64
-    with open(path, 'rb') as file:
-        rest = file.seek(0, os.SEEK_END) - n - 2
-        if rest < 0:
-            raise ValueError("it was cut off")
-        file.seek(-n, os.SEEK_END)
-        comment = file.read()
-        if not comment.startswith(_MARK):
-            return False
-        file.seek(0)
-        found = hashlib.sha256()
-        while rest and (part := file.read(min(rest, 2**20))):
-            found.update(part)
-            rest -= len(part)
-    found.update(b'\0\0')
-    if found.hexdigest().encode() != comment.removeprefix(_MARK):
-        raise ValueError("its checksum is wrong")
-    return True
-
-
 def _write_whole(state, tmp, path):
     with open(tmp, 'w+b') as file:
         torch.save(state, file)
@@ -372,8 +382,6 @@ def _write_whole(state, tmp, path):
         _seal(file)
         file.flush()
         os.fsync(file.fileno())
-    if path.exists():  # it was refused when the training began, and is not ours to delete
-        os.replace(path, f'{path}.refused')
     os.replace(tmp, path)
 
 # %% ../../nbs/learn/runs.ipynb #45cfa0b5
@@ -405,10 +413,8 @@ def save_checkpoint(
         cut = OSError(errno.ENOSPC, "the disk takes no more")  # torch does not say why
         why = error if isinstance(error, OSError) else cut
         raise not_written(path, why, kept) from error
-    # later ones were refused when the training began, and are not ours to delete
-    mine = [old for old in _checkpoints(folder) if _number(old) <= step]
     half = [old for old in Path(folder).iterdir() if _HALF.fullmatch(old.name)]
-    for old in (*mine[:-keep], *half):
+    for old in (*_checkpoints(folder)[:-keep], *half):
         old.unlink()
     return path
 
@@ -436,17 +442,25 @@ def _fits(state):
     return ''
 
 
+def _set_aside(paths):
+    for path in paths:
+        os.replace(path, f'{path}.refused')
+
+
 def load_checkpoint(
     folder: Path,  # Folder of the run
     map_location: str = 'cpu',  # Where tensors go
     misfit: Callable[[Any], str] = _fits,  # Why a state is not of this training, or ''
+    aside: bool = False,  # Rename what is not used; a training does, before it saves
 ) -> dict | None:  # The newest state that can be used, or None
     """Read the newest checkpoint.
 
     One that is damaged or does not fit is named in a warning and the one before it is used.
+    Set aside, it gets the ending `.refused`: it is not ours to delete, and no longer counts.
     Raises `ValueError` if there is none before one that does not fit.
     """
     paths, strange = _checkpoints(folder), ''
+    refused: list[Path] = []
     while paths:
         path = paths.pop()
         try:
@@ -458,14 +472,17 @@ def load_checkpoint(
         else:
             why = misfit(state)
             if not why:
+                _set_aside(refused if aside else [])
                 return state
             strange = strange or f"{path} {why}"
         then = "using the checkpoint before it"
         if not paths:
             then = "no checkpoint is before it"
         warnings.warn(f"{path} {why}; {then}", stacklevel=2)
+        refused.append(path)
     if strange:
         raise ValueError(
             f"{strange}; move it to another place, or choose another folder with out"
         )
+    _set_aside(refused if aside else [])
     return None

@@ -409,7 +409,7 @@ _SIMCLR_STAGE = Stage(
 )
 STAGES = (_SIMCLR_STAGE,)
 BYOL_STAGES = (_SIMCLR_STAGE._replace(losses=byol_losses),)
-WMSE_STAGES = (_SIMCLR_STAGE._replace(losses=wmse_losses),)
+WMSE_STAGES = (_SIMCLR_STAGE._replace(losses=wmse_losses, least=lambda cfg: cfg.w),)
 
 # %% ../../nbs/08_liebm/selfsup.ipynb #e7d31091
 def clel_loss(

@@ -19,7 +19,8 @@ from torch.func import functional_call
 
 from ..data.catalogue import load
 from ..data.examples import Examples
-from ..data.given import examples_for
+from .. import checks
+from ..data.given import examples_for, mask_for
 from ..data.scenes import camera_to_world
 from ..learn.contract import Context, Group, Stage
 from ..learn.latents import adam_rows, gather_rows, new_table
@@ -587,13 +588,16 @@ def sample(
 def _check_views(nets, x, c2w, mask):
     views = x.shape[1] if isinstance(x, Tensor) and x.ndim == 5 else 1
     examples_for(nets, x, shape=(views, *nets.cfg.shape), free=True)
+    checks.count(views, 'the number of views', 1)
     examples_for(nets, x.flatten(0, 1))
     if c2w is not None:
         examples_for(nets, c2w, 'c2w', shape=(views, 3, 4))
     sides = x.shape[-2:]
-    if mask is not None and mask.shape != (*x.shape[:2], 1, *sides):
+    if mask is not None:
         wanted = (*x.shape[:2], 1, *sides)
-        raise ValueError(f"mask must have shape {wanted}, got {tuple(mask.shape)}")
+        if mask.shape != wanted:
+            raise ValueError(f"mask must have shape {wanted}, got {tuple(mask.shape)}")
+        mask_for(mask.flatten(0, 1), x.flatten(0, 1), channels=False)
     if c2w is not None and len(c2w) != len(x):
         raise ValueError(f"{len(c2w)} objects in c2w for {len(x)} in x")
 

@@ -153,7 +153,7 @@ def check_parameters(
 def _check_out(out):
     if not out:
         return
-    if Path(out).is_file():
+    if Path(out).exists() and not Path(out).is_dir():
         raise FileExistsError(f"out: {out} is a file; choose a folder")
     make_folder(out)
     if not os.access(out, os.W_OK):
