@@ -2,6 +2,11 @@
 
 from importlib import import_module
 from importlib.util import find_spec
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:  # they import PyTorch, and help must come at once
+    from ebmbook.shell.model import Model, load, models
+    from ebmbook.shell.training import train
 
 __version__ = "0.1.0"
 
@@ -29,3 +34,23 @@ def offer(package, parts):
         return sorted({*parts, *(name for module in modules for name in module.__all__)})
 
     return find, names
+
+
+# the front door: name -> the part that holds it, imported when it is asked for
+_FRONT = {
+    'Model': 'shell.model',
+    'load': 'shell.model',
+    'models': 'shell.model',
+    'train': 'shell.training',
+}
+__all__ = ['Model', 'load', 'models', 'train']
+
+
+def __getattr__(name):
+    if name not in _FRONT:
+        raise AttributeError(f"module 'ebmbook' has no attribute {name!r}")
+    return getattr(import_module(f'ebmbook.{_FRONT[name]}'), name)
+
+
+def __dir__():
+    return sorted({*globals(), *_FRONT})

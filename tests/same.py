@@ -195,6 +195,12 @@ def load_shipped(module, folder):
     return load(getattr(module, 'SYSTEM', module), str(folder), device='cpu')
 
 
+def shipped_folders(system):
+    "Folders of the book's weights, which lay in `results` in the past."
+    places = Path.cwd() / 'ebmbook' / 'weights', Path.cwd() / 'results' / 'weights'
+    return sorted(path for place in places for path in place.glob(f'{system}-*'))
+
+
 def recipe(system, quick, claims, report):
     "Everything that is compared for one system; `report(key, value)` takes each result."
     choose = first('ebmbook.learn.settings:choose', 'ebmbook.core.config:choose')
@@ -220,7 +226,7 @@ def recipe(system, quick, claims, report):
         report(f'{system} {key} log', log)
         for at in ways:
             report(f'{system} {key} at {json.dumps(at)}', measured(module, nets, at))
-    folders = sorted((Path.cwd() / 'results' / 'weights').glob(f'{system}-*'))
+    folders = shipped_folders(system)
     for folder in folders[:1] if quick else folders:
         nets = load_shipped(module, folder)
         report(f'{folder.name} samples', drawn(module, nets))

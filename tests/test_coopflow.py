@@ -323,7 +323,7 @@ def numbers(nets):
 
 @pytest.fixture(scope='module')
 def spirals():  # what the shipped pairs of Figure 4.3 measure
-    folder = ROOT / 'results/weights'
+    folder = ROOT / 'ebmbook/weights'
     load = coopflow.Nets.from_pretrained
     return {
         length: numbers(load(folder / f'coopflow-spiral-{length}').eval())

@@ -96,6 +96,8 @@ def test_the_wheel_holds_the_package_and_nothing_else(wheel):
     assert held == package
     assert {f"ebmbook/{m.replace('.', '/')}.py" for m, _ in modules(ROOT)} < held
     assert sum(o.startswith('ebmbook/extractors/') for o in held) >= 2
+    assert sum(o.startswith('ebmbook/weights/') for o in held) >= 30
+    assert wheel.stat().st_size <= 30 * 2**20
 
 
 def test_the_wheel_says_what_it_needs_and_brings_the_command(wheel):
@@ -145,6 +147,24 @@ except FileNotFoundError as e: print(e)
 '''
     said = python(code, tmp_path, **env)
     assert 'needs a clone of the ebmbook repository' in said and str(tmp_path) in said
+
+
+def test_what_ships_works_outside_a_clone(unpacked, tmp_path):
+    code = """
+import socket
+def closed(*args, **options): raise OSError("no network here")
+socket.socket.connect = socket.create_connection = closed
+import ebmbook
+assert len(ebmbook.models()) >= 16
+model = ebmbook.load("cdrl/digits-cond", "cpu")
+assert "## Metrics" in model.card
+assert model.sample(2, n_steps=1).shape == (2, 1, 8, 8)
+assert set(model.evaluate("inpaint", n=2, n_steps=1)) == {"known_error", "variety"}
+over = dict(ch=8, init_ch=8, n_steps=2, n_iters=2, pretrain=1, head_start=0, batch=8)
+mine = ebmbook.train("cdrl", "digits", over=over, out="./mine", progress=False)
+assert ebmbook.load("./mine").cfg == mine.cfg
+"""
+    python(code, tmp_path, PYTHONPATH=str(unpacked))
 
 
 def test_the_command_works_outside_a_clone(unpacked, tmp_path):

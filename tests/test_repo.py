@@ -674,7 +674,7 @@ def secrets(root):
 def weights(root):
     "Folders of small trained weights above their limit."
     bad = []
-    for folder in sorted((root / 'results/weights').glob('*/')):
+    for folder in sorted((root / 'ebmbook/weights').glob('*/')):
         n = sum(path.stat().st_size for path in folder.rglob('*') if path.is_file())
         if n > WEIGHT_BYTES:
             bad.append(f'{folder.relative_to(root)}: {n} bytes, more than {WEIGHT_BYTES}')
@@ -1072,7 +1072,7 @@ def test_secrets(tmp_path, text):
 
 
 def test_weights(tmp_path):
-    folder = tmp_path / 'results/weights/cdrl-digits'
+    folder = tmp_path / 'ebmbook/weights/cdrl-digits'
     folder.mkdir(parents=True)
     (folder / 'model.safetensors').write_bytes(bytes(WEIGHT_BYTES))
     assert not weights(tmp_path)

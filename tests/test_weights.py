@@ -5,9 +5,9 @@ import importlib
 import pytest
 
 from ebmbook.learn.ledger import ledger
-from ebmbook.learn.runs import root
+from ebmbook.learn.runs import weights_folder
 
-FOLDERS = sorted((root() / 'results' / 'weights').glob('*-*'))
+FOLDERS = sorted(weights_folder().glob('*-*'))
 
 
 @pytest.mark.parametrize('folder', FOLDERS, ids=lambda p: p.name)

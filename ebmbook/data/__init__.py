@@ -15,5 +15,6 @@ __getattr__, __dir__ = offer(
         'catalogue',
         'outliers',
         'given',
+        'held',
     ),
 )

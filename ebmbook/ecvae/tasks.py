@@ -167,11 +167,21 @@ _DECODED = (
 # a flow and an energy alone have no decoder
 _FEWER = dict.fromkeys(('ecflow', 'flow', 'ebm'), _SAMPLES)
 _ALL = (*_SAMPLES, *_DECODED)
+
+
+def _restored(nets, y, op, **options):
+    return restore(nets, op, y, **options)
+
+
+def _with_uses(system, tasks):
+    uses = dict(restore=None if tasks is _SAMPLES else _restored)
+    return replace(system, tasks=tasks, unfit=dict(restore=images_only), **uses)
+
+
 SYSTEM = replace(
-    _drawn,
-    tasks=_ALL,
+    _with_uses(_drawn, _ALL),
     rivals={
-        name: replace(rival, tasks=_FEWER.get(name, _ALL))
+        name: _with_uses(rival, _FEWER.get(name, _ALL))
         for name, rival in _drawn.rivals.items()
     },
 )

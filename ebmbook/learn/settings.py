@@ -158,7 +158,7 @@ def choose(
     Raises `KeyError` for an unknown preset or field, `ValueError` for a preset of another
     data set or a wrong type.
     """
-    own = dataset.startswith('folder:')
+    own = dataset.startswith(('folder:', 'given:'))
     _check_folder(dataset)
     if not preset:
         if own:

@@ -178,12 +178,18 @@ def _needs_inference(nets):
     return ''
 
 
+def _final(nets, y, op, **options):
+    "The last of the stages."
+    return restore(nets, op, y, **options)[-1]
+
+
 _EM = System(
     name='liebm',
     about="LIEBM: a frozen self-supervised encoder tells the energy where each image lies "
     "on a sphere of meanings, a generator starts the chains, and the two teach each other.",
     config=Config, presets=PRESETS, default_preset=DEFAULT_PRESET, check=check_config,
     build=build, stages=STAGES, sample=sample, energy=energy, chain_energy=chain_energy,
+    anomaly=anomaly, restore=_final, unfit=dict(restore=_needs_inference),
     tasks=(
         Task('sample', _measure_images),
         Task('ood', _measure_ood, void={('alone', True): ('gamma',)}),

@@ -32,7 +32,8 @@ from torch.nn.utils import parametrize
 from ..cdrl.ladder import schedule
 from ..cdrl.presets import PRESETS
 from ..cdrl.nets import EnergyNet as CDRLEnergy
-from ..learn.runs import root, waiter, write_text
+from ..learn.files import write_text
+from ..learn.runs import results_folder, waiter
 from ..mcmc import bf16, frozen, in_chunks, keep_freed, langevin, ula
 from .cost import random_batch
 from .systems import load_system, select
@@ -649,9 +650,9 @@ def run(
     return result
 
 # %% ../../nbs/shell/bench.ipynb #a8da397f
-def bench_path() -> Path:  # The committed file
-    "Where the last full bench lies in the clone."
-    return root() / 'results' / 'bench.json'
+def bench_path() -> Path:  # In the clone the committed file
+    "Where the last full bench goes."
+    return results_folder() / 'bench.json'
 
 
 def _listed(rows):  # JSON of a list, one row per line

@@ -19,9 +19,9 @@ import numpy as np
 import yaml
 
 from ..learn.files import read_line
-from ..learn.ledger import ledger
+from ..learn.ledger import ledger, ledger_files
 from ..learn.limits import Name, Real, Steps, describe, fits
-from ..learn.runs import root
+from ..learn.runs import evidence
 
 # %% ../../nbs/shell/claims.ipynb #c005
 VERDICTS = ('not reproduced', 'not run', 'inconclusive', 'reproduced')  # worst first
@@ -212,14 +212,14 @@ def _problem(error):
 
 
 def read_claims(
-    path: str | Path | None = None,  # None is results/claims.yaml of the clone
+    path: str | Path | None = None,  # None is the book's results/claims.yaml
 ) -> list[Claim]:  # In the order of the file
     """Read and check a claims file.
 
     Raises `ValueError` naming the entry and what is wrong with it, `FileNotFoundError` if
     there is no file.
     """
-    path = Path(path) if path else root() / 'results' / 'claims.yaml'
+    path = Path(path) if path else evidence('claims.yaml')
     if not path.is_file():
         raise FileNotFoundError(f"no claims file at {path}")
     try:
@@ -261,7 +261,7 @@ def _check_line(line, path):
 
 
 def read_ledger(
-    path: str | Path,  # A file of JSON lines
+    path: str | Path | None = None,  # JSON lines; None is what `ledger_files` names
     new: bool = False,  # Whether it may be missing or empty, since it will be written
 ) -> list[dict[str, Any]]:  # As from `ebmbook.learn.ledger.ledger`
     """Read and check a ledger.
@@ -269,6 +269,9 @@ def read_ledger(
     Raises `ValueError` for what is no ledger, and naming what is wrong with a line;
     `FileNotFoundError` if there is no file.
     """
+    if path is None:
+        found = [read_ledger(file, new=True) for file in ledger_files()]
+        return found[0] if len(found) == 1 else ledger()
     path = Path(path)
     if path.is_dir():
         raise ValueError(f"{path} is a folder; a ledger is a file of JSON lines")

@@ -80,7 +80,7 @@ def do_job(
     system: System,  # From `resolve`
     cfg: Any,  # From `resolve`
     run: Any,  # From `claim_run`
-    path: Path,  # The ledger
+    path: Path | None,  # A ledger; None is the book's, with what was measured here
 ) -> None:
     "Train, measure, and publish each measurement at once."
     nets = train(system, cfg, run, progress=sys.stderr.isatty())
@@ -103,7 +103,7 @@ def _title(job):
 def run_claims(
     chosen: list,  # Claims
     seeds: list[int],  # Which there should be
-    path: Path,  # The ledger
+    path: Path | None,  # A ledger; None is the book's, with what was measured here
     out: Path,  # Folder of the runs
     device: str = '',  # Where
     fresh: bool = False,  # Forget earlier trainings of what is missing

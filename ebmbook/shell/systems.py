@@ -22,7 +22,8 @@ if TYPE_CHECKING:  # it imports PyTorch, and help must come at once
     from ebmbook.learn.system import System
 
 # %% auto #0
-__all__ = ['SYSTEMS', 'systems', 'load_system', 'select', 'check_device', 'load_nets', 'read_labels']
+__all__ = ['SYSTEMS', 'systems', 'load_system', 'select', 'check_length', 'check_device', 'weights_in', 'load_nets',
+           'read_labels']
 
 # %% ../../nbs/shell/systems.ipynb #c013
 SYSTEMS = {
@@ -131,6 +132,20 @@ def select(
     return preset, system.of(cfg).check(cfg)
 
 
+def check_length(
+    system: System,
+    cfg: Any,  # Resolved settings
+) -> None:
+    """A training without a step would leave what it found and look like one.
+
+    Raises `ValueError`.
+    """
+    if not any(stage.n_iters(cfg) for stage in system.of(cfg).stages):
+        raise ValueError(
+            "n_iters: no stage of this training has a step, so nothing would be trained"
+        )
+
+
 def check_device(
     name: str,  # As typed; '' picks the fastest
 ) -> str:  # A device that this machine has
@@ -153,7 +168,7 @@ def check_device(
 
 # %% ../../nbs/shell/systems.ipynb #c031
 def _book_folder(system, preset):
-    from ebmbook.learn.runs import book_weights, root
+    from ebmbook.learn.runs import book_weights, weights_folder
 
     name = system.name
     if preset not in system.presets:
@@ -161,7 +176,7 @@ def _book_folder(system, preset):
     found = book_weights(name, preset)
     if found is not None:
         return found
-    folders = sorted((root() / 'results' / 'weights').glob(f'{name}-*'))
+    folders = sorted(weights_folder().glob(f'{name}-*'))
     have = [
         p.name.removeprefix(f'{name}-')
         for p in folders
@@ -174,8 +189,12 @@ def _book_folder(system, preset):
     )
 
 
-def _weights_folder(folder):
-    "The folder that holds weights: this one, or `weights` below it."
+def weights_in(
+    folder: Path,  # Of weights, or of a run
+) -> Path:  # This one, or `weights` below it
+    "The folder that holds weights. Raises `FileNotFoundError` naming what is missing."
+    if not folder.is_dir():
+        raise FileNotFoundError(f"there is no folder {folder}; does its path hold a typo?")
     inner = folder / 'weights'
     if not (folder / 'model.safetensors').is_file() and inner.is_dir():
         folder = inner
@@ -213,7 +232,7 @@ def load_nets(
             "or -p preset NAME for the book's"
         )
     own = Path(weights).expanduser() if weights else None
-    folder = _weights_folder(own or _book_folder(system, preset))
+    folder = weights_in(own or _book_folder(system, preset))
     from ebmbook.learn.weights import load_weights
 
     try:

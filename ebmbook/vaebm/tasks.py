@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SYSTEM', 'evaluate', 'vae_log_density', 'plane_likelihood', 'measure_points', 'measure_images', 'measure_ood',
-           'nearest']
+           'anomaly', 'nearest']
 
 # %% ../../nbs/06_vaebm/tasks.ipynb #ad72047e
 import math
@@ -176,16 +176,29 @@ def measure_ood(
     return auroc_ood(score, nets.cfg.data, n or 300)
 
 # %% ../../nbs/06_vaebm/tasks.ipynb #c050
+def anomaly(
+    nets: Nets,  # Trained networks
+    x: Tensor,  # (B, ...) images or points
+    *,
+    k: int = 20,  # As in `log_score`
+    alone: bool = False,  # As in `log_score`
+    generator: Draws = None,  # As in `log_score`
+) -> Tensor:  # (B,), higher is more unusual
+    "Minus `log_score`."
+    return -log_score(nets, x, k=k, alone=alone, generator=generator)
+
+
 _ALONE = {('alone', True): ('n_steps',)}  # the autoencoder runs no chain
 _TASKS = (
     Task('sample', measure_points, points_only, _ALONE),
     Task('sample', measure_images, images_only, _ALONE),
     Task('ood', measure_ood, images_only),
 )
+_USES: dict[str, Any] = dict(tasks=_TASKS, anomaly=anomaly)
 SYSTEM = replace(
     _drawn,
-    tasks=_TASKS,
-    rivals={name: replace(rival, tasks=_TASKS) for name, rival in _drawn.rivals.items()},
+    **_USES,
+    rivals={name: replace(rival, **_USES) for name, rival in _drawn.rivals.items()},
 )
 evaluate = SYSTEM.evaluate
 
