@@ -5,6 +5,8 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:  # they import PyTorch, and help must come at once
+    from ebmbook.learn.compose import Energy, tempered
+    from ebmbook.learn.fit import Fitted, fit, load_fitted
     from ebmbook.shell.model import Model, load, models
     from ebmbook.shell.training import train
 
@@ -38,12 +40,27 @@ def offer(package, parts):
 
 # the front door: name -> the part that holds it, imported when it is asked for
 _FRONT = {
+    'Energy': 'learn.compose',
+    'Fitted': 'learn.fit',
     'Model': 'shell.model',
+    'fit': 'learn.fit',
     'load': 'shell.model',
+    'load_fitted': 'learn.fit',
     'models': 'shell.model',
+    'tempered': 'learn.compose',
     'train': 'shell.training',
 }
-__all__ = ['Model', 'load', 'models', 'train']
+__all__ = [
+    'Energy',
+    'Fitted',
+    'Model',
+    'fit',
+    'load',
+    'load_fitted',
+    'models',
+    'tempered',
+    'train',
+]
 
 
 def __getattr__(name):

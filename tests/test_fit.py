@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
+import ebmbook
 from ebmbook.data.catalogue import load
 from ebmbook.data.procedural import draw_points
 from ebmbook.learn.compose import Energy, tempered
@@ -188,6 +189,16 @@ def test_energies_compose_and_are_sampled():
     x = points(8)
     torch.testing.assert_close(both(x), (one.energy(x) + 2 * two.energy(x)) / 4)
     moved = langevin(both, x, ula(0.01), 3)
+    assert moved.shape == x.shape and not torch.equal(moved, x)
+
+
+def test_loaded_models_compose():
+    one, two = ebmbook.load('vaebm/digits'), ebmbook.load('coopflow/digits-pre')
+    x = one.sample(3, seed=0)
+    both = one + 0.5 * two
+    torch.testing.assert_close(both(x), one.energy(x) + 0.5 * two.energy(x))
+    assert not both(x).requires_grad  # a graph only where it is asked for
+    moved = langevin(both, x, ula(1e-4), 2)
     assert moved.shape == x.shape and not torch.equal(moved, x)
 
 

@@ -634,5 +634,5 @@ def energy(
     if labels is None and cfg.n_classes:
         labels = torch.zeros_like(levels)
     y = ladder.scale[t] * x
-    with torch.no_grad(), frozen(nets):
+    with torch.set_grad_enabled(x.requires_grad), frozen(nets):
         return nets.energy(y, ladder.lam[levels], labels) / ladder.step2[t]

@@ -334,7 +334,7 @@ def energy(
     """
     net = energy_net(nets)
     examples_for(nets, x)
-    with torch.no_grad(), frozen(net):
+    with torch.set_grad_enabled(x.requires_grad), frozen(net):
         return nets.energy(x)
 
 # %% ../../nbs/04_coopflow.ipynb #c048

@@ -531,7 +531,7 @@ def energy(
     """
     net = energy_net(nets)
     examples_for(nets, x)
-    with torch.no_grad(), frozen(net):
+    with torch.set_grad_enabled(x.requires_grad), frozen(net):
         return nets.energy(x) / nets.cfg.tau
 
 # %% ../../nbs/07_ecvae.ipynb #60673df5

@@ -513,7 +513,7 @@ def energy(
 ) -> Tensor:  # (B,) nats
     "The marginal energy E(x). Raises what `examples_for` raises."
     examples_for(nets, x)
-    with torch.no_grad(), frozen(nets.energy):
+    with torch.set_grad_enabled(x.requires_grad), frozen(nets.energy):
         return nets.energy(inward(x, nets.cfg))
 
 

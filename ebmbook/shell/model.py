@@ -9,6 +9,7 @@ import json
 import os
 import re
 import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from ..data.catalogue import DATASETS
+from ..learn.compose import Composable
 from ..learn.files import make_folder, write_text
 from ..learn.ledger import Measured
 from ..learn.runs import weights_folder
@@ -119,8 +121,12 @@ def _store(model, folder):
 
 # %% ../../nbs/shell/model.ipynb #84972f59
 @dataclass(frozen=True, eq=False, repr=False)
-class Model:
-    "Trained networks with all that they can be asked for."
+class Model(Composable):
+    """Trained networks with all that they can be asked for.
+
+    Energies of models are added and weighted: `one + 2 * other`, and the sum is a function
+    of x with gradients.
+    """
 
     system: System  # Its own, or that of the rival that the settings name
     nets: nn.Module  # In evaluation mode
@@ -145,6 +151,9 @@ class Model:
             f"  {self.cfg.data}, {shape}, {_sizes(self.nets):,} parameters, on {self.device}\n"
             f"  has: {_has(self.system, self.nets)}"
         )
+
+    def as_energy(self) -> Callable[..., Tensor]:
+        return self.energy
 
     def sample(
         self,
