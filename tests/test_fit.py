@@ -15,7 +15,8 @@ import ebmbook
 from ebmbook.data.catalogue import load
 from ebmbook.data.procedural import draw_points
 from ebmbook.learn.compose import Energy, tempered
-from ebmbook.learn.fit import METHODS, fit, load_fitted
+from ebmbook.learn.fit import fit, load_fitted
+from ebmbook.learn.fit_methods import METHODS
 from ebmbook.mcmc import grid_log_z, langevin, ula
 
 QUICK = dict(n_iters=6, batch=16, progress=False, device='cpu')
