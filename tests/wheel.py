@@ -168,7 +168,7 @@ def shortened(code):
     import ebmbook
     from ebmbook.shell.systems import load_system
 
-    code = re.sub(r'minutes=[\d.]+', 'minutes=0.1', code)
+    code = re.sub(r'minutes=[\d.]+', 'minutes=0.3', code)
     if 'small' not in load_system('ecvae').presets:
         code = code.replace('data="folder:my/images@32", preset="small"', 'data="digits"')
     if not hasattr(ebmbook, 'fit'):
