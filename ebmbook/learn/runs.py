@@ -361,7 +361,7 @@ def planned(
         )
     return plan
 
-
+# %% ../../nbs/learn/runs.ipynb #9e5f0a13
 def open_run(
     system: str,  # Name of the system
     preset: str,  # Name of the preset
@@ -376,7 +376,6 @@ def open_run(
 ) -> Run:
     """Open or create the folder of a run and store its settings.
 
-    In a test the default folder is a temporary one.
     Raises `ValueError` if the folder holds a run with other settings, something else than
     a run, or a damaged config.json.
     """

@@ -196,7 +196,7 @@ def _with_encoder(cfg):
         return replace(cfg, n_enc=encoder_config(cfg).n_iters)
     return cfg
 
-
+# %% ../../nbs/08_liebm/tasks.ipynb #9e5f0a11
 _EM = System(
     name='liebm',
     about="LIEBM: a frozen self-supervised encoder tells the energy where each image lies "

@@ -183,7 +183,7 @@ def _known_plan(folder, minutes):
             "with out"
         ) from error
 
-
+# %% ../../nbs/shell/plan.ipynb #5a1e0010
 def open_planned(
     system: System,
     preset: str,  # Name of the preset
