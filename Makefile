@@ -2,7 +2,8 @@
 #   make demo      install into .venv, run the CDRL chapter, say where to look
 #   make test      install what tests need, run all tests
 #   make sync      after editing a notebook: format, write the package, clean the notebooks
-#   make check     package = notebooks, format, lint, types, repository rules, stored outputs up to date; no network
+#   make check     package = notebooks, format, lint, types, repository rules, stored outputs up to date, the wheel; no network
+#   make wheel-test  build the wheel, install it outside the clone, run there what is printed for strangers; no network
 #   make measure   print measures of the code; BASE=COMMIT prints those of another commit beside them
 #   make outputs   execute chapters whose stored outputs are stale, store the new ones (NB="05_cdrl": these; NB=--all: every one)
 #   make book      build the book into _build/html, warnings are errors
@@ -35,7 +36,7 @@ RUNTIME := $(VENV)/.installed-runtime
 AUTHOR  := $(VENV)/.installed-author
 endif
 
-.PHONY: help demo test sync check measure outputs book bench reliability gpu claims
+.PHONY: help demo test sync check wheel-test measure outputs book bench reliability gpu claims
 help:
 	@sed -n 's/^#   //p' Makefile
 
@@ -82,7 +83,11 @@ check: $(AUTHOR)
 	echo "4. types of what others use";                  $(BIN)/python tests/types_public.py || bad=1; \
 	echo "5. repository rules";                          $(BIN)/python -m pytest tests/test_repo.py -q --tb=short || bad=1; \
 	echo "6. stored outputs belong to the code";         $(BOOK) stale || bad=1; \
+	echo "7. what a stranger installs";                  $(BIN)/python tests/wheel.py || bad=1; \
 	if [ $$bad = 0 ]; then echo "check: all well"; else echo "check: see above"; exit 1; fi
+
+wheel-test: $(AUTHOR)
+	@$(BIN)/python tests/wheel.py
 
 measure: $(AUTHOR)
 	@$(BIN)/python tests/measure.py $(BASE)

@@ -2,7 +2,7 @@
 
 `make wheel-test` builds the wheel, installs it without its dependencies into an environment
 that finds those in the present one, and runs there what the README prints, the front door
-and the commands. Further arguments are folders of wheels to test instead of building one.
+and the commands. An argument is a folder with a wheel to test instead of building one.
 """
 
 import os
@@ -164,11 +164,14 @@ def readme_lines():
 
 
 def shortened(code):
-    "Lines as printed, with less time; what this version does not have yet is left out."
+    """Lines as printed, with three steps instead of minutes, which would be used up.
+
+    What this version does not have yet is left out. `commands` trains for a few seconds.
+    """
     import ebmbook
     from ebmbook.shell.systems import load_system
 
-    code = re.sub(r'minutes=[\d.]+', 'minutes=0.1', code)
+    code = re.sub(r'minutes=[\d.]+', 'over=dict(n_iters=3)', code)
     if 'small' not in load_system('ecvae').presets:
         code = code.replace('data="folder:my/images@32", preset="small"', 'data="digits"')
     if not hasattr(ebmbook, 'fit'):
@@ -195,6 +198,9 @@ def commands(command, at):
     over = '{ch: 8, init_ch: 8, n_steps: 2}'
     bench = ('bench', 'cdrl', '--preset', 'digits', '--over', over, '--batch', 4)
     assert 'floor' in run(command, *bench, '--steps', 2, '--minutes', 0.02, where=at)
+    over = ('-p', 'preset', 'checkerboard', '-p', 'over', '{ch: 8, n_steps: 2, batch: 16}')
+    run(command, 'train', 'cdrl', *over, '--minutes', 0.1, '--out', 'mine', where=at)
+    assert (at / 'mine' / 'weights' / 'model.safetensors').is_file()
     said = run(command, 'run', 'cdrl', where=at, wrong=True)
     assert REFUSED in said and len(said.strip().splitlines()) == 1, said
 

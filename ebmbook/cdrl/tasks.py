@@ -162,6 +162,7 @@ SYSTEM = System(
     about="An energy for each noise level, and a network that proposes starts of chains.",
     config=Config, presets=PRESETS, default_preset=DEFAULT_PRESET, check=check_config,
     build=build, stages=STAGES, sample=sample, energy=energy, chain_energy=chain_energy,
+    lengths=('n_iters', 'pretrain', 'warmup', 'head_start'),
     label=attribute_label, bare=lambda cfg: replace(cfg, vae=''),
     tasks=(
         Task('sample', _measure_points, points_only),

@@ -153,6 +153,7 @@ _PAIR = System(
     "each learns from the result.",
     config=Config, presets=PRESETS, default_preset=DEFAULT_PRESET, check=check_config,
     build=build, stages=STAGES, sample=sample, energy=energy, chain_energy=chain_energy,
+    lengths=('n_iters', 'n_pre', 'warm', 'lr_warm', 'decay'),
     tasks=(
         Task('sample', _measure_points, points_only),
         Task('sample', _measure_images, images_only),

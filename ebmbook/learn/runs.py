@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['root', 'source_hash', 'results_folder', 'evidence', 'weights_folder', 'book_weights', 'ship', 'Run', 'pick_device',
-           'waiter', 'plain_json', 'saved_state', 'settings_hash', 'open_run', 'forget', 'save_checkpoint',
-           'load_checkpoint']
+           'waiter', 'plain_json', 'default_folder', 'saved_state', 'settings_hash', 'overridden', 'planned',
+           'open_run', 'forget', 'save_checkpoint', 'load_checkpoint']
 
 # %% ../../nbs/learn/runs.ipynb #c002
 import copy
@@ -155,7 +155,12 @@ def plain_json(value: Any) -> Any:
     return json.loads(json.dumps(value))
 
 
-def _default_folder(system, preset, over, seed):
+def default_folder(
+    system: str,  # Name of the system
+    preset: str,  # Name of the preset
+    over: dict,  # What tells the run from others of the preset
+    seed: int,  # Of every draw
+) -> Path:  # Need not be there yet
     "Where a run goes that names no folder; a test run never touches the clone."
     if os.environ.get('IN_TEST'):
         return Path(tempfile.mkdtemp(prefix='ebmbook-'))
@@ -330,6 +335,33 @@ def _changed(folder, old, wrong, head, change):
     return [*old.get('changes', []), note]
 
 # %% ../../nbs/learn/runs.ipynb #84d20b62
+def overridden(
+    cfg: Any,  # Resolved settings, a dataclass
+    base: Any,  # The preset before replacements; None differs in nothing
+) -> dict:  # As JSON would give it back
+    "Fields that differ from those of a preset."
+    if base is None:
+        return {}
+    before = plain_json(asdict(base))
+    config = plain_json(asdict(cfg))
+    return {key: value for key, value in config.items() if value != before.get(key)}
+
+
+def planned(
+    folder: Path,  # Of a run, or where one will be
+) -> dict | None:  # As `open_run` was given it; None if there is none
+    "The plan of a run. Raises `ValueError` naming a file that is damaged."
+    path = Path(folder) / 'config.json'
+    if not path.exists():
+        return None
+    plan = _stored(path).get('plan')
+    if plan is not None and not isinstance(plan, dict):
+        raise ValueError(
+            f"{path} holds a plan that is none; choose another folder with out"
+        )
+    return plan
+
+# %% ../../nbs/learn/runs.ipynb #9e5f0a13
 def open_run(
     system: str,  # Name of the system
     preset: str,  # Name of the preset
@@ -340,19 +372,15 @@ def open_run(
     out: str | Path = '',  # Folder; empty: runs/SYSTEM/PRESET-SEED in the clone
     device: str = '',  # Empty picks the fastest
     change: bool = False,  # Go on with other settings; config.json and ledger lines say so
+    plan: dict | None = None,  # Kept in config.json, of a new run; see `planned`
 ) -> Run:
     """Open or create the folder of a run and store its settings.
 
-    In a test the default folder is a temporary one.
     Raises `ValueError` if the folder holds a run with other settings, something else than
     a run, or a damaged config.json.
     """
-    config = plain_json(asdict(cfg))
-    over = {}
-    if base is not None:
-        before = plain_json(asdict(base))
-        over = {key: value for key, value in config.items() if value != before.get(key)}
-    folder = Path(out) if out else _default_folder(system, preset, over, seed)
+    config, over = plain_json(asdict(cfg)), overridden(cfg, base)
+    folder = Path(out) if out else default_folder(system, preset, over, seed)
     make_folder(folder)
     head = dict(system=system, preset=preset, seed=seed, config=config)
     path = folder / 'config.json'
@@ -360,11 +388,13 @@ def open_run(
     if path.exists():
         old = _stored(path)
         wrong = _differences(old, head)
-        changes = old.get('changes', [])
+        changes, plan = old.get('changes', []), old.get('plan')
         if wrong:
             changes = _changed(folder, old, wrong, head, change)
     else:
         _check_vacant(folder)
+    if plan:
+        head['plan'] = plain_json(plan)
     if changes:
         head['changes'] = changes
         # no number of such a run passes for one of its settings

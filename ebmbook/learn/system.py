@@ -204,6 +204,8 @@ class System(Uses):
     unfit: Mapping[str, Callable[[Any], str]] = field(default_factory=dict)
     # 'restore' and the like -> why it does not suit networks, or ''
     label: Callable[[int, int], int] | None = None  # Label of (attribute, value)
+    lengths: Sequence[str] = ('n_iters',)  # Settings that are counted in optimiser steps
+    spelled: Callable[[Any], Any] = _unchanged  # Writes out lengths that stand elsewhere
     bare: Callable[[Any], Any] = _unchanged  # Without work outside the networks
     rivals: Mapping[str, 'System'] = field(default_factory=dict)  # By `cfg.method`
 

@@ -570,6 +570,7 @@ _SIMCLR = System(
     "sphere.",
     config=Config, presets=PRESETS, default_preset=DEFAULT_PRESET, check=check_config,
     build=build, stages=STAGES,
+    lengths=('n_iters', 'warm', 'drops'),
     tasks=(Task('labels', measure_labels),),
 )  # fmt: skip
 _BYOL = replace(

@@ -30,7 +30,14 @@ from ebmbook.liebm.method import (
     outward,
     sample,
 )
-from .presets import DEFAULT_PRESET, PRESETS, Config, check_config, check_ejm
+from ebmbook.liebm.presets import (
+    DEFAULT_PRESET,
+    PRESETS,
+    Config,
+    check_config,
+    encoder_config,
+    check_ejm,
+)
 from .uses import restore
 from ..mcmc import frozen
 
@@ -183,6 +190,13 @@ def _final(nets, y, op, **options):
     return restore(nets, op, y, **options)[-1]
 
 
+def _with_encoder(cfg):
+    "The encoder's own length written out, where it is trained before."
+    if cfg.encoder == 'frozen' and not cfg.enc_weights and cfg.n_enc < 0:
+        return replace(cfg, n_enc=encoder_config(cfg).n_iters)
+    return cfg
+
+# %% ../../nbs/08_liebm/tasks.ipynb #9e5f0a11
 _EM = System(
     name='liebm',
     about="LIEBM: a frozen self-supervised encoder tells the energy where each image lies "
@@ -190,6 +204,7 @@ _EM = System(
     config=Config, presets=PRESETS, default_preset=DEFAULT_PRESET, check=check_config,
     build=build, stages=STAGES, sample=sample, energy=energy, chain_energy=chain_energy,
     anomaly=anomaly, restore=_final, unfit=dict(restore=_needs_inference),
+    lengths=('n_iters', 'n_enc', 'n_post', 'n_infer'), spelled=_with_encoder,
     tasks=(
         Task('sample', _measure_images),
         Task('ood', _measure_ood, void={('alone', True): ('gamma',)}),

@@ -204,6 +204,7 @@ SYSTEM = System(
     about="Energies as priors of a radiance field's codes, and ways to find the codes.",
     config=Config, presets=PRESETS, default_preset=DEFAULT_PRESET, check=check_config,
     build=build, stages=STAGES, sample=sample,
+    lengths=('n_iters', 'ramp', 'anneal', 'warm'),
     tasks=(
         Task('sample', _measure_images),
         Task('views', _measure_views, _several_views, {('of', 'mean'): ('by', 'n_steps')}),

@@ -280,6 +280,10 @@ def train(
         bool,
         _option("go on with changed settings; config.json records them", '--change'),
     ] = False,
+    minutes: Annotated[
+        float | None,
+        _option("minutes to train: steps are timed, and as many planned", **_HIDDEN),
+    ] = None,
 ) -> None:
     """Train a preset, without a notebook.
 
@@ -296,12 +300,14 @@ def train(
     check_length(known, cfg)
     from ebmbook.data.catalogue import require
     from ebmbook.learn.log import seconds_trained
-    from ebmbook.learn.runs import open_run
+    from ebmbook.shell.plan import open_planned
 
     known.of(cfg).check(cfg, require(cfg.data))
-    where = dict(seed=given['seed'], out=given['out'], device=check_device(device))
-    run = open_run(system, preset, cfg, known.presets[preset], change=change, **where)
     first = os.environ.get('RANK', '0') == '0'  # of several processes one speaks
+    where = dict(seed=given['seed'], out=given['out'], device=check_device(device))
+    where |= dict(minutes=minutes, change=change)
+    where['tell'] = lambda text: typer.echo(text, err=True) if first else None
+    cfg, run = open_planned(known, preset, cfg, given['over'], **where)
     if first:
         typer.echo(
             f"{system} {preset}, seed {run.seed}, on {run.device}: {run.folder}", err=True

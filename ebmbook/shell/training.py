@@ -13,10 +13,10 @@ from ..data.catalogue import DATASETS, require
 from ..data.held import hold
 from ..learn.limits import LARGEST
 from ..learn.loop import train as fit
-from ..learn.runs import open_run
 from ..learn.settings import unknown
 from ..learn.system import System
 from .model import Model, model_of
+from .plan import open_planned
 from .systems import check_device, check_length, load_system, select
 
 # %% auto #0
@@ -79,6 +79,7 @@ def train(
     out: str | Path = '',  # Folder of the run; empty: runs/SYSTEM/PRESET-SEED
     seed: int = 0,  # Of every draw
     device: str | None = None,  # None picks the fastest
+    minutes: float | None = None,  # To train; None: as many steps as the preset has
     change: bool = False,  # Go on with changed settings
     progress: bool = True,  # Show a bar
     tensorboard: bool = False,  # Write event files too
@@ -89,6 +90,8 @@ def train(
 
     Images are (N, C, H, W), uint8 or floats in [-1, 1], points (N, d), labels (N,) or
     (N, A).
+    With `minutes` the steps of each stage are timed before the first, and all that is
+    counted in steps becomes longer or shorter by one factor; the plan is printed and kept.
     Raises `KeyError` for an unknown name, with the nearest right one, `TypeError` for data
     of another kind, `ValueError` for data or settings that do not fit, and what the loop
     raises.
@@ -97,11 +100,12 @@ def train(
     if not isinstance(seed, int) or not 0 <= seed <= LARGEST:
         raise ValueError(f"seed must be a whole number from 0 to {LARGEST}, got {seed!r}")
     preset, cfg = _settings(known, data, preset, over, test)
-    run = open_run(
-        known.name,
+    cfg, run = open_planned(
+        known,
         preset,
         cfg,
-        known.presets[preset],
+        over,
+        minutes=minutes,
         seed=seed,
         out=Path(out).expanduser() if out else '',
         device=check_device(str(device or '')),

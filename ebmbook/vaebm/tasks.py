@@ -37,6 +37,7 @@ _vaebm = System(
     'takes the surplus away, and chains run in the space of the autoencoder\'s noise.',
     config=Config, presets=PRESETS, default_preset=DEFAULT_PRESET, check=check_config,
     build=build, stages=STAGES, sample=sample, energy=energy,
+    lengths=('n_iters', 'n_vae', 'warm_vae', 'p_rise'),
 )  # fmt: skip
 # whoever measures samples asks it who draws them; `SYSTEM` below has the tasks too
 _drawn = replace(
