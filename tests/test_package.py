@@ -115,7 +115,8 @@ def test_the_wheel_says_what_it_needs_and_brings_the_command(wheel):
         always
     ) and not {'nbdev', 'diffusers', 'tensorboard', 'lpips'} & set(always)
     assert {
-        f'Provides-Extra: {o}' for o in ('book', 'dev', 'diagnostics', 'latent', 'lpips')
+        f'Provides-Extra: {o}'
+        for o in ('book', 'dev', 'diagnostics', 'latent', 'lpips', 'trackers')
     } <= set(meta.splitlines())
 
 
