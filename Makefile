@@ -6,7 +6,7 @@
 #   make wheel-test  build the wheel, install it outside the clone, run there what is printed for strangers; no network
 #   make measure   print measures of the code; BASE=COMMIT prints those of another commit beside them
 #   make outputs   execute chapters whose stored outputs are stale, store the new ones (NB="05_cdrl": these; NB=--all: every one)
-#   make book      build the book into _build/html, warnings are errors
+#   make book      build the book into _build/html, warnings are errors; notebooks to download are plain copies
 #   make claims    run what is missing for the papers' claims and print the verdicts
 #   make bench     time the sampler against its floor and its rivals
 #   make reliability  kill, damage and fill up trainings of all systems, some minutes; every one must end as if nothing had happened
@@ -24,6 +24,7 @@ SHELL := /bin/bash
 .DEFAULT_GOAL := help
 BIN := $(VENV)/bin
 BOOK := $(BIN)/python -c 'from ebmbook.shell.book import main; exit(main())'
+COPIES := $(BIN)/python -c 'from ebmbook.shell.copies import main; exit(main())'
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 export PYTHONHASHSEED := 0
 
@@ -97,6 +98,7 @@ outputs: $(AUTHOR)
 
 book: $(AUTHOR)
 	$(BIN)/jupyter-book build . -W -n --keep-going
+	@$(COPIES)
 	@echo "Open _build/html/index.html"
 
 bench: $(AUTHOR)

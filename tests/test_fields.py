@@ -669,6 +669,14 @@ def check_log_every(run):
     assert digest(rare[0]) == digest(often[0])
 
 
+def check_tracker(run):
+    "Numbers are shown elsewhere too, and nothing else is different."
+    plain, shown = run(), run(tracker='tensorboard')
+    assert [len(list(o[2].glob('events.out.*'))) for o in (plain, shown)] == [0, 1]
+    assert digest(plain[0]) == digest(shown[0])
+    assert shown[0].cfg.tracker == ''
+
+
 def check_max_gap(run):
     with pytest.raises(Diverged, match='gap'):
         run(max_gap=1e-9)

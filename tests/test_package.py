@@ -128,7 +128,8 @@ def test_the_wheel_says_what_it_needs_and_brings_the_command(wheel):
         re.findall(r'Project-URL: (\w+), https://', meta)
     )
     assert {
-        f'Provides-Extra: {o}' for o in ('book', 'dev', 'diagnostics', 'latent', 'lpips')
+        f'Provides-Extra: {o}'
+        for o in ('book', 'dev', 'diagnostics', 'latent', 'lpips', 'trackers')
     } <= set(meta.splitlines())
 
 

@@ -41,6 +41,7 @@ LOW = {
     'learn.draws': 1,
     'learn.parts': 1,
     'learn.ledger': 1,
+    'learn.trackers': 1,
 }
 # within a system: settings and networks below the method, rivals above it, tasks on top
 INSIDE = {'method': 1, 'uses': 2, 'rivals': 2, 'tasks': 3}

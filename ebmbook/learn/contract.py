@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from .limits import Count, Decay, Positive, Range, settle
+from .limits import Count, Decay, Names, Positive, Range, settle
 from ..mcmc import Draws, Slice, normal, uniform
 
 # %% ../../nbs/learn/contract.ipynb #c006
@@ -30,6 +30,7 @@ class Loop:
     save_every: Count = 1_000  # Optimiser steps between checkpoints
     log_every: Count = 50  # Optimiser steps between log lines and watchdog checks
     max_gap: Positive = 1e4  # Watchdog: largest |gap| that is logged, in units of energy
+    tracker: Names = field(default='', compare=False)  # Programs that show the log too
 
     def __post_init__(self):
         settle(self)

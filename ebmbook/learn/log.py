@@ -11,6 +11,7 @@ import json
 from .contract import Diverged
 from .files import append_lines, not_written, read_line, set_aside, write_text
 from .runs import Run, saved_state
+from .trackers import Trackers
 from typing import Any
 
 # %% ../../nbs/learn/log.ipynb #c018
@@ -34,16 +35,17 @@ def _read_log(path):
 
 
 class Log:
-    "JSON lines on disk, and TensorBoard if asked."
+    "JSON lines on disk, and in the programs that `tracker` names."
 
     def __init__(
         self,
         run: Run,  # Whose log
         at: int,  # Steps done; later lines of an interrupted run are dropped
-        tensorboard: bool,  # Write event files too; imports tensorboard
+        tracker: str | tuple[str, ...],  # Names of trackers; '' is none
         main: bool,  # Whether this process writes at all
     ) -> None:
-        self.path, self.main, self.board = run.folder / 'log.jsonl', main, None
+        self.path, self.main = run.folder / 'log.jsonl', main
+        self.shown: Trackers | None = None
         if not main:
             return
         good, damaged = _read_log(self.path)
@@ -51,10 +53,8 @@ class Log:
             set_aside(self.path, damaged)
         kept = [line for line in good if line['total'] <= at]
         write_text(self.path, ''.join(json.dumps(line) + '\n' for line in kept))
-        if tensorboard:
-            from torch.utils.tensorboard import SummaryWriter
-
-            self.board = SummaryWriter(run.folder, purge_step=at)
+        label = f'{run.system} {run.preset}-{run.seed}'
+        self.shown = Trackers(tracker, run.folder, label, at)
 
     def __call__(
         self,
@@ -65,9 +65,13 @@ class Log:
         if not self.main:
             return
         append_lines(self.path, [json.dumps(dict(total=total, **line))])
-        for name, value in line.items() if self.board else ():
-            if isinstance(value, float):
-                self.board.add_scalar(name, value, total)
+        if self.shown is not None:
+            self.shown(total, {k: v for k, v in line.items() if isinstance(v, float)})
+
+    def close(self) -> None:
+        "Let trackers finish; called when a training ends, however it ends."
+        if self.shown is not None:
+            self.shown.close()
 
 
 def read_log(

@@ -15,8 +15,8 @@ import time
 import traceback
 import warnings
 from collections.abc import Callable
-from contextlib import contextmanager, nullcontext, suppress
-from dataclasses import asdict
+from contextlib import closing, contextmanager, nullcontext, suppress
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -33,7 +33,8 @@ from .contract import Context
 from .draws import random_states, seed_all, set_random_states, set_state
 from .files import locked
 from .log import Log, diverged, watch
-from .runs import Run, load_checkpoint, plain_json, save_checkpoint, waiter
+from .runs import Run, compared, load_checkpoint
+from .runs import save_checkpoint, waiter
 from .runs import saved_state, settings_hash
 from .signals import deferred_signals, held_back, ignore_signals
 from .signals import signal_names
@@ -127,7 +128,7 @@ def _contexts(job):
 # %% ../../nbs/learn/loop.ipynb #792c0d7c
 def _identity(run, cfg):
     "Whose a checkpoint is."
-    settings = settings_hash(plain_json(asdict(cfg)))
+    settings = settings_hash(compared(cfg))
     return dict(system=run.system, seed=run.seed, settings=settings)
 
 
@@ -584,7 +585,6 @@ def train(
     examples: Any = None,  # As in `as_examples`; None loads the data set of the settings
     *,
     progress: bool = True,  # Show a bar
-    tensorboard: bool = False,  # Write event files too
     keep_every: int = 0,  # Steps between weights that stay in `weights-STEP`; 0: none do
     on_step: Callable | None = None,  # Called as on_step(step, nets) after each step
 ) -> nn.Module:  # Trained networks in evaluation mode, with averaged weights
@@ -593,6 +593,8 @@ def train(
     At the end of a stage its averaged weights replace the raw ones. The result is stored
     in `run.folder/weights`. One seed, device and thread count give identical weights,
     interrupted or not. `keep_every` counts optimiser steps over all stages.
+    `on_step` counts steps of the stage, sees the raw weights, and must change neither
+    them nor the global generators.
     Raises `Diverged` when a number leaves its bounds, `ValueError` for a batch that does
     not divide, or into too small parts, for networks without these settings and for
     checkpoints of another run, `OSError` if another process trains in the folder.
@@ -607,7 +609,8 @@ def train(
     alone = locked(run.folder) if accelerator.is_main_process else nullcontext()
     with _deaths(stop.kept), alone:
         seed_all(run.seed)
-        nets = system.build(cfg).to(accelerator.device)
+        # who watches is not for the weights to tell
+        nets = system.build(replace(cfg, tracker='')).to(accelerator.device)
         if vars(nets).get('cfg') != cfg:
             raise ValueError("build must keep the settings: nets.cfg = cfg")
 
@@ -618,9 +621,10 @@ def train(
         saved = load_checkpoint(run.folder, str(accelerator.device), misfit, first)
         examples = load(cfg.data) if examples is None else as_examples(examples)
         done = _steps_of(system.stages, cfg, saved)
-        log = Log(run, done, tensorboard, accelerator.is_main_process)
+        log = Log(run, done, cfg.tracker, first)
         todo = (system.stages, nets, run, accelerator, saved, examples, log, stop)
-        with deferred_signals(stop.kept, stop.channel is None) as stop.signals:
+        signals = deferred_signals(stop.kept, stop.channel is None)
+        with closing(log), signals as stop.signals:
             _fit_all(*todo, **options)
             if accelerator.is_main_process:
                 store_weights(nets, run.folder / 'weights')

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['root', 'source_hash', 'results_folder', 'evidence', 'weights_folder', 'book_weights', 'ship', 'Run', 'pick_device',
-           'waiter', 'plain_json', 'default_folder', 'saved_state', 'settings_hash', 'overridden', 'planned',
-           'open_run', 'forget', 'save_checkpoint', 'load_checkpoint']
+           'waiter', 'plain_json', 'compared', 'default_folder', 'saved_state', 'settings_hash', 'overridden',
+           'planned', 'open_run', 'forget', 'save_checkpoint', 'load_checkpoint']
 
 # %% ../../nbs/learn/runs.ipynb #c002
 import copy
@@ -21,12 +21,13 @@ import time
 import warnings
 import zipfile
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
 import torch
 
 from .files import LOCK, check_free, make_folder, not_written, write_text
+from .trackers import check_trackers
 from typing import Any
 
 # %% ../../nbs/learn/runs.ipynb #c005
@@ -153,6 +154,14 @@ def waiter(
 def plain_json(value: Any) -> Any:
     "A value as JSON would give it back: tuples are lists, keys are strings."
     return json.loads(json.dumps(value))
+
+
+def compared(
+    cfg: Any,  # Settings, a dataclass
+) -> dict[str, Any]:  # As JSON gives them back
+    "The settings that a result depends on: all but the fields with `compare=False`."
+    kept = [each.name for each in fields(cfg) if each.compare]
+    return {name: value for name, value in plain_json(asdict(cfg)).items() if name in kept}
 
 
 def default_folder(
@@ -342,9 +351,8 @@ def overridden(
     "Fields that differ from those of a preset."
     if base is None:
         return {}
-    before = plain_json(asdict(base))
-    config = plain_json(asdict(cfg))
-    return {key: value for key, value in config.items() if value != before.get(key)}
+    before = compared(base)
+    return {key: value for key, value in compared(cfg).items() if value != before.get(key)}
 
 
 def planned(
@@ -377,9 +385,10 @@ def open_run(
     """Open or create the folder of a run and store its settings.
 
     Raises `ValueError` if the folder holds a run with other settings, something else than
-    a run, or a damaged config.json.
+    a run, or a damaged config.json, and as `check_trackers`.
     """
-    config, over = plain_json(asdict(cfg)), overridden(cfg, base)
+    check_trackers(getattr(cfg, 'tracker', ''))
+    config, over = compared(cfg), overridden(cfg, base)
     folder = Path(out) if out else default_folder(system, preset, over, seed)
     make_folder(folder)
     head = dict(system=system, preset=preset, seed=seed, config=config)

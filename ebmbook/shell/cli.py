@@ -14,7 +14,7 @@ import os
 import re
 import time
 from collections.abc import Mapping
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Annotated
 
@@ -269,9 +269,9 @@ def train(
     out: Annotated[
         str, _option("folder of the run; empty: runs/SYSTEM/PRESET-SEED", metavar='DIR')
     ] = '',
-    tensorboard: Annotated[
-        bool, _option("write event files for TensorBoard too", '--tensorboard')
-    ] = False,
+    tracker: Annotated[
+        str, _option("programs that show the log too, e.g. tensorboard", metavar='NAMES')
+    ] = '',
     keep_every: Annotated[
         int,
         _option("iterations between weights that stay in DIR/weights-STEP; 0: none", min=0),
@@ -297,6 +297,7 @@ def train(
     known = load_system(system)
     given['out'] = str(_home(given['out']) or '')
     preset, cfg = select(known, given['dataset'], given['preset'], given['over'])
+    cfg = replace(cfg, tracker=tracker) if tracker else cfg
     check_length(known, cfg)
     from ebmbook.data.catalogue import require
     from ebmbook.learn.log import seconds_trained
@@ -312,7 +313,7 @@ def train(
         typer.echo(
             f"{system} {preset}, seed {run.seed}, on {run.device}: {run.folder}", err=True
         )
-    _fit(known, cfg, run, tensorboard=tensorboard, keep_every=keep_every)
+    _fit(known, cfg, run, keep_every=keep_every)
     if first:
         weights = run.folder / 'weights'
         typer.echo(f"trained for {seconds_trained(run):.0f} s; weights: {weights}")

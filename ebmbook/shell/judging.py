@@ -9,7 +9,6 @@ __all__ = ['resolve', 'claim_run', 'do_job', 'run_claims']
 import hashlib
 import json
 import sys
-from dataclasses import asdict
 from pathlib import Path
 
 import typer
@@ -19,7 +18,7 @@ from ..learn.contract import Diverged
 from ..learn.ledger import ledger, publish, record
 from ..learn.log import seconds_trained
 from ..learn.loop import train
-from ..learn.runs import Run, forget, open_run, plain_json, source_hash
+from ..learn.runs import Run, compared, forget, open_run, source_hash
 from ..learn.system import System
 from .claims import missing
 from .systems import check_device, load_system, select
@@ -36,8 +35,7 @@ def resolve(
     """
     system = load_system(job.system)
     _, cfg = select(system, preset=job.preset, over=job.over)
-    base = plain_json(asdict(system.presets[job.preset]))
-    resolved = plain_json(asdict(cfg))
+    base, resolved = compared(system.presets[job.preset]), compared(cfg)
     differs = {key: value for key, value in resolved.items() if value != base[key]}
     if differs != job.over:
         raise ValueError(
@@ -59,7 +57,7 @@ def claim_run(
     fresh: bool,  # Forget an earlier training
 ) -> Run:  # The run; other settings have another folder
     "Open the folder of a claim's training, saying so if other source began it."
-    text = json.dumps(asdict(cfg), sort_keys=True)
+    text = json.dumps(compared(cfg), sort_keys=True)
     tag = hashlib.sha256(text.encode()).hexdigest()[:8]
     folder = Path(out) / f'{job.system}-{job.preset}-{tag}-{job.seed}'
     if fresh:
