@@ -8,7 +8,8 @@ __all__ = ['USES', 'Task', 'points_only', 'images_only', 'energy_net', 'generato
 
 # %% ../../nbs/learn/system.ipynb #a1f03c02
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from .contract import Stage
 from .ledger import Measured
 from .limits import option_kinds, read_values
+from .own import Part, check_idle, own_networks
 from .settings import WrongOption, check_options, unknown
 from ..mcmc import Draws
 
@@ -206,6 +208,7 @@ class System(Uses):
     label: Callable[[int, int], int] | None = None  # Label of (attribute, value)
     bare: Callable[[Any], Any] = _unchanged  # Without work outside the networks
     rivals: Mapping[str, 'System'] = field(default_factory=dict)  # By `cfg.method`
+    parts: Mapping[str, Part] = field(default_factory=dict)  # What one's own may replace
 
     def of(
         self,
@@ -213,6 +216,33 @@ class System(Uses):
     ) -> 'System':
         "Itself, or the rival that the settings name; the only place that looks at it."
         return self.rivals.get(vars(cfg).get('method', ''), self)
+
+    def own(
+        self,
+        cfg: Any,  # Resolved settings
+        given: Any = None,  # Part -> network, a function of the settings, or None
+        over: Mapping[str, Any] | None = None,  # Settings that were changed
+    ) -> dict[str, nn.Module]:  # Copies, on the CPU; empty where none are given
+        """Check networks that shall replace those of the system.
+
+        Raises what `own_networks` and `check_idle` raise, and `ValueError` for settings
+        whose networks cannot be replaced.
+        """
+        parts = self.of(cfg).parts
+        if given is not None and not parts:
+            which = self.name if not self.parts else f"{self.name} with these settings"
+            raise ValueError(f"{which} takes no networks of one's own: leave nets out")
+        own = own_networks(parts, cfg, given)
+        check_idle(parts, own, over or {})
+        return own
+
+    def owning(
+        self,
+        own: Mapping[str, nn.Module],  # From `own`
+    ) -> 'System':
+        "The same system; its `build` puts these networks in the place of its own."
+        build: Any = self.build
+        return replace(self, build=partial(build, own=own)) if own else self
 
     def task(
         self,

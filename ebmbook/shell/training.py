@@ -14,7 +14,8 @@ from ..data.held import hold
 from ..learn.limits import LARGEST
 from ..learn.loop import train as fit
 from ..learn.runs import open_run
-from ..learn.settings import unknown
+from ..learn.own import described
+from ..learn.settings import read_over, unknown
 from ..learn.system import System
 from .model import Model, model_of
 from .systems import check_device, check_length, load_system, select
@@ -79,6 +80,7 @@ def train(
     out: str | Path = '',  # Folder of the run; empty: runs/SYSTEM/PRESET-SEED
     seed: int = 0,  # Of every draw
     device: str | None = None,  # None picks the fastest
+    nets: Any = None,  # Networks of one's own, dict(energy=...), or nets(cfg) giving it
     change: bool = False,  # Go on with changed settings
     progress: bool = True,  # Show a bar
     tensorboard: bool = False,  # Write event files too
@@ -88,15 +90,16 @@ def train(
     """Train a system, or go on with a training that was interrupted.
 
     Images are (N, C, H, W), uint8 or floats in [-1, 1], points (N, d), labels (N,) or
-    (N, A).
+    (N, A). Networks of one's own are copied; those that begin a run end it.
     Raises `KeyError` for an unknown name, with the nearest right one, `TypeError` for data
-    of another kind, `ValueError` for data or settings that do not fit, and what the loop
-    raises.
+    of another kind, `ValueError` for data, settings or networks that do not fit, and what
+    the loop raises.
     """
     known = load_system(system) if isinstance(system, str) else system
     if not isinstance(seed, int) or not 0 <= seed <= LARGEST:
         raise ValueError(f"seed must be a whole number from 0 to {LARGEST}, got {seed!r}")
     preset, cfg = _settings(known, data, preset, over, test)
+    own = known.own(cfg, nets, read_over(cfg, over))
     run = open_run(
         known.name,
         preset,
@@ -106,9 +109,10 @@ def train(
         out=Path(out).expanduser() if out else '',
         device=check_device(str(device or '')),
         change=change,
+        own=described(own),
     )
-    nets = fit(
-        known,
+    trained = fit(
+        known.owning(own),
         cfg,
         run,
         progress=progress,
@@ -116,4 +120,4 @@ def train(
         keep_every=keep_every,
         on_step=on_step,
     )
-    return model_of(known, nets, str((run.folder / 'weights').absolute()), preset)
+    return model_of(known, trained, str((run.folder / 'weights').absolute()), preset)
