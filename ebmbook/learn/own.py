@@ -166,7 +166,7 @@ def _check_module(name, net):
     if not any(weight.requires_grad for weight in net.parameters()):
         raise ValueError(f"nets: {name} has no parameter that could be trained")
 
-
+# %% ../../nbs/learn/own.ipynb #36ed763b
 def _check_apart(given):
     "Refuse parts that share parameters: each has an optimiser of its own."
     owner = {}

@@ -337,7 +337,7 @@ def _check_own(folder, old, new):
     for name, net in new.items():
         was, why = old[name]['class'], ''
         if was != net['class']:
-            why = f"{name} was a {was} and is a {net['class']}"
+            why = f"{name} was {was} and is {net['class']}"
         elif changed := _changed_tensors(old[name]['tensors'], net['tensors']):
             why = f"{name} is another {was}: {changed}"
         if why:
@@ -371,12 +371,11 @@ def open_run(
         before = plain_json(asdict(base))
         over = {key: value for key, value in config.items() if value != before.get(key)}
     if own:  # no number of such a run passes for one of the system's networks
-        over['own'] = {name: net['class'] for name, net in own.items()}
+        over['own'] = {name: o['class'] for name, o in own.items()}
     folder = Path(out) if out else _default_folder(system, preset, over, seed)
     make_folder(folder)
     head = dict(system=system, preset=preset, seed=seed, config=config)
-    if own:
-        head['own'] = own
+    head |= dict(own=own) if own else {}
     path = folder / 'config.json'
     changes = []
     if path.exists():

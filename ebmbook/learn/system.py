@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['USES', 'Task', 'points_only', 'images_only', 'energy_net', 'generator_of', 'seed_of', 'Sampler', 'EnergyOf',
-           'ChainEnergy', 'Restorer', 'Build', 'Uses', 'System']
+           'ChainEnergy', 'Restorer', 'Build', 'Uses', 'Replaceable', 'System']
 
 # %% ../../nbs/learn/system.ipynb #a1f03c02
 from collections.abc import Callable, Mapping, Sequence
@@ -184,9 +184,46 @@ class Uses:
         tasks = self.of(nets.cfg).tasks
         return list(dict.fromkeys(task.name for task in tasks if not task.unfit(nets)))
 
+# %% ../../nbs/learn/system.ipynb #d3e383f6
+class Replaceable:
+    "A `System` in whose networks others may stand."
+
+    name: str
+    parts: Mapping[str, Part]
+    of: Any
+
+    def own(
+        self,
+        cfg: Any,  # Resolved settings
+        given: Any = None,  # Part -> network, a function of the settings, or None
+        over: Mapping[str, Any] | None = None,  # Settings that were changed
+    ) -> dict[str, nn.Module]:  # Copies, on the CPU; empty where none are given
+        """Check networks that shall replace those of the system.
+
+        Raises what `own_networks` and `check_idle` raise, and `ValueError` for settings
+        whose networks cannot be replaced.
+        """
+        parts = self.of(cfg).parts
+        if given is not None and not parts:
+            which = self.name if not self.parts else f"{self.name} with these settings"
+            raise ValueError(f"{which} takes no networks of one's own: leave nets out")
+        own = own_networks(parts, cfg, given)
+        check_idle(parts, own, over or {})
+        return own
+
+    def owning(
+        self,
+        own: Mapping[str, nn.Module],  # From `own`
+    ) -> Any:  # A `System`
+        "The same system; its `build` puts these networks in the place of its own."
+        if not own:
+            return self
+        system: Any = self
+        return replace(system, build=partial(system.build, own=own))
+
 # %% ../../nbs/learn/system.ipynb #48e12f76
 @dataclass(frozen=True, kw_only=True)
-class System(Uses):
+class System(Uses, Replaceable):
     "Everything that is asked of a system; None stands for what it does not have."
 
     name: str  # As on the command line
@@ -216,33 +253,6 @@ class System(Uses):
     ) -> 'System':
         "Itself, or the rival that the settings name; the only place that looks at it."
         return self.rivals.get(vars(cfg).get('method', ''), self)
-
-    def own(
-        self,
-        cfg: Any,  # Resolved settings
-        given: Any = None,  # Part -> network, a function of the settings, or None
-        over: Mapping[str, Any] | None = None,  # Settings that were changed
-    ) -> dict[str, nn.Module]:  # Copies, on the CPU; empty where none are given
-        """Check networks that shall replace those of the system.
-
-        Raises what `own_networks` and `check_idle` raise, and `ValueError` for settings
-        whose networks cannot be replaced.
-        """
-        parts = self.of(cfg).parts
-        if given is not None and not parts:
-            which = self.name if not self.parts else f"{self.name} with these settings"
-            raise ValueError(f"{which} takes no networks of one's own: leave nets out")
-        own = own_networks(parts, cfg, given)
-        check_idle(parts, own, over or {})
-        return own
-
-    def owning(
-        self,
-        own: Mapping[str, nn.Module],  # From `own`
-    ) -> 'System':
-        "The same system; its `build` puts these networks in the place of its own."
-        build: Any = self.build
-        return replace(self, build=partial(build, own=own)) if own else self
 
     def task(
         self,

@@ -226,7 +226,7 @@ def _unreadable(folder, system, error):
 def _mine(system, folder, cfg, given):
     "Networks of one's own for weights that have some. Raises `ValueError`."
     stored = json.loads((folder / 'config.json').read_text(encoding='utf-8')).get('own')
-    names = dict(stored or {})
+    names = stored if isinstance(stored, dict) else {}
     said = ', '.join(f'{part}={kind}(...)' for part, kind in names.items())
     if names and given is None:
         raise ValueError(
