@@ -315,6 +315,11 @@ def _changed_tensors(old, new):
     return ''
 
 
+def _noted(own):
+    "For ledger lines: no number of such a run passes for one of the system's networks."
+    return dict(own={name: net['class'] for name, net in own.items()}) if own else {}
+
+
 def _check_own(folder, old, new):
     "Refuse other networks than those that a run was begun with. Raises `ValueError`."
     names = ', '.join(f"{name} ({net['class']})" for name, net in old.items())
@@ -370,8 +375,7 @@ def open_run(
     if base is not None:
         before = plain_json(asdict(base))
         over = {key: value for key, value in config.items() if value != before.get(key)}
-    if own:  # no number of such a run passes for one of the system's networks
-        over['own'] = {name: o['class'] for name, o in own.items()}
+    over |= _noted(own)
     folder = Path(out) if out else _default_folder(system, preset, over, seed)
     make_folder(folder)
     head = dict(system=system, preset=preset, seed=seed, config=config)
