@@ -8,7 +8,7 @@ __all__ = ['level_input', 'lrelu', 'LevelCode', 'EnergyBlock', 'LevelEnergy', 'E
 
 # %% ../../nbs/05_cdrl/nets.ipynb #c002
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from typing import Any
 
@@ -16,8 +16,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .own import PARTS, OwnEnergy
 from .presets import Config, check_config
 from ..learn.blocks import full, groups, sinusoid, snorm
+from ..learn.own import OwnNet, class_names, own_networks
 from ..learn.weights import Pretrained
 
 # %% ../../nbs/05_cdrl/nets.ipynb #c006
@@ -483,6 +485,39 @@ class PointInit(LevelProposal):
         hidden = torch.addcmul(shift, self.norm2(hidden), 1 + scale)
         return self.exit(F.silu(start + self.dense2(F.silu(hidden))))
 
+# %% ../../nbs/05_cdrl/nets.ipynb #390ac5bf
+def _energy_of(cfg):
+    "The energy of a preset."
+    if len(cfg.shape) == 1:
+        return PointEnergy(cfg.ch, cfg.shape[0], cfg.norm)
+    image = dict(in_ch=cfg.shape[0], size=cfg.shape[1])
+    net = EnergyNet(
+        cfg.ch, cfg.mult, cfg.blocks, n_classes=cfg.n_classes, norm=cfg.norm, **image
+    )
+    return net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+
+def _init_of(cfg):
+    "The initialiser of a preset."
+    if len(cfg.shape) == 1:
+        return PointInit(cfg.init_ch, cfg.shape[0])
+    return UNet(
+        cfg.init_ch,
+        cfg.init_mult,
+        cfg.init_blocks,
+        n_classes=cfg.n_classes if cfg.init_cond else 0,
+        attn=cfg.attn,
+        dropout=cfg.dropout,
+        in_ch=cfg.shape[0],
+        size=cfg.shape[1],
+    )
+
+
+def _given_energy(given):
+    "One's own energy; one of this page computes once what a level fixes."
+    net = given['energy']
+    return net if isinstance(net, LevelEnergy) else OwnEnergy(net)
+
 # %% ../../nbs/05_cdrl/nets.ipynb #5125b42f
 class Nets(nn.Module, Pretrained):
     """The energy and the initialiser of one preset.
@@ -490,33 +525,25 @@ class Nets(nn.Module, Pretrained):
     `save_pretrained` and `from_pretrained` store both with their settings.
     """
 
-    energy: LevelEnergy
-    init: LevelProposal
+    energy: LevelEnergy | OwnEnergy
+    init: LevelProposal | OwnNet
 
-    def __init__(self, cfg: Config) -> None:  # Resolved settings
+    def __init__(
+        self,
+        cfg: Config,  # Resolved settings
+        own: Mapping[str, Any] | None = None,  # As in `own.PARTS`: energy, init
+    ) -> None:
         super().__init__()
         self.cfg = check_config(cfg)
-        if len(cfg.shape) == 1:
-            self.energy = PointEnergy(cfg.ch, cfg.shape[0], cfg.norm)
-            self.init = PointInit(cfg.init_ch, cfg.shape[0])
-            return
-        image = dict(in_ch=cfg.shape[0], size=cfg.shape[1])
-        self.energy = EnergyNet(
-            cfg.ch, cfg.mult, cfg.blocks, n_classes=cfg.n_classes, norm=cfg.norm, **image
-        ).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        self.init = UNet(
-            cfg.init_ch,
-            cfg.init_mult,
-            cfg.init_blocks,
-            n_classes=cfg.n_classes if cfg.init_cond else 0,
-            attn=cfg.attn,
-            dropout=cfg.dropout,
-            **image,
-        )
+        given = own_networks(PARTS, cfg, own)
+        self.own = class_names(given)
+        self.energy = _given_energy(given) if 'energy' in given else _energy_of(cfg)
+        self.init = OwnNet(given['init']) if 'init' in given else _init_of(cfg)
 
 
 def build(
     cfg: Config,  # Resolved settings
+    own: Mapping[str, Any] | None = None,  # Networks in the place of those of the preset
 ) -> Nets:  # Fresh networks from torch's global seed
     "Networks of a preset."
-    return Nets(cfg)
+    return Nets(cfg, own)

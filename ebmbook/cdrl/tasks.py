@@ -15,6 +15,7 @@ from torch import Tensor
 from .ladder import schedule
 from .method import STAGES, Known, attribute_label, energy, sample
 from .nets import Nets, build
+from .own import PARTS
 from .presets import DEFAULT_PRESET, PRESETS, Config, check_config
 from ..data.catalogue import DATASETS, load
 from ..data.procedural import edge, in_square
@@ -163,7 +164,7 @@ SYSTEM = System(
     config=Config, presets=PRESETS, default_preset=DEFAULT_PRESET, check=check_config,
     build=build, stages=STAGES, sample=sample, energy=energy, chain_energy=chain_energy,
     lengths=('n_iters', 'pretrain', 'warmup', 'head_start'),
-    label=attribute_label, bare=lambda cfg: replace(cfg, vae=''),
+    label=attribute_label, bare=lambda cfg: replace(cfg, vae=''), parts=PARTS,
     tasks=(
         Task('sample', _measure_points, points_only),
         Task('sample', _measure_images, images_only),

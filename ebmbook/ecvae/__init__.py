@@ -2,4 +2,4 @@
 
 from ebmbook import offer
 
-__getattr__, __dir__ = offer(__name__, ('presets', 'nets', 'parts', 'method', 'rivals', 'tasks'))
+__getattr__, __dir__ = offer(__name__, ('presets', 'nets', 'own', 'parts', 'method', 'rivals', 'tasks'))

@@ -25,6 +25,8 @@ from ..learn.contract import Stage
 from ..data.catalogue import load
 from .. import checks
 from ..data.given import examples_for, operator_for
+from .own import PARTS
+from ..learn.own import class_names, own_networks
 from .parts import all_networks, decode_now, draw_latents, energy_group
 from .parts import examples, in_chains, inside, model_groups, multipliers
 from .parts import prior_loss, squared_norm, started, target_loss
@@ -36,7 +38,7 @@ from ..learn.contract import Context
 from ..learn.settings import check_words, strict
 from ..learn.system import energy_net
 from ..mcmc import Draws
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar
 
 # %% ../../nbs/07_ecvae.ipynb #c016
@@ -50,11 +52,18 @@ class Nets(nn.Module, Pretrained):
     methods: ClassVar[tuple[str, ...]] = ('ecvae',)  # Words that these networks serve
     flow = None
 
-    def __init__(self, cfg: Config) -> None:  # Resolved settings
+    def __init__(
+        self,
+        cfg: Config,  # Resolved settings
+        own: Mapping[str, Any] | None = None,  # As in `own.PARTS`, in place of the preset's
+    ) -> None:
         super().__init__()
         self.cfg = check_config(cfg)
         check_words(cfg, dict(method=self.methods))
-        self.encoder, self.decoder, self.prior, self.energy = all_networks(cfg)
+        given = own_networks(PARTS, cfg, own)
+        self.own = class_names(given)
+        found = all_networks(cfg, given)
+        self.encoder, self.decoder, self.prior, self.energy = found
 
     @property
     def model(self) -> tuple[nn.Module, ...]:
@@ -89,9 +98,10 @@ class Nets(nn.Module, Pretrained):
 # %% ../../nbs/07_ecvae.ipynb #c018
 def build(
     cfg: Config,  # Resolved settings
+    own: Mapping[str, Any] | None = None,  # Networks in the place of those of the preset
 ) -> Nets:  # Fresh networks from torch's global seed
     "Networks of EC-VAE."
-    nets = Nets(cfg)
+    nets = Nets(cfg, own)
     settle_norms(nets)
     return nets
 

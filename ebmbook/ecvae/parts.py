@@ -8,7 +8,8 @@ __all__ = ['all_networks', 'started', 'examples', 'draw_latents', 'decode_now', 
            'energy_group']
 
 # %% ../../nbs/07_ecvae/parts.ipynb #4e8638e5
-from collections.abc import Callable, Iterator
+import copy
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -17,22 +18,39 @@ from torch import Tensor, nn
 
 from ..data.catalogue import flip_if, load
 from .nets import PRIOR_BLOCKS, SIZES, networks
+from .own import OwnDecoder, latent_of
 from .presets import Config
 from ..learn.blocks import settle_norms
 from ..learn.contract import Context, Group
 from ..learn.objectives import contrast
+from ..learn.own import OwnNet
 from ..mcmc import frozen
 
 # %% ../../nbs/07_ecvae/parts.ipynb #4c87cae2
 def all_networks(
     cfg: Config,  # Resolved settings
+    own: Mapping[str, nn.Module] | None = None,  # What stands in their place, checked
 ) -> tuple[nn.Module, nn.Module, nn.Module | None, nn.Module]:
     "Encoder, decoder, prior and energy of the settings, drawn in one order."
     changes: dict[str, Any] = dict(flow=PRIOR_BLOCKS if cfg.prior == 'flow' else 0)
     if cfg.norm:
         changes['norm'] = cfg.norm
+    if own:
+        changes['latent'] = latent_of(cfg, _resting(own))
     encoder, decoder, energy, prior = networks(**SIZES[cfg.net] | changes)
+    for name, net in (own or {}).items():
+        if name == 'encoder':
+            encoder = OwnNet(net)
+        elif name == 'decoder':
+            decoder = OwnDecoder(net, changes['latent'])
+        else:
+            energy = OwnNet(net)
     return encoder, decoder, prior, energy
+
+
+def _resting(own):
+    "Copies in evaluation mode."
+    return {name: copy.deepcopy(net).eval() for name, net in own.items()}
 
 # %% ../../nbs/07_ecvae/parts.ipynb #e1551e0d
 def started(

@@ -15,6 +15,7 @@ from ..data.catalogue import load
 from ..data.procedural import STD25
 from .method import STAGES, Nets, build, chain_energy, energy, evidence
 from .method import refine_latents, restore, sample
+from .own import PARTS
 from .parts import squared_norm
 from .presets import DEFAULT_PRESET, PRESETS, Config, check_config
 from .rivals import RIVALS
@@ -180,6 +181,7 @@ def _with_uses(system, tasks):
 
 SYSTEM = replace(
     _with_uses(_drawn, _ALL),
+    parts=PARTS,
     rivals={
         name: _with_uses(rival, _FEWER.get(name, _ALL))
         for name, rival in _drawn.rivals.items()

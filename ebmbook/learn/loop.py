@@ -38,7 +38,9 @@ from .runs import save_checkpoint, waiter
 from .runs import saved_state, settings_hash
 from .signals import deferred_signals, held_back, ignore_signals
 from .signals import signal_names
-from .step import Steps, averaged, optimiser_step, use_average
+from .own import own_names
+from .step import Steps, averaged, optimiser_step, same_start
+from .step import use_average
 from .system import System
 from .weights import differences, finite, shapes_of, store_weights
 from ..mcmc import Slice
@@ -613,6 +615,8 @@ def train(
         nets = system.build(replace(cfg, tracker='')).to(accelerator.device)
         if vars(nets).get('cfg') != cfg:
             raise ValueError("build must keep the settings: nets.cfg = cfg")
+        if own_names(nets):
+            same_start(nets)
 
         def misfit(state):
             return _misfit(state, run, system.stages, nets)

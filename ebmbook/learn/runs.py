@@ -343,6 +343,52 @@ def _changed(folder, old, wrong, head, change):
     note = dict(step=step, fields=fields, date=day, settings=settings_hash(old['config']))
     return [*old.get('changes', []), note]
 
+# %% ../../nbs/learn/runs.ipynb #61aa1615
+def _changed_tensors(old, new):
+    "How the tensors of a network differ, in a few words."
+    for name in (*old, *new):
+        was, now = old.get(name), new.get(name)
+        if was != now:
+            return f"its {name} was {was or 'not there'} and is {now or 'not there'}"
+    return ''
+
+
+def _noted(own):
+    "For ledger lines: no number of such a run passes for one of the system's networks."
+    return dict(own={name: net['class'] for name, net in own.items()}) if own else {}
+
+
+def _check_own(folder, old, new):
+    "Refuse other networks than those that a run was begun with. Raises `ValueError`."
+    names = ', '.join(f"{name} ({net['class']})" for name, net in old.items())
+    calls = ', '.join(f'{name}=...' for name in old)
+    if old and not new:
+        raise ValueError(
+            f"{folder} was begun with networks of one's own, {names}; in Python give them "
+            f"again, nets=dict({calls}), or choose another folder with out"
+        )
+    if new and not old:
+        raise ValueError(
+            f"{folder} holds a run of the system's own networks; leave nets out, or choose "
+            "another folder with out"
+        )
+    if old.keys() != new.keys():
+        raise ValueError(
+            f"{folder} was begun with nets=dict({calls}), got {', '.join(new)}; give the "
+            "same parts, or choose another folder with out"
+        )
+    for name, net in new.items():
+        was, why = old[name]['class'], ''
+        if was != net['class']:
+            why = f"{name} was {was} and is {net['class']}"
+        elif changed := _changed_tensors(old[name]['tensors'], net['tensors']):
+            why = f"{name} is another {was}: {changed}"
+        if why:
+            raise ValueError(
+                f"{folder} was begun with other networks: {why}; give the same, or choose "
+                "another folder with out"
+            )
+
 # %% ../../nbs/learn/runs.ipynb #84d20b62
 def overridden(
     cfg: Any,  # Resolved settings, a dataclass
@@ -381,21 +427,24 @@ def open_run(
     device: str = '',  # Empty picks the fastest
     change: bool = False,  # Go on with other settings; config.json and ledger lines say so
     plan: dict | None = None,  # Kept in config.json, of a new run; see `planned`
+    own: dict | None = None,  # Networks that replace the system's, as `described`
 ) -> Run:
     """Open or create the folder of a run and store its settings.
 
-    Raises `ValueError` if the folder holds a run with other settings, something else than
-    a run, or a damaged config.json, and as `check_trackers`.
+    Raises `ValueError` if the folder holds a run with other settings or networks, something
+    else than a run, or a damaged config.json, and as `check_trackers`.
     """
     check_trackers(getattr(cfg, 'tracker', ''))
-    config, over = compared(cfg), overridden(cfg, base)
+    config, over = compared(cfg), overridden(cfg, base) | _noted(own)
     folder = Path(out) if out else default_folder(system, preset, over, seed)
     make_folder(folder)
     head = dict(system=system, preset=preset, seed=seed, config=config)
+    head |= dict(own=own) if own else {}
     path = folder / 'config.json'
     changes = []
     if path.exists():
         old = _stored(path)
+        _check_own(folder, old.get('own') or {}, own or {})
         wrong = _differences(old, head)
         changes, plan = old.get('changes', []), old.get('plan')
         if wrong:

@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['USES', 'Task', 'points_only', 'images_only', 'energy_net', 'generator_of', 'seed_of', 'Sampler', 'EnergyOf',
-           'ChainEnergy', 'Restorer', 'Build', 'Uses', 'System']
+           'ChainEnergy', 'Restorer', 'Build', 'Uses', 'Replaceable', 'System']
 
 # %% ../../nbs/learn/system.ipynb #a1f03c02
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from .contract import Stage
 from .ledger import Measured
 from .limits import option_kinds, read_values
+from .own import Part, check_idle, own_networks
 from .settings import WrongOption, check_options, unknown
 from ..mcmc import Draws
 
@@ -182,9 +184,46 @@ class Uses:
         tasks = self.of(nets.cfg).tasks
         return list(dict.fromkeys(task.name for task in tasks if not task.unfit(nets)))
 
+# %% ../../nbs/learn/system.ipynb #d3e383f6
+class Replaceable:
+    "A `System` in whose networks others may stand."
+
+    name: str
+    parts: Mapping[str, Part]
+    of: Any
+
+    def own(
+        self,
+        cfg: Any,  # Resolved settings
+        given: Any = None,  # Part -> network, a function of the settings, or None
+        over: Mapping[str, Any] | None = None,  # Settings that were changed
+    ) -> dict[str, nn.Module]:  # Copies, on the CPU; empty where none are given
+        """Check networks that shall replace those of the system.
+
+        Raises what `own_networks` and `check_idle` raise, and `ValueError` for settings
+        whose networks cannot be replaced.
+        """
+        parts = self.of(cfg).parts
+        if given is not None and not parts:
+            which = self.name if not self.parts else f"{self.name} with these settings"
+            raise ValueError(f"{which} takes no networks of one's own: leave nets out")
+        own = own_networks(parts, cfg, given)
+        check_idle(parts, own, over or {})
+        return own
+
+    def owning(
+        self,
+        own: Mapping[str, nn.Module],  # From `own`
+    ) -> Any:  # A `System`
+        "The same system; its `build` puts these networks in the place of its own."
+        if not own:
+            return self
+        system: Any = self
+        return replace(system, build=partial(system.build, own=own))
+
 # %% ../../nbs/learn/system.ipynb #48e12f76
 @dataclass(frozen=True, kw_only=True)
-class System(Uses):
+class System(Uses, Replaceable):
     "Everything that is asked of a system; None stands for what it does not have."
 
     name: str  # As on the command line
@@ -208,6 +247,7 @@ class System(Uses):
     spelled: Callable[[Any], Any] = _unchanged  # Writes out lengths that stand elsewhere
     bare: Callable[[Any], Any] = _unchanged  # Without work outside the networks
     rivals: Mapping[str, 'System'] = field(default_factory=dict)  # By `cfg.method`
+    parts: Mapping[str, Part] = field(default_factory=dict)  # What one's own may replace
 
     def of(
         self,

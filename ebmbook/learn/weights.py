@@ -10,7 +10,9 @@ import os
 import re
 import shutil
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -101,6 +103,22 @@ def load_weights(
 
 class Pretrained(PyTorchModelHubMixin):
     "`save_pretrained` and `from_pretrained`, which takes every tensor or none."
+
+    own: Mapping[str, str] = MappingProxyType({})  # Part -> class of one's own network
+
+    def save_pretrained(
+        self,
+        save_directory: str | Path,  # A folder, made where there is none
+        *,
+        config: Any = None,  # What stands beside the weights; None is what made them
+        **options: Any,  # Of the library
+    ) -> str | None:
+        "Store weights and settings; networks of one's own are named by their class."
+        made = self._hub_mixin_config
+        if config is None and isinstance(made, dict):
+            config = {name: value for name, value in made.items() if name != 'own'}
+            config |= dict(own=dict(self.own)) if self.own else {}
+        return super().save_pretrained(save_directory, config=config, **options)
 
     @classmethod
     def _load_as_safetensor(cls, model, model_file, map_location, strict):

@@ -23,6 +23,7 @@ from ..learn.compose import Composable
 from ..learn.files import make_folder, write_text
 from ..learn.ledger import Measured
 from ..learn.runs import weights_folder
+from ..learn.own import own_names
 from ..learn.settings import unknown
 from ..learn.system import System
 from ..learn.weights import store_weights
@@ -328,10 +329,12 @@ def _card_in(folder, default):
 
 def _plain_card(system, nets, name):
     shape = ' x '.join(map(str, nets.cfg.shape))
+    parts = ', '.join(f'{part}={kind}(...)' for part, kind in own_names(nets).items())
+    more = f', nets=dict({parts})' if parts else ''
     return (
         f"# {name}\n\n{system.about}\n\n"
         f"Trained on {nets.cfg.data} ({shape}), {_sizes(nets):,} parameters.\n\n"
-        f"```python\nimport ebmbook\n\nmodel = ebmbook.load({name!r})\n```\n"
+        f"```python\nimport ebmbook\n\nmodel = ebmbook.load({name!r}{more})\n```\n"
     )
 
 # %% ../../nbs/shell/model.ipynb #60779330
@@ -349,6 +352,8 @@ def model_of(
 def load(
     ref: str | os.PathLike,  # 'cdrl/digits-cond', './folder', '~/folder', 'hf:owner/name'
     device: str | None = None,  # None picks the fastest
+    *,
+    nets: Any = None,  # Networks of one's own, as in `train`; their weights are replaced
 ) -> Model:
     """Load a trained model.
 
@@ -367,6 +372,6 @@ def load(
         folder = _own_folder(name)
         begin, _, preset = name.partition('/')
         system = load_system(begin)
-    nets = load_nets(system, str(folder), device=str(device or ''))
-    model = model_of(system, nets, name, preset)
+    trained = load_nets(system, str(folder), device=str(device or ''), own=nets)
+    model = model_of(system, trained, name, preset)
     return replace(model, card=_card_in(folder, model.card))

@@ -195,6 +195,7 @@ def open_planned(
     seed: int = 0,  # Of every draw
     device: str = '',  # A device that is there
     change: bool = False,  # As in `open_run`
+    own: dict | None = None,  # As in `open_run`
     tell: Callable[[str], object] = print,  # Receives the plan as text
 ) -> tuple[Any, Run]:  # Settings and run
     """Open the folder of a run; minutes replace the numbers of steps of a new one.
@@ -207,9 +208,9 @@ def open_planned(
     if minutes is not None:
         minutes = check_minutes(minutes)
         _refuse_counts(system, cfg, over)
-        own = overridden(cfg, base) | dict(minutes=minutes)
-        out = out or default_folder(system.name, preset, own, seed)
-    options = dict(seed=seed, device=device, change=change)
+        changed = overridden(cfg, base) | dict(minutes=minutes)
+        out = out or default_folder(system.name, preset, changed, seed)
+    options = dict(seed=seed, device=device, change=change, own=own)
     plan = _known_plan(Path(out), minutes) if out else None
     if minutes is not None and plan is None:
         aside = Run(Path(out), system.name, preset, seed, device)

@@ -215,35 +215,68 @@ def _stored_settings(system, path):
         why = error if path.stat().st_size else "it is empty"
         raise ValueError(f"{path} holds no settings of {system.name} ({why})") from error
 
+# %% ../../nbs/shell/systems.ipynb #3f080d74
+def _unreadable(folder, system, error):
+    "The error to raise."
+    plain = type(error) in (ValueError, FileNotFoundError)
+    why = str(error) if plain else f"{type(error).__name__}: {error}"
+    return ValueError(f"{folder} cannot be read as weights of {system.name}: {why}")
+
+
+def _mine(system, folder, cfg, given):
+    "Networks of one's own for weights that have some. Raises `ValueError`."
+    stored = json.loads((folder / 'config.json').read_text(encoding='utf-8')).get('own')
+    names = stored if isinstance(stored, dict) else {}
+    said = ', '.join(f'{part}={kind}(...)' for part, kind in names.items())
+    if names and given is None:
+        raise ValueError(
+            f"{folder} holds weights of networks of somebody's own; give them in Python: "
+            f"ebmbook.load({str(folder)!r}, nets=dict({said}))"
+        )
+    if given is None:
+        return {}
+    from ebmbook.learn.own import class_names
+
+    mine = system.own(cfg, given)
+    found = class_names(mine)
+    if found != names:
+        got = ', '.join(f'{part}={kind}(...)' for part, kind in found.items())
+        want = f"nets=dict({said})" if names else "the system's own networks, without nets"
+        raise ValueError(f"{folder} holds weights of {want}; got nets=dict({got})")
+    return mine
+
 # %% ../../nbs/shell/systems.ipynb #35841daa
 def load_nets(
     system: System,
     weights: str = '',  # Folder; a run's folder will do
     preset: str = '',  # Preset whose book weights are wanted
     device: str = '',  # As typed
+    own: Any = None,  # Networks of one's own, as in `ebmbook.train`
 ) -> Any:  # Networks in evaluation mode; their settings are `nets.cfg`
     """Load trained networks.
 
-    Raises `ValueError` or `FileNotFoundError` saying what there is instead.
+    Raises `ValueError` or `FileNotFoundError` saying what there is instead, and for
+    networks of one's own what `System.own` raises.
     """
     if bool(weights) == bool(preset):
         raise ValueError(
             "which weights? Give --weights FOLDER of a run, "
             "or -p preset NAME for the book's"
         )
-    own = Path(weights).expanduser() if weights else None
-    folder = weights_in(own or _book_folder(system, preset))
+    place = Path(weights).expanduser() if weights else None
+    folder = weights_in(place or _book_folder(system, preset))
     from ebmbook.learn.weights import load_weights
 
     try:
         cfg = _stored_settings(system, folder / 'config.json')
-        nets = system.of(cfg).build(cfg)
+    except Exception as error:
+        raise _unreadable(folder, system, error) from error
+    mine = _mine(system, folder, cfg, own)
+    try:
+        nets = system.of(cfg).owning(mine).build(cfg)
         load_weights(nets, folder / 'model.safetensors')
     except Exception as error:
-        plain = type(error) in (ValueError, FileNotFoundError)
-        why = str(error) if plain else f"{type(error).__name__}: {error}"
-        name = system.name
-        raise ValueError(f"{folder} cannot be read as weights of {name}: {why}") from error
+        raise _unreadable(folder, system, error) from error
     return nets.to(check_device(device)).eval()
 
 # %% ../../nbs/shell/systems.ipynb #c033

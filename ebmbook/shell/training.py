@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,8 @@ from ..data.catalogue import DATASETS, require
 from ..data.held import hold
 from ..learn.limits import LARGEST
 from ..learn.loop import train as fit
-from ..learn.settings import unknown
+from ..learn.own import described
+from ..learn.settings import read_over, unknown
 from ..learn.system import System
 from .model import Model, model_of
 from .plan import open_planned
@@ -80,26 +82,30 @@ def train(
     seed: int = 0,  # Of every draw
     device: str | None = None,  # None picks the fastest
     minutes: float | None = None,  # To train; None: as many steps as the preset has
+    nets: Any = None,  # Networks of one's own, dict(energy=...), or nets(cfg) giving it
     change: bool = False,  # Go on with changed settings
     progress: bool = True,  # Show a bar
-    tensorboard: bool = False,  # Write event files too
+    tracker: str = '',  # Who else gets the numbers of the log, such as 'tensorboard'
     keep_every: int = 0,  # Steps between weights that stay; 0: none do
     on_step: Callable | None = None,  # Called as on_step(step, nets) after each step
 ) -> Model:  # Trained; its name is the folder of its weights
     """Train a system, or go on with a training that was interrupted.
 
     Images are (N, C, H, W), uint8 or floats in [-1, 1], points (N, d), labels (N,) or
-    (N, A).
+    (N, A). Networks of one's own are copied; those that begin a run end it.
     With `minutes` the steps of each stage are timed before the first, and all that is
     counted in steps becomes longer or shorter by one factor; the plan is printed and kept.
     Raises `KeyError` for an unknown name, with the nearest right one, `TypeError` for data
-    of another kind, `ValueError` for data or settings that do not fit, and what the loop
-    raises.
+    of another kind, `ValueError` for data, settings or networks that do not fit, and what
+    the loop raises.
     """
     known = load_system(system) if isinstance(system, str) else system
     if not isinstance(seed, int) or not 0 <= seed <= LARGEST:
         raise ValueError(f"seed must be a whole number from 0 to {LARGEST}, got {seed!r}")
     preset, cfg = _settings(known, data, preset, over, test)
+    cfg = replace(cfg, tracker=tracker) if tracker else cfg
+    own = known.own(cfg, nets, read_over(cfg, over))
+    known = known.owning(own)
     cfg, run = open_planned(
         known,
         preset,
@@ -110,14 +116,14 @@ def train(
         out=Path(out).expanduser() if out else '',
         device=check_device(str(device or '')),
         change=change,
+        own=described(own),
     )
-    nets = fit(
+    trained = fit(
         known,
         cfg,
         run,
         progress=progress,
-        tensorboard=tensorboard,
         keep_every=keep_every,
         on_step=on_step,
     )
-    return model_of(known, nets, str((run.folder / 'weights').absolute()), preset)
+    return model_of(known, trained, str((run.folder / 'weights').absolute()), preset)

@@ -2,5 +2,5 @@
 
 from ebmbook import offer
 
-_PARTS = ('presets', 'vae', 'cells', 'nvae', 'elbo', 'nets', 'method', 'rivals', 'tasks')
+_PARTS = ('presets', 'vae', 'cells', 'nvae', 'elbo', 'own', 'nets', 'method', 'rivals', 'tasks')
 __getattr__, __dir__ = offer(__name__, _PARTS)

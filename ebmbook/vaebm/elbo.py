@@ -101,7 +101,7 @@ def norm_sum(
 ) -> Tensor | float:  # Sum over its batch norms of the largest absolute gain
     "The batch norms' part of the penalty."
     norms = [layer for layer in net.modules() if isinstance(layer, nn.BatchNorm2d)]
-    return sum(norm.weight.abs().amax() for norm in norms)
+    return sum(norm.weight.abs().amax() for norm in norms if norm.affine)
 
 # %% ../../nbs/06_vaebm/elbo.ipynb #c057
 def penalty_weight(

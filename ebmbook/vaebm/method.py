@@ -22,6 +22,7 @@ from ..data.given import examples_for
 from ..learn.contract import Context, Group, Stage
 from ..learn.latents import recall_queue
 from ..learn.objectives import contrast
+from ..learn.own import own_names
 from ..learn.settings import check_words, strict
 from ..learn.system import energy_net
 from ebmbook.mcmc import (
@@ -328,7 +329,7 @@ def prepared(
     cfg = nets.cfg
     x = as_seen(batch['x'], cfg, ctx.generator, cfg.energy_bits)
     nets.vae.eval()
-    if ctx.step == 0 and cfg.data_init:
+    if ctx.step == 0 and cfg.data_init and 'energy' not in own_names(nets):
         data_init(nets.energy, _images_for_gains(x, cfg), unbiased=cfg.init_drawn)
     return x
 
@@ -353,7 +354,8 @@ def energy_loss(
             + cfg.spectral * logs.get('spectral', 0)
             + cfg.penalty * logs.get('slope', 0)
         )
-    logs = {name: value.detach() for name, value in logs.items()}
+    # an energy of one's own may have no convolution, and its sum is the number 0
+    logs = {name: torch.as_tensor(value).detach() for name, value in logs.items()}
     return loss, logs | dict(spread=fake.std())
 
 

@@ -7,15 +7,21 @@ __all__ = ['SIZES', 'swish', 'Block', 'EnergyNet', 'energy_net', 'data_init', 'P
            'build']
 
 # %% ../../nbs/06_vaebm/nets.ipynb #c002
+import copy
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from ..learn.blocks import full, mlp, wnorm
+from ..learn.own import OwnNet, class_names, own_networks
 from ..learn.settings import check_words
 from ..learn.weights import Pretrained
 from .nvae import NVAE
+from .own import PARTS, OwnVAE, latent_of
 from .presets import Config, check_config
 from .vae import VAE, PointVAE
 
@@ -239,16 +245,29 @@ class Nets(nn.Module, Pretrained):
     vae: VAE  # Autoencoder
     energy: nn.Module  # Energy of x, (B, ...) -> (B,) nats
 
-    def __init__(self, cfg: Config) -> None:  # Resolved settings
+    def __init__(
+        self,
+        cfg: Config,  # Resolved settings
+        own: Mapping[str, Any] | None = None,  # As in `own.PARTS`: energy, encoder, decoder
+    ) -> None:
         super().__init__()
         self.cfg = check_config(cfg)
         check_words(cfg, dict(method=('vaebm',)))
-        self.vae = vae_of(cfg)
-        self.energy = energy_of(cfg)
+        given = own_networks(PARTS, cfg, own)
+        self.own = class_names(given)
+        self.vae = _given_vae(cfg, given) if 'encoder' in given else vae_of(cfg)
+        self.energy = OwnNet(given['energy']) if 'energy' in given else energy_of(cfg)
+
+
+def _given_vae(cfg, given):
+    encoder, decoder = given['encoder'], given['decoder']
+    latent = latent_of(cfg, dict(encoder=copy.deepcopy(encoder).eval()))
+    return OwnVAE(encoder, decoder, latent, cfg.shape, cfg.std)
 
 
 def build(
     cfg: Config,  # Resolved settings
+    own: Mapping[str, Any] | None = None,  # Networks in the place of those of the preset
 ) -> Nets:  # Fresh networks from torch's global seed
     "Networks of a preset. Raises `ValueError` for the settings of a rival."
-    return Nets(cfg)
+    return Nets(cfg, own)

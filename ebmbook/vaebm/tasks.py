@@ -26,6 +26,7 @@ from ..measure.images import image_report
 from ..measure.outliers import auroc_ood
 from .method import STAGES, energy, log_score, sample
 from .nets import Nets, build
+from .own import PARTS
 from .presets import DEFAULT_PRESET, PRESETS, Config, check_config
 from .rivals import RIVALS
 from .vae import VAE
@@ -199,6 +200,7 @@ _USES: dict[str, Any] = dict(tasks=_TASKS, anomaly=anomaly)
 SYSTEM = replace(
     _drawn,
     **_USES,
+    parts=PARTS,
     rivals={name: replace(rival, **_USES) for name, rival in _drawn.rivals.items()},
 )
 evaluate = SYSTEM.evaluate
