@@ -232,7 +232,7 @@ def _role(index, role, said):
     number = target.text.removeprefix('Fig. ')
     return index.link(target, text.replace('%s', number).replace('{number}', number))
 
-
+# %% ../../nbs/shell/copies.ipynb #d0012031
 def _page(index, page, file):
     "The page that a relative address means."
     parts: list[str] = []
