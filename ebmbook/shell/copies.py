@@ -309,7 +309,7 @@ def _directive(index, kind, place, body):
     said = f'{place}\n{text}'.strip()
     return _quoted(head, said, 'dropdown' in (kind, *options.get('class', '').split()))
 
-
+# %% ../../nbs/shell/copies.ipynb #d0012033
 def _plain_blocks(index, text, kept):
     "Replace directives and labelled formulas; code is put aside."
 
