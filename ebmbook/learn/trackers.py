@@ -88,8 +88,9 @@ def _begin(name, folder, label, at):
     project = '' if name == 'tensorboard' else 'ebmbook'
     place = [str(folder)] if kind.requires_logging_directory else []
     tracker = kind(project, *place, **options)
-    if hasattr(tracker, 'start'):  # earlier versions of accelerate start at once
-        tracker.start()
+    start = getattr(tracker, 'start', None)  # earlier versions of accelerate have none
+    if start is not None:
+        start()
     return tracker
 
 # %% ../../nbs/learn/trackers.ipynb #8398d1e6

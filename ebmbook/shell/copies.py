@@ -232,7 +232,7 @@ def _role(index, role, said):
     number = target.text.removeprefix('Fig. ')
     return index.link(target, text.replace('%s', number).replace('{number}', number))
 
-
+# %% ../../nbs/shell/copies.ipynb #d0012031
 def _page(index, page, file):
     "The page that a relative address means."
     parts: list[str] = []
@@ -309,7 +309,7 @@ def _directive(index, kind, place, body):
     said = f'{place}\n{text}'.strip()
     return _quoted(head, said, 'dropdown' in (kind, *options.get('class', '').split()))
 
-
+# %% ../../nbs/shell/copies.ipynb #d0012033
 def _plain_blocks(index, text, kept):
     "Replace directives and labelled formulas; code is put aside."
 
