@@ -88,9 +88,8 @@ def _begin(name, folder, label, at):
     project = '' if name == 'tensorboard' else 'ebmbook'
     place = [str(folder)] if kind.requires_logging_directory else []
     tracker = kind(project, *place, **options)
-    start = getattr(tracker, 'start', None)  # earlier versions of accelerate have none
-    if start is not None:
-        start()
+    if 'start' in dir(kind):  # earlier versions of accelerate have none
+        tracker.start()
     return tracker
 
 # %% ../../nbs/learn/trackers.ipynb #8398d1e6
