@@ -9,9 +9,9 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
-from ebmbook.shell.claims import read_claims
-from ebmbook.learn.settings import choose
 from ebmbook.learn.runs import load_checkpoint
+from ebmbook.learn.settings import choose
+from ebmbook.shell.claims import read_claims
 
 ROOT = Path(__file__).resolve().parents[1]
 

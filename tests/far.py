@@ -12,7 +12,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode, return_and_correct_aliasing
 from torch.utils._pytree import tree_flatten, tree_map_only
 
-from ebmbook.learn import loop as train, runs
+from ebmbook.learn import loop as train
+from ebmbook.learn import runs
 
 FAR = torch.device(
     'meta'

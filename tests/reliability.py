@@ -21,9 +21,9 @@ from pathlib import Path
 
 os.environ.update(EBMBOOK_DEVICE='cpu', IN_TEST='1', OMP_NUM_THREADS='1')
 
+import tiny
 import torch
 
-import tiny
 from ebmbook.learn import loop, runs
 from ebmbook.learn.runs import open_run
 from ebmbook.learn.weights import store_weights

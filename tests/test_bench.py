@@ -17,8 +17,8 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
-from ebmbook.shell import bench as B
 from ebmbook.mcmc import bf16, frozen, langevin, ula
+from ebmbook.shell import bench as B
 from ebmbook.shell.bench_report import verdicts
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -9,9 +9,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from chapters import ROOT, limit, papermill
 from torch import nn
 
-from chapters import ROOT, limit, papermill
 from ebmbook import cdrl, mcmc
 from ebmbook.cdrl import PRESETS, schedule
 from ebmbook.data import edge, in_square
@@ -20,7 +20,6 @@ from ebmbook.learn.contract import Context
 from ebmbook.learn.loop import train
 from ebmbook.learn.runs import load_checkpoint, open_run
 from ebmbook.mcmc import normal, uniform
-
 
 # --- networks: parameter counts of the paper's presets
 

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from ebmbook.shell.claims import as_markdown, as_text, missing, read_claims, verdicts
 from ebmbook.learn.ledger import ledger, publish
+from ebmbook.shell.claims import as_markdown, as_text, missing, read_claims, verdicts
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -242,13 +242,16 @@ def test_the_books_claims():
     ) == len(jobs)
 
 
-def test_the_table_of_the_readme():
-    "The README shows what `ebmbook claims --markdown` prints from the ledger today."
-    text = (ROOT / 'README.md').read_text(encoding='utf-8')
-    shown = text.split('<!-- claims: begin -->\n')[1].split('\n<!-- claims: end -->')[0]
-    assert shown == as_markdown(
-        verdicts(
-            read_claims(ROOT / 'results' / 'claims.yaml'),
-            ledger(ROOT / 'results' / 'ledger.jsonl'),
-        )
+def between(path, word):
+    text = (ROOT / path).read_text(encoding='utf-8')
+    return text.split(f'<!-- {word}: begin -->\n')[1].split(f'\n<!-- {word}: end -->')[0]
+
+
+def test_the_tables_are_those_of_today():
+    "The page shows what `ebmbook claims --markdown` prints, the README `--tally`."
+    found = verdicts(
+        read_claims(ROOT / 'results' / 'claims.yaml'),
+        ledger(ROOT / 'results' / 'ledger.jsonl'),
     )
+    assert between('nbs/claims.md', 'claims') == as_markdown(found)
+    assert between('README.md', 'tally') == as_tally(found)

@@ -10,11 +10,11 @@ import pytest
 from typer.testing import CliRunner
 
 from ebmbook import cdrl
-from ebmbook.shell import cli, judging
+from ebmbook.learn.contract import Diverged
 from ebmbook.learn.ledger import ledger
 from ebmbook.learn.runs import root
-from ebmbook.learn.contract import Diverged
 from ebmbook.learn.system import Measured, Task
+from ebmbook.shell import cli, judging
 
 TINY = '{n_iters: 2, batch: 8, ch: 8, init_ch: 8, n_steps: 1}'
 CLAIMS = """

@@ -2,10 +2,10 @@
 
 import pytest
 import torch
+from tiny import bare, digest, few_cars, forget, settings, trained
 
 from ebmbook.data.catalogue import load
 from ebmbook.shell.systems import load_system
-from tiny import bare, digest, few_cars, forget, settings, trained
 
 # --- `torch.inference_mode()`
 

@@ -10,8 +10,6 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from torch import nn
-
 from chapters import (
     ROOT,
     claims_can_be_measured,
@@ -20,13 +18,15 @@ from chapters import (
     papermill,
     trains_in_full,
 )
+from torch import nn
+
 from ebmbook import coopflow
 from ebmbook.coopflow import PRESETS
+from ebmbook.data import DATASETS
 from ebmbook.learn.blocks import count
-from ebmbook.learn.runs import load_checkpoint, open_run
 from ebmbook.learn.contract import Context
 from ebmbook.learn.loop import train
-from ebmbook.data import DATASETS
+from ebmbook.learn.runs import load_checkpoint, open_run
 
 SMALL_NETS = dict(ch=4, flow_width=8, n_mix=2)
 TINY = replace(

@@ -4,10 +4,10 @@ import json
 import shutil
 
 import pytest
-import yaml
-
 import tiny
+import yaml
 from crafted import KINDS, craft, trust
+
 from ebmbook.learn.loop import train
 from ebmbook.learn.runs import load_checkpoint, open_run
 from ebmbook.learn.weights import load_weights

@@ -14,8 +14,17 @@ import psutil
 import pytest
 import tiny
 from test_parts import free_port
-from test_processes import Child, assert_same, command, has_lines, ran, slowly, steps_of
-from test_processes import until, whole  # noqa: F401
+from test_processes import (  # noqa: F401
+    Child,
+    assert_same,
+    command,
+    has_lines,
+    ran,
+    slowly,
+    steps_of,
+    until,
+    whole,
+)
 
 from ebmbook.learn.runs import load_checkpoint
 

@@ -15,20 +15,20 @@ import numpy as np
 import pytest
 import torch
 import yaml
-
 from chapters import ROOT, claims_can_be_measured, ends_without_data, trains_in_full
+
 from ebmbook import ecvae
-from ebmbook.learn.settings import choose
-from ebmbook.learn.limits import kinds
-from ebmbook.learn.blocks import count, settle_norms
-from ebmbook.learn.runs import load_checkpoint, open_run
-from ebmbook.learn.contract import Context, Diverged
-from ebmbook.learn.log import read_log
-from ebmbook.learn.loop import train
-from ebmbook.learn.step import averaged
 from ebmbook.data import load
 from ebmbook.ecvae import PRESETS, SIZES
 from ebmbook.ecvae.nets import EnergyNet
+from ebmbook.learn.blocks import count, settle_norms
+from ebmbook.learn.contract import Context, Diverged
+from ebmbook.learn.limits import kinds
+from ebmbook.learn.log import read_log
+from ebmbook.learn.loop import train
+from ebmbook.learn.runs import load_checkpoint, open_run
+from ebmbook.learn.settings import choose
+from ebmbook.learn.step import averaged
 from ebmbook.mcmc import frozen
 from ebmbook.measure.restoration import operator
 from ebmbook.shell.bench import preset_case

@@ -9,8 +9,8 @@ from chapters import claims_can_be_measured
 from far import FAR, Far, far_away, home
 from test_nerf_lebm import KINDS
 
-from ebmbook.learn.runs import open_run
 from ebmbook.learn.loop import train
+from ebmbook.learn.runs import open_run
 
 TINY = {  # enough to go through every line once
     'foundations': dict(batch=8, n_iters=4),

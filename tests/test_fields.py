@@ -17,12 +17,12 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from tiny import bare, digest, few_cars, settings, trained
 from torch import nn
 
 from ebmbook.learn.contract import Diverged, Loop
 from ebmbook.measure import images
 from ebmbook.shell.systems import SYSTEMS, load_system
-from tiny import bare, digest, few_cars, settings, trained
 
 
 class Turn(NamedTuple):

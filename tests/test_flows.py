@@ -10,11 +10,11 @@ import torch
 from torch.nn.functional import softplus
 from torch.nn.utils import parametrize
 
+from ebmbook.data import draw_points
 from ebmbook.flows import flowpp, glow
 from ebmbook.flows.flowpp import FlowPP, PointFlowPP, from_log_odds, log_odds
 from ebmbook.flows.glow import Glow, PointGlow
 from ebmbook.learn.blocks import count
-from ebmbook.data import draw_points
 from ebmbook.mcmc import Slice, frozen
 
 # error of one coupling, and of all

@@ -16,9 +16,8 @@ import torch
 from torch import nn
 
 from ebmbook import foundations as f
-from ebmbook.shell.claims import read_claims
-from ebmbook.learn.runs import open_run
 from ebmbook.learn.loop import train
+from ebmbook.learn.runs import open_run
 from ebmbook.mcmc import (
     Rates,
     alternate,
@@ -29,6 +28,7 @@ from ebmbook.mcmc import (
     ula,
     variance_after,
 )
+from ebmbook.shell.claims import read_claims
 
 
 def gen(seed=0):

@@ -10,11 +10,11 @@ import math
 import numpy as np
 import pytest
 import torch
+from tiny import few_cars, settings
 
 from ebmbook import cdrl, coopflow, ecvae, liebm, nerf_lebm, vaebm
 from ebmbook.measure.restoration import operator
 from ebmbook.shell.systems import load_system
-from tiny import few_cars, settings
 
 NETS = {  # system, base, settings
     'foundations': ('foundations', '', {}),

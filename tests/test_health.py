@@ -7,13 +7,13 @@ from dataclasses import replace
 
 import pytest
 import torch
+from tiny import bare, clock, digest, few_cars, settings, trained, went_on
 
 from ebmbook.learn import step as learn_step
 from ebmbook.learn.health import Health
 from ebmbook.learn.loop import train
 from ebmbook.learn.runs import open_run
 from ebmbook.shell.systems import SYSTEMS, load_system
-from tiny import bare, clock, digest, few_cars, settings, trained, went_on
 
 
 class Nobody:

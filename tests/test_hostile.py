@@ -17,8 +17,19 @@ import psutil
 import pytest
 import tiny
 from test_deaths import line_of, pair
-from test_processes import BASE, Child, assert_same, command, has_lines, ran, settings
-from test_processes import slowly, train_to, until, whole  # noqa: F401
+from test_processes import (  # noqa: F401
+    BASE,
+    Child,
+    assert_same,
+    command,
+    has_lines,
+    ran,
+    settings,
+    slowly,
+    train_to,
+    until,
+    whole,
+)
 
 from ebmbook import cdrl
 from ebmbook.learn import files, loop

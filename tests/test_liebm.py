@@ -17,23 +17,22 @@ from typing import get_args
 import pytest
 import torch
 import yaml
-
 from chapters import ROOT, claims_can_be_measured, ends_without_data, trains_in_full
+
 from ebmbook import liebm
-from ebmbook.learn.limits import kinds
-from ebmbook.learn.settings import choose
-from ebmbook.shell.cost import seconds_per_iteration
+from ebmbook.data import load, ood_sets
 from ebmbook.learn.blocks import count
-from ebmbook.measure.restoration import operator
-from ebmbook.learn.runs import load_checkpoint, open_run, ship
-from ebmbook.learn.loop import make_accelerator
 from ebmbook.learn.contract import Context, Diverged
+from ebmbook.learn.limits import kinds
 from ebmbook.learn.log import read_log
-from ebmbook.learn.loop import train
+from ebmbook.learn.loop import make_accelerator, train
+from ebmbook.learn.runs import load_checkpoint, open_run, ship
+from ebmbook.learn.settings import choose
 from ebmbook.learn.step import optimiser_step
-from ebmbook.data import ood_sets, load
 from ebmbook.liebm import PRESETS, SIZES
 from ebmbook.liebm.views import Views, augment
+from ebmbook.measure.restoration import operator
+from ebmbook.shell.cost import seconds_per_iteration
 
 TINY = replace(
     PRESETS['digits'],

@@ -8,11 +8,11 @@ import pytest
 import torch
 from scipy import integrate, stats
 
-from ebmbook.learn.settings import choose
-from ebmbook.learn.runs import open_run
+from ebmbook import cdrl
 from ebmbook.learn.contract import Group, Stage
 from ebmbook.learn.loop import train
-from ebmbook import cdrl
+from ebmbook.learn.runs import open_run
+from ebmbook.learn.settings import choose
 from ebmbook.mcmc import (
     Rates,
     Slice,

@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
+from ebmbook.data import CAMERAS, DATASETS, load
 from ebmbook.data.scenes import (
     Camera,
     camera_to_world,
@@ -20,7 +21,6 @@ from ebmbook.data.scenes import (
     rays,
     render_cars,
 )
-from ebmbook.data import CAMERAS, DATASETS, load
 from ebmbook.nerf_lebm.angles import kl_uniform, von_mises
 from ebmbook.nerf_lebm.nerf import (
     NeRF,

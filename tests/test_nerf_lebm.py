@@ -17,17 +17,17 @@ import yaml
 from chapters import ROOT, claims_can_be_measured, ends_without_data, trains_in_full
 
 from ebmbook import nerf_lebm as lebm
-from ebmbook.learn.settings import choose
-from ebmbook.shell.cost import seconds_per_iteration
-from ebmbook.learn.runs import load_checkpoint, open_run
+from ebmbook.data import load
 from ebmbook.data.scenes import camera_to_world, rays
 from ebmbook.learn.contract import Context, Diverged
 from ebmbook.learn.latents import gather_rows, new_table
 from ebmbook.learn.log import read_log
 from ebmbook.learn.loop import train
-from ebmbook.data import load
+from ebmbook.learn.runs import load_checkpoint, open_run
+from ebmbook.learn.settings import choose
 from ebmbook.mcmc import Slice
 from ebmbook.nerf_lebm import PRESETS
+from ebmbook.shell.cost import seconds_per_iteration
 
 TINY = replace(
     PRESETS['cars'],

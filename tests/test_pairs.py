@@ -7,12 +7,12 @@ import sys
 from dataclasses import fields
 
 import pytest
+from tiny import BASES, few_cars, settings
 from typer.testing import CliRunner
 
 from ebmbook.learn.runs import plain_json
 from ebmbook.shell import cli
 from ebmbook.shell.systems import SYSTEMS, load_nets, load_system
-from tiny import BASES, few_cars, settings
 
 CPU = ('--device', 'cpu')
 BASES_HERE = ('', 'images')  # points and images, where a system has both

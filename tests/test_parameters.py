@@ -3,8 +3,8 @@
 import json
 
 import pytest
-
 from chapters import ROOT, limit, papermill
+
 from ebmbook.shell.chapters import read_parameters
 
 WRONG = {  # what papermill makes of `-p NAME VALUE`, and what the chapter says

@@ -12,10 +12,10 @@ from contextlib import closing
 from dataclasses import replace
 
 import pytest
+import tiny
 import torch
 import torch.utils.data  # before any fork
 
-import tiny
 from ebmbook.learn.contract import Group
 from ebmbook.learn.draws import seed_all
 from ebmbook.learn.runs import load_checkpoint

@@ -11,9 +11,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from crafted import KINDS, craft, trust
 from PIL import Image, ImageOps
 
-from crafted import KINDS, craft, trust
 from ebmbook import measure
 from ebmbook.data import (
     check_shape,

@@ -30,7 +30,7 @@ from ebmbook.learn.loop import train
 from ebmbook.learn.runs import load_checkpoint, open_run, save_checkpoint
 from ebmbook.learn.step import Steps
 from ebmbook.shell.cli import app
-from ebmbook.shell.systems import load_nets, systems, load_system
+from ebmbook.shell.systems import load_nets, load_system, systems
 
 TINY = dict(ch=8, init_ch=8, batch=8, n_steps=2, n_levels=6, warmup=0, ema=0.9)
 TINY |= dict(cooldown=0.0, lr=1e-3, n_iters=8, save_every=2, log_every=1)
@@ -500,6 +500,7 @@ def test_a_full_disk_while_a_line_is_written():
 @pytest.mark.parametrize('name', list(systems()))
 def test_every_system_loads_strictly(name):
     import importlib
+
     from ebmbook.learn.weights import Pretrained
     from ebmbook.shell.systems import SYSTEMS
 

@@ -6,12 +6,12 @@ another task, a setting that training has fixed.
 
 import pytest
 import torch
+from tiny import few_cars, settings
 from typer.testing import CliRunner
 
 from ebmbook.learn.settings import WrongOption
 from ebmbook.shell import cli
 from ebmbook.shell.systems import load_system
-from tiny import few_cars, settings
 
 
 @pytest.fixture(scope='module')

@@ -15,16 +15,16 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from ebmbook.liebm import selfsup
-from ebmbook.learn.settings import choose
+from ebmbook.data import load
 from ebmbook.learn.blocks import count
-from ebmbook.learn.runs import load_checkpoint, open_run, ship
 from ebmbook.learn.contract import Context
 from ebmbook.learn.log import read_log
 from ebmbook.learn.loop import train
-from ebmbook.data import load
-from ebmbook.mcmc import Rates, frozen, langevin
+from ebmbook.learn.runs import load_checkpoint, open_run, ship
+from ebmbook.learn.settings import choose
+from ebmbook.liebm import selfsup
 from ebmbook.liebm.selfsup_presets import PRESETS
+from ebmbook.mcmc import Rates, frozen, langevin
 
 METHODS = ('simclr', 'byol', 'wmse')
 TINY = replace(

@@ -15,8 +15,8 @@ import subprocess
 import sys
 import time
 import warnings
-from pathlib import Path
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -24,10 +24,10 @@ from safetensors.torch import load_file
 
 from ebmbook import cdrl
 from ebmbook.learn import runs
-from ebmbook.learn.settings import choose
-from ebmbook.learn.runs import load_checkpoint, open_run
 from ebmbook.learn.contract import Stage
 from ebmbook.learn.loop import train
+from ebmbook.learn.runs import load_checkpoint, open_run
+from ebmbook.learn.settings import choose
 
 SMALL = dict(
     ch=8,

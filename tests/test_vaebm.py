@@ -10,18 +10,18 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-
 from chapters import claims_can_be_measured, ends_without_data, trains_in_full
+from tiny import clock, went_on
+
 from ebmbook import vaebm
+from ebmbook.data import DATASETS, load
 from ebmbook.learn.blocks import count
-from ebmbook.learn.runs import load_checkpoint, open_run
 from ebmbook.learn.contract import Context, Diverged
 from ebmbook.learn.loop import train
-from ebmbook.data import DATASETS, load
+from ebmbook.learn.runs import load_checkpoint, open_run
 from ebmbook.vaebm.method import as_seen, prepared
 from ebmbook.vaebm.nvae import NVAE_SIZES, nvae
 from ebmbook.vaebm.presets import PRESETS
-from tiny import clock, went_on
 
 SMALL_NETS = dict(
     ch=4, groups=(1, 1), latent=2, net='4/2 4', first=4, n_steps=2, n_steps_test=2

@@ -15,7 +15,6 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .examples import Examples, Spec, damaged, is_shortage, shown
 from ebmbook.data.pictures import (
     ENDINGS,
     has_images,
@@ -24,6 +23,8 @@ from ebmbook.data.pictures import (
     picture_header,
     picture_set,
 )
+
+from .examples import Examples, Spec, damaged, is_shortage, shown
 
 # %% ../../nbs/data/folders.ipynb #c046
 _TRAIN = ('train', 'training')

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from .catalogue import DATASETS, load
 
+
 # %% ../../nbs/data/outliers.ipynb #c062
 def ood(
     kind: str,  # constant, interpolation or noise

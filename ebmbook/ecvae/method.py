@@ -10,36 +10,45 @@ __all__ = ['STAGES', 'Nets', 'build', 'check_no_encoder', 'FlowNets', 'build_flo
 
 # %% ../../nbs/07_ecvae.ipynb #c005
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from functools import cache
 from itertools import repeat
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
+from .. import checks
+from ..data.catalogue import load
+from ..data.given import examples_for, operator_for
 from ..flows.glow import Glow, PointGlow
 from ..learn.blocks import collect_norms, log_normal, settle_norms
-from ..learn.weights import Pretrained
-from ..measure.restoration import Operator, project
-from ..learn.contract import Stage
-from ..data.catalogue import load
-from .. import checks
-from ..data.given import examples_for, operator_for
-from .own import PARTS
+from ..learn.contract import Context, Stage
 from ..learn.own import class_names, own_networks
-from .parts import all_networks, decode_now, draw_latents, energy_group
-from .parts import examples, in_chains, inside, model_groups, multipliers
-from .parts import prior_loss, squared_norm, started, target_loss
-from .parts import with_multipliers
-from ..mcmc import frozen, in_chunks, langevin, normal, ula
-from .presets import Config
-from .presets import check_config
-from ..learn.contract import Context
 from ..learn.settings import check_words, strict
 from ..learn.system import energy_net
-from ..mcmc import Draws
-from collections.abc import Iterator, Mapping
-from typing import Any, ClassVar
+from ..learn.weights import Pretrained
+from ..mcmc import Draws, frozen, in_chunks, langevin, normal, ula
+from ..measure.restoration import Operator, project
+from .own import PARTS
+from .parts import (
+    all_networks,
+    decode_now,
+    draw_latents,
+    energy_group,
+    examples,
+    in_chains,
+    inside,
+    model_groups,
+    multipliers,
+    prior_loss,
+    squared_norm,
+    started,
+    target_loss,
+    with_multipliers,
+)
+from .presets import Config, check_config
+
 
 # %% ../../nbs/07_ecvae.ipynb #c016
 class Nets(nn.Module, Pretrained):

@@ -10,11 +10,11 @@ __all__ = ['PRESETS', 'DEFAULT_PRESET', 'SwitchFields', 'DataFields', 'Calibrati
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
-
-from ..learn.limits import Count, Decay, Name, Positive, Range, Shape, Steps, Weight
-from ..learn.contract import Loop
 from ..data.catalogue import DATASETS, check_shape
+from ..learn.contract import Loop
+from ..learn.limits import Count, Decay, Name, Positive, Range, Shape, Steps, Weight
 from .nets import SIZES
+
 
 # %% ../../nbs/07_ecvae/presets.ipynb #c008
 @dataclass(frozen=True, kw_only=True)

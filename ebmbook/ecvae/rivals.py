@@ -15,18 +15,40 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from .method import STAGES, FlowNets, Nets, ascend_encoder, build_flow
-from .method import check_no_encoder, likelihood_loss, optimisers, sample
-from .parts import all_networks, decode_now, draw_latents, energy_group
-from .parts import energy_loss, examples, in_chains, model_groups, multipliers
-from .parts import prior_loss, started, target_loss, with_multipliers
-from .presets import Config, check_config
 from ..learn.blocks import settle_norms
 from ..learn.contract import Context
 from ..learn.rivals import from_noise
 from ..learn.settings import check_words, strict
 from ..learn.weights import Pretrained
 from ..mcmc import Draws, frozen, in_chunks, langevin, ula
+from .method import (
+    STAGES,
+    FlowNets,
+    Nets,
+    ascend_encoder,
+    build_flow,
+    check_no_encoder,
+    likelihood_loss,
+    optimisers,
+    sample,
+)
+from .parts import (
+    all_networks,
+    decode_now,
+    draw_latents,
+    energy_group,
+    energy_loss,
+    examples,
+    in_chains,
+    model_groups,
+    multipliers,
+    prior_loss,
+    started,
+    target_loss,
+    with_multipliers,
+)
+from .presets import Config, check_config
+
 
 # %% ../../nbs/07_ecvae/rivals.ipynb #e1a00007
 def check_no_energy(

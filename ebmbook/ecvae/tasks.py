@@ -13,16 +13,25 @@ import torch
 
 from ..data.catalogue import load
 from ..data.procedural import STD25
-from .method import STAGES, Nets, build, chain_energy, energy, evidence
-from .method import refine_latents, restore, sample
-from .own import PARTS
-from .parts import squared_norm
-from .presets import DEFAULT_PRESET, PRESETS, Config, check_config
-from .rivals import RIVALS
 from ..learn.ledger import Measured
 from ..learn.system import System, Task, images_only, points_only
 from ..mcmc import frozen
 from ..measure.images import image_report
+from .method import (
+    STAGES,
+    Nets,
+    build,
+    chain_energy,
+    energy,
+    evidence,
+    refine_latents,
+    restore,
+    sample,
+)
+from .own import PARTS
+from .parts import squared_norm
+from .presets import DEFAULT_PRESET, PRESETS, Config, check_config
+from .rivals import RIVALS
 
 # %% ../../nbs/07_ecvae/tasks.ipynb #5b7de0c1
 _ecvae = System(

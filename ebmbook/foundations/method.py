@@ -13,9 +13,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .frame import Frame, inner, statistics
-from ..checks import in_double
-from ..learn.objectives import cd_loss
 from ebmbook.mcmc import (
     Draws,
     Rates,
@@ -26,6 +23,11 @@ from ebmbook.mcmc import (
     ula,
     variance_after,
 )
+
+from ..checks import in_double
+from ..learn.objectives import cd_loss
+from .frame import Frame, inner, statistics
+
 
 # %% ../../nbs/02_foundations.ipynb #c014
 class Spins(nn.Module):

@@ -7,12 +7,13 @@ __all__ = ['Log', 'read_log', 'seconds_trained', 'diverged', 'watch']
 
 # %% ../../nbs/learn/log.ipynb #42352e48
 import json
+from typing import Any
 
 from .contract import Diverged
 from .files import append_lines, not_written, read_line, set_aside, write_text
 from .runs import Run, saved_state
 from .trackers import Trackers
-from typing import Any
+
 
 # %% ../../nbs/learn/log.ipynb #c018
 def _read_log(path):

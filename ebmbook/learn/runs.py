@@ -23,12 +23,13 @@ import zipfile
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from .files import LOCK, check_free, make_folder, not_written, write_text
 from .trackers import check_trackers
-from typing import Any
+
 
 # %% ../../nbs/learn/runs.ipynb #c005
 def root() -> Path:  # Top folder of the clone

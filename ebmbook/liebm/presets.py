@@ -10,9 +10,6 @@ __all__ = ['PRESETS', 'DEFAULT_PRESET', 'SwitchFields', 'DataFields', 'StageFiel
 from dataclasses import dataclass, replace
 from typing import Annotated, Any, Literal
 
-from ..data.catalogue import DATASETS, check_shape
-from ..data.examples import Spec
-from ..learn.contract import Loop
 from ebmbook.learn.limits import (
     Count,
     Decay,
@@ -25,8 +22,13 @@ from ebmbook.learn.limits import (
     Text,
     Weight,
 )
+
+from ..data.catalogue import DATASETS, check_shape
+from ..data.examples import Spec
+from ..learn.contract import Loop
 from . import selfsup_presets
 from .nets import SIZES
+
 
 # %% ../../nbs/08_liebm/presets.ipynb #c008
 @dataclass(frozen=True, kw_only=True)

@@ -10,9 +10,6 @@ __all__ = ['SIMCLR_PRESETS', 'PRESETS', 'DEFAULT_PRESET', 'DataFields', 'NetFiel
 from dataclasses import dataclass, replace
 from typing import Annotated, Any, Literal
 
-from ..data.catalogue import DATASETS, check_shape
-from ..data.examples import Spec
-from ..learn.contract import Loop
 from ebmbook.learn.limits import (
     Count,
     Decay,
@@ -26,7 +23,12 @@ from ebmbook.learn.limits import (
     Steps,
     Weight,
 )
+
+from ..data.catalogue import DATASETS, check_shape
+from ..data.examples import Spec
+from ..learn.contract import Loop
 from .views import Views
+
 
 # %% ../../nbs/08_liebm/selfsup_presets.ipynb #c039
 @dataclass(frozen=True, kw_only=True)

@@ -19,6 +19,7 @@ from torch import nn
 from ..data.catalogue import load
 from .extractors import EXTRACTORS, Classifier, extractor_folder
 
+
 # %% ../../nbs/measure/training.ipynb #c013
 def _jitter(
     x, generator

@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 from torch.func import functional_call
 
+from .. import checks
 from ..data.catalogue import load
 from ..data.examples import Examples
-from .. import checks
 from ..data.given import examples_for, mask_for
 from ..data.scenes import camera_to_world
 from ..learn.contract import Context, Group, Stage

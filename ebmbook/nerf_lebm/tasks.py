@@ -10,15 +10,6 @@ import time
 
 import torch
 
-from ..data.catalogue import load
-from ..data.scenes import render_cars
-from ..learn.runs import waiter
-from ..learn.ledger import Measured
-from ..learn.settings import unknown
-from ..learn.system import System, Task
-from ..measure.images import image_report
-from ..measure.pairs import psnr
-from .angles import turn_error
 from ebmbook.nerf_lebm.method import (
     STAGES,
     codes_of,
@@ -26,8 +17,19 @@ from ebmbook.nerf_lebm.method import (
     predicted_angles,
     sample,
 )
+
+from ..data.catalogue import load
+from ..data.scenes import render_cars
+from ..learn.ledger import Measured
+from ..learn.runs import waiter
+from ..learn.settings import unknown
+from ..learn.system import System, Task
+from ..measure.images import image_report
+from ..measure.pairs import psnr
+from .angles import turn_error
 from .nets import build
 from .presets import DEFAULT_PRESET, PRESETS, Config, check_config
+
 
 # %% ../../nbs/03_nerf_lebm/tasks.ipynb #50d67634
 def _psnr(pictures, truth):  # mean over pictures

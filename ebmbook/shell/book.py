@@ -18,9 +18,9 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
-from collections.abc import Sequence
 
 # %% ../../nbs/shell/book.ipynb #c006
 _DIRECTIVE = re.compile(r'#\s*\|\s*([\w-]+):?\s*(.*)')

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['VERDICTS', 'MIN_SEEDS', 'standard_error', 'decide', 'Arm', 'Comparison', 'Claim', 'read_claims', 'read_ledger',
-           'measured', 'judge', 'verdicts', 'as_text', 'as_markdown', 'Job', 'missing']
+           'measured', 'judge', 'verdicts', 'as_text', 'as_markdown', 'as_tally', 'Job', 'missing']
 
 # %% ../../nbs/shell/claims.ipynb #c002
 import json
@@ -509,6 +509,20 @@ def as_markdown(
             result['verdict'],
         ]
         rows.append(f"| {' | '.join(cells)} |")
+    return '\n'.join(rows)
+
+# %% ../../nbs/shell/claims.ipynb #c025t
+def as_tally(
+    results: list[dict[str, Any]],  # From `verdicts`
+) -> str:  # A table
+    "How many claims got each verdict, for each system, as a markdown table."
+    every = Counter(result['verdict'] for result in results)
+    shown = [word for word in reversed(VERDICTS) if every[word]]
+    rows = [f"| | {' | '.join(shown)} |", '|---' * (len(shown) + 1) + '|']
+    for system in dict.fromkeys(result['system'] for result in results):
+        own = Counter(r['verdict'] for r in results if r['system'] == system)
+        rows.append(f"| {system} | {' | '.join(str(own[word]) for word in shown)} |")
+    rows.append(f"| all | {' | '.join(str(every[word]) for word in shown)} |")
     return '\n'.join(rows)
 
 # %% ../../nbs/shell/claims.ipynb #c027

@@ -16,13 +16,10 @@ import time
 from collections.abc import Mapping
 from dataclasses import fields, replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from ..learn.files import make_folder
-from ..learn.limits import LARGEST, Name, fits, read_mapping, refusal
-from ..learn.settings import unknown
 from ebmbook.shell.chapters import (
     check_parameters,
     execute,
@@ -40,8 +37,11 @@ from ebmbook.shell.systems import (
     select,
     systems,
 )
+
+from ..learn.files import make_folder
+from ..learn.limits import LARGEST, Name, fits, read_mapping, refusal
+from ..learn.settings import unknown
 from .words import Command, parameters, table, typed
-from typing import Any
 
 # %% ../../nbs/shell/cli.ipynb #c010
 app = typer.Typer(
@@ -485,11 +485,13 @@ def _read_seeds(text):
     return list(map(int, words))
 
 
-def _verdict_text(results, as_json, markdown):
-    from ebmbook.shell.claims import as_markdown, as_text
+def _verdict_text(results, as_json, markdown, tally):
+    from ebmbook.shell.claims import as_markdown, as_tally, as_text
 
     if as_json:
         return json.dumps(results, indent=1)
+    if tally:
+        return as_tally(results)
     return as_markdown(results) if markdown else as_text(results)
 
 # %% ../../nbs/shell/cli.ipynb #c045
@@ -504,6 +506,7 @@ def claims(
     ] = None,
     as_json: Annotated[bool, _option("print a list of objects", '--json')] = False,
     markdown: Annotated[bool, _option("print a markdown table", '--markdown')] = False,
+    tally: Annotated[bool, _option("count verdicts, as such a table", '--tally')] = False,
     seeds: Annotated[
         str, _option("seeds that --run provides, e.g. --seeds 0 1 2")
     ] = '0 1 2',
@@ -543,7 +546,7 @@ def claims(
         failed = judging.run_claims(chosen, numbers, path, folder, device, fresh)
         lines = read_ledger(path, new=True)
     results = verdicts(chosen, lines)
-    typer.echo(_verdict_text(results, as_json, markdown))
+    typer.echo(_verdict_text(results, as_json, markdown, tally))
     if not run and any(result['verdict'] == 'not run' for result in results):
         typer.echo("\nebmbook claims --run trains and measures what is missing", err=True)
     for line in failed:

@@ -7,7 +7,10 @@ __all__ = ['random_batch', 'seconds_per_iteration', 'plain_number', 'duration']
 
 # %% ../../nbs/shell/cost.ipynb #c002
 import time
+from typing import Any
+
 import torch
+from torch import nn
 
 from ..data.cameras import CAMERAS
 from ..data.catalogue import DATASETS, require
@@ -16,8 +19,7 @@ from ..learn.contract import Context
 from ..learn.loop import make_accelerator
 from ..learn.runs import waiter
 from ..learn.step import optimiser_step
-from typing import Any
-from torch import nn
+
 
 # %% ../../nbs/shell/cost.ipynb #c005
 def random_batch(

@@ -10,6 +10,7 @@ import hashlib
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import typer
 
@@ -22,7 +23,7 @@ from ..learn.runs import Run, compared, forget, open_run, source_hash
 from ..learn.system import System
 from .claims import missing
 from .systems import check_device, load_system, select
-from typing import Any
+
 
 # %% ../../nbs/shell/judging.ipynb #c040
 def resolve(

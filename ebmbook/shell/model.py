@@ -22,8 +22,8 @@ from ..data.catalogue import DATASETS
 from ..learn.compose import Composable
 from ..learn.files import make_folder, write_text
 from ..learn.ledger import Measured
-from ..learn.runs import weights_folder
 from ..learn.own import own_names
+from ..learn.runs import weights_folder
 from ..learn.settings import unknown
 from ..learn.system import System
 from ..learn.weights import store_weights

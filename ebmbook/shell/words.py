@@ -7,15 +7,16 @@ __all__ = ['join_args', 'parameters', 'typed', 'explain', 'plainly', 'Command', 
 
 # %% ../../nbs/shell/words.ipynb #633bb539
 import re
+from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import typer
 from typer.core import TyperCommand
 
 from ..learn.limits import Steps, fits, numbers, read, read_mapping, refusal
 from ..learn.settings import unknown
-from typing import Any
-from collections.abc import Iterator
+
 
 # %% ../../nbs/shell/words.ipynb #c005
 def join_args(
