@@ -22,7 +22,6 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-
 # %% ../nbs/checks.ipynb #27692641
 def count(
     n: Any,  # A number of things

@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.nn.utils import parametrize
 
 from . import checks
-from .checks import (
+from ebmbook.checks import (
     State,
     begin,
     blocks_of,

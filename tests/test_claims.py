@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from ebmbook.learn.ledger import ledger, publish
-from ebmbook.shell.claims import as_markdown, as_text, missing, read_claims, verdicts
+from ebmbook.shell.claims import as_markdown, as_tally, as_text, missing, read_claims
+from ebmbook.shell.claims import verdicts
 
 ROOT = Path(__file__).resolve().parents[1]
 

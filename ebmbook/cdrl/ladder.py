@@ -13,8 +13,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..checks import ordinary
 from .presets import Config
+from ..checks import ordinary
 
 # %% ../../nbs/05_cdrl/ladder.ipynb #59a240d9
 # log signal-to-noise ratios at the ends of the cosine schedule

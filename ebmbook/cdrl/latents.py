@@ -14,7 +14,6 @@ from torch import Tensor
 
 from .presets import Config
 
-
 # %% ../../nbs/05_cdrl/latents.ipynb #c035
 @lru_cache(maxsize=2)
 def autoencoder(

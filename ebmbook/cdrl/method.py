@@ -17,17 +17,16 @@ from typing import NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
+from .ladder import Schedule, schedule
+from .latents import decode, encode
+from .nets import Nets
+from .presets import ATTRIBUTES, Config
 from ..checks import count, ordinary
 from ..data.catalogue import flip_if
 from ..data.given import classes_for, examples_for, known_for
 from ..learn.contract import Context, Group, Stage
 from ..learn.settings import strict
 from ..mcmc import Draws, Rates, frozen, langevin, normal, ula, uniform
-from .ladder import Schedule, schedule
-from .latents import decode, encode
-from .nets import Nets
-from .presets import ATTRIBUTES, Config
-
 
 # %% ../../nbs/05_cdrl.ipynb #c022
 def at_level(

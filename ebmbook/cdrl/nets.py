@@ -16,12 +16,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .own import PARTS, OwnEnergy
+from .presets import Config, check_config
 from ..learn.blocks import full, groups, sinusoid, snorm
 from ..learn.own import OwnNet, class_names, own_networks
 from ..learn.weights import Pretrained
-from .own import PARTS, OwnEnergy
-from .presets import Config, check_config
-
 
 # %% ../../nbs/05_cdrl/nets.ipynb #c006
 def level_input(

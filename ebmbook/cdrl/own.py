@@ -14,7 +14,6 @@ from torch import Tensor
 
 from ..learn.own import OwnNet, Part, answer, check_answer, double, try_energy
 
-
 # %% ../../nbs/05_cdrl/own.ipynb #bc7c5b0d
 class EnergyLike(Protocol):
     "An energy of noisy examples; a `torch.nn.Module` whose `forward` is this."

@@ -10,6 +10,10 @@ __all__ = ['PRESETS', 'DEFAULT_PRESET', 'ATTRIBUTES', 'SwitchFields', 'DataField
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from ..data.catalogue import check_shape
+from ..data.examples import Spec
+from ..data.given import check_square
+from ..learn.contract import Loop
 from ebmbook.learn.limits import (
     Count,
     Decay,
@@ -22,12 +26,6 @@ from ebmbook.learn.limits import (
     Text,
     Weight,
 )
-
-from ..data.catalogue import check_shape
-from ..data.examples import Spec
-from ..data.given import check_square
-from ..learn.contract import Loop
-
 
 # %% ../../nbs/05_cdrl/presets.ipynb #c008
 @dataclass(frozen=True, kw_only=True)

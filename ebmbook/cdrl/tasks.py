@@ -12,6 +12,11 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from .ladder import schedule
+from .method import STAGES, Known, attribute_label, energy, sample
+from .nets import Nets, build
+from .own import PARTS
+from .presets import DEFAULT_PRESET, PRESETS, Config, check_config
 from ..data.catalogue import DATASETS, load
 from ..data.procedural import edge, in_square
 from ..learn.ledger import Measured
@@ -21,12 +26,6 @@ from ..mcmc import frozen, grid_log_z
 from ..measure.classes import attribute_accuracy, class_accuracy, class_spread
 from ..measure.extractors import extractor_id
 from ..measure.images import image_report
-from .ladder import schedule
-from .method import STAGES, Known, attribute_label, energy, sample
-from .nets import Nets, build
-from .own import PARTS
-from .presets import DEFAULT_PRESET, PRESETS, Config, check_config
-
 
 # %% ../../nbs/05_cdrl/tasks.ipynb #c065
 def log_density_map(

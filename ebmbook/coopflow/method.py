@@ -17,6 +17,8 @@ from torch import Tensor
 from torch.nn.utils import clip_grad_norm_, parametrize
 
 from .. import checks
+from .nets import Nets
+from .presets import Config
 from ..data.catalogue import flip_if, load
 from ..data.given import examples_for, known_for, mask_for
 from ..flows.flowpp import gains
@@ -26,9 +28,6 @@ from ..learn.objectives import contrast
 from ..learn.settings import strict
 from ..learn.system import energy_net
 from ..mcmc import Draws, Rates, frozen, in_chunks, langevin
-from .nets import Nets
-from .presets import Config
-
 
 # %% ../../nbs/04_coopflow.ipynb #c016
 def langevin_flow(

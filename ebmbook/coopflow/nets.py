@@ -13,14 +13,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .presets import Config, check_config
 from ..flows.flowpp import FlowPP, PointFlowPP
 from ..foundations.method import PlaneEnergy
 from ..learn.blocks import Flow
 from ..learn.settings import check_words
 from ..learn.weights import Pretrained
 from ..mcmc import Draws, normal
-from .presets import Config, check_config
-
 
 # %% ../../nbs/04_coopflow/nets.ipynb #c023
 class Block(nn.Module):

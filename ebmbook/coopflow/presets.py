@@ -10,6 +10,9 @@ __all__ = ['PRESETS', 'DEFAULT_PRESET', 'SwitchFields', 'DataFields', 'StageFiel
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
+from ..data.catalogue import DATASETS, check_shape
+from ..data.given import check_square
+from ..learn.contract import Loop
 from ebmbook.learn.limits import (
     Count,
     Decay,
@@ -21,12 +24,7 @@ from ebmbook.learn.limits import (
     Steps,
     Weight,
 )
-
-from ..data.catalogue import DATASETS, check_shape
-from ..data.given import check_square
-from ..learn.contract import Loop
 from ..learn.settings import suits
-
 
 # %% ../../nbs/04_coopflow/presets.ipynb #c008
 @dataclass(frozen=True, kw_only=True)

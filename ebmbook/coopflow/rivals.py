@@ -21,6 +21,10 @@ from ebmbook.coopflow.method import (
     refine,
     schedule,
 )
+from .nets import energy_of, flow_of, in_box
+from .presets import Config, check_config
+from ..data.catalogue import flip_if
+from ..learn.contract import Context, Group
 from ebmbook.learn.rivals import (
     Generator,
     PointGenerator,
@@ -28,15 +32,9 @@ from ebmbook.learn.rivals import (
     from_noise,
     short_run_losses,
 )
-
-from ..data.catalogue import flip_if
-from ..learn.contract import Context, Group
 from ..learn.settings import check_words
 from ..learn.weights import Pretrained
 from ..mcmc import Draws, normal
-from .nets import energy_of, flow_of, in_box
-from .presets import Config, check_config
-
 
 # %% ../../nbs/04_coopflow/rivals.ipynb #7628c936
 def _settings(cfg, method):

@@ -13,6 +13,10 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from .method import STAGES, energy, explain, pixel_error, sample
+from .nets import Nets, build
+from .presets import DEFAULT_PRESET, PRESETS, Config, check_config
+from .rivals import RIVALS
 from ..data.catalogue import load
 from ..data.procedural import log_density
 from ..foundations.method import plane_scores
@@ -20,11 +24,6 @@ from ..learn.ledger import Measured
 from ..learn.system import System, Task, images_only, points_only
 from ..mcmc import frozen
 from ..measure.images import image_report
-from .method import STAGES, energy, explain, pixel_error, sample
-from .nets import Nets, build
-from .presets import DEFAULT_PRESET, PRESETS, Config, check_config
-from .rivals import RIVALS
-
 
 # %% ../../nbs/04_coopflow/tasks.ipynb #c055
 def sliced_distance(

@@ -15,6 +15,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from .cameras import load_carla, load_srn
+from .examples import Examples, Spec
 from ebmbook.data.files import (
     CELEBA_NAMES,
     load_celeba,
@@ -24,14 +26,10 @@ from ebmbook.data.files import (
     load_stl10,
     load_torchvision,
 )
-
-from ..mcmc import Draws, uniform
-from .cameras import load_carla, load_srn
-from .examples import Examples, Spec
 from .folders import asked_size, find_folder, load_folder
 from .held import held
 from .procedural import CAR_NAMES, SHAPE_NAMES, load_procedural
-
+from ..mcmc import Draws, uniform
 
 # %% ../../nbs/00_data.ipynb #ba3995ca
 def _below(folder, *names):

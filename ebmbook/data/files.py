@@ -22,7 +22,6 @@ import torch.nn.functional as F
 from .examples import Examples, Lazy, Spec, damaged, seeded
 from .pictures import picture_set, read_picture
 
-
 # %% ../../nbs/data/files.ipynb #c038
 def _read_idx(path):  # an IDX file of bytes, plain or with .gz, -> uint8 tensor
     path = path if path.exists() else path.with_name(path.name + '.gz')

@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from .examples import Examples, Spec, damaged, is_shortage, shown
 from ebmbook.data.pictures import (
     ENDINGS,
     has_images,
@@ -23,8 +24,6 @@ from ebmbook.data.pictures import (
     picture_header,
     picture_set,
 )
-
-from .examples import Examples, Spec, damaged, is_shortage, shown
 
 # %% ../../nbs/data/folders.ipynb #c046
 _TRAIN = ('train', 'training')

@@ -14,7 +14,6 @@ from torch import Tensor
 
 from ..checks import infinite_rows
 
-
 # %% ../../nbs/data/given.ipynb #aa30bf5a
 def picture_range(
     x: Tensor,  # Floating-point pictures, of which this book makes [-1, 1]

@@ -16,7 +16,6 @@ from torch import Tensor
 from .examples import Examples, Lazy, Spec
 from .given import picture_range
 
-
 # %% ../../nbs/data/held.ipynb #b56a09fb
 def _check_labels(y, n):
     "Refuse what cannot be classes (N,) or attributes (N, A)."

@@ -11,7 +11,6 @@ from torch import Tensor
 
 from .catalogue import DATASETS, load
 
-
 # %% ../../nbs/data/outliers.ipynb #c062
 def ood(
     kind: str,  # constant, interpolation or noise

@@ -17,6 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..checks import in_double
+from .examples import Examples, Spec, seeded
 from ebmbook.data.scenes import (
     SHAPE_RANGES,
     camera_to_world,
@@ -25,9 +27,6 @@ from ebmbook.data.scenes import (
     hsv_to_rgb,
     kept,
 )
-
-from ..checks import in_double
-from .examples import Examples, Spec, seeded
 
 # %% ../../nbs/data/procedural.ipynb #c019
 STD25 = 0.0839  # spread of a bump

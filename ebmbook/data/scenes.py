@@ -21,7 +21,6 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-
 # %% ../../nbs/data/scenes.ipynb #ae054f00
 @dataclass(frozen=True)
 class Camera:

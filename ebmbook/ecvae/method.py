@@ -21,17 +21,8 @@ from torch import Tensor, nn
 from .. import checks
 from ..data.catalogue import load
 from ..data.given import examples_for, operator_for
-from ..flows.glow import Glow, PointGlow
-from ..learn.blocks import collect_norms, log_normal, settle_norms
-from ..learn.contract import Context, Stage
-from ..learn.own import class_names, own_networks
-from ..learn.settings import check_words, strict
-from ..learn.system import energy_net
-from ..learn.weights import Pretrained
-from ..mcmc import Draws, frozen, in_chunks, langevin, normal, ula
-from ..measure.restoration import Operator, project
 from .own import PARTS
-from .parts import (
+from ebmbook.ecvae.parts import (
     all_networks,
     decode_now,
     draw_latents,
@@ -48,7 +39,15 @@ from .parts import (
     with_multipliers,
 )
 from .presets import Config, check_config
-
+from ..flows.glow import Glow, PointGlow
+from ..learn.blocks import collect_norms, log_normal, settle_norms
+from ..learn.contract import Context, Stage
+from ..learn.own import class_names, own_networks
+from ..learn.settings import check_words, strict
+from ..learn.system import energy_net
+from ..learn.weights import Pretrained
+from ..mcmc import Draws, frozen, in_chunks, langevin, normal, ula
+from ..measure.restoration import Operator, project
 
 # %% ../../nbs/07_ecvae.ipynb #c016
 class Nets(nn.Module, Pretrained):

@@ -16,7 +16,6 @@ from torch import Tensor, nn
 
 from ..learn.blocks import Flow, full, groups, mlp, snorm
 
-
 # %% ../../nbs/07_ecvae/nets.ipynb #c006
 def _norm(kind, n, *, dense=False):  # over n channels, or n units
     if kind not in ('batch', 'group', 'none'):

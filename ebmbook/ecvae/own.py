@@ -12,6 +12,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from .nets import SIZES
 from ebmbook.learn.own import (
     OwnNet,
     Part,
@@ -21,9 +22,6 @@ from ebmbook.learn.own import (
     double,
     try_energy,
 )
-
-from .nets import SIZES
-
 
 # %% ../../nbs/07_ecvae/own.ipynb #0cfd2b95
 class EncoderLike(Protocol):

@@ -17,15 +17,14 @@ import torch
 from torch import Tensor, nn
 
 from ..data.catalogue import flip_if, load
+from .nets import PRIOR_BLOCKS, SIZES, networks
+from .own import OwnDecoder, latent_of
+from .presets import Config
 from ..learn.blocks import settle_norms
 from ..learn.contract import Context, Group
 from ..learn.objectives import contrast
 from ..learn.own import OwnNet
 from ..mcmc import frozen
-from .nets import PRIOR_BLOCKS, SIZES, networks
-from .own import OwnDecoder, latent_of
-from .presets import Config
-
 
 # %% ../../nbs/07_ecvae/parts.ipynb #4c87cae2
 def all_networks(

@@ -11,10 +11,9 @@ from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 from ..data.catalogue import DATASETS, check_shape
+from .nets import SIZES
 from ..learn.contract import Loop
 from ..learn.limits import Count, Decay, Name, Positive, Range, Shape, Steps, Weight
-from .nets import SIZES
-
 
 # %% ../../nbs/07_ecvae/presets.ipynb #c008
 @dataclass(frozen=True, kw_only=True)

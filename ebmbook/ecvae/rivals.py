@@ -15,13 +15,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from ..learn.blocks import settle_norms
-from ..learn.contract import Context
-from ..learn.rivals import from_noise
-from ..learn.settings import check_words, strict
-from ..learn.weights import Pretrained
-from ..mcmc import Draws, frozen, in_chunks, langevin, ula
-from .method import (
+from ebmbook.ecvae.method import (
     STAGES,
     FlowNets,
     Nets,
@@ -32,7 +26,7 @@ from .method import (
     optimisers,
     sample,
 )
-from .parts import (
+from ebmbook.ecvae.parts import (
     all_networks,
     decode_now,
     draw_latents,
@@ -48,7 +42,12 @@ from .parts import (
     with_multipliers,
 )
 from .presets import Config, check_config
-
+from ..learn.blocks import settle_norms
+from ..learn.contract import Context
+from ..learn.rivals import from_noise
+from ..learn.settings import check_words, strict
+from ..learn.weights import Pretrained
+from ..mcmc import Draws, frozen, in_chunks, langevin, ula
 
 # %% ../../nbs/07_ecvae/rivals.ipynb #e1a00007
 def check_no_energy(

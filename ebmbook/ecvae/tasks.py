@@ -13,11 +13,7 @@ import torch
 
 from ..data.catalogue import load
 from ..data.procedural import STD25
-from ..learn.ledger import Measured
-from ..learn.system import System, Task, images_only, points_only
-from ..mcmc import frozen
-from ..measure.images import image_report
-from .method import (
+from ebmbook.ecvae.method import (
     STAGES,
     Nets,
     build,
@@ -32,6 +28,10 @@ from .own import PARTS
 from .parts import squared_norm
 from .presets import DEFAULT_PRESET, PRESETS, Config, check_config
 from .rivals import RIVALS
+from ..learn.ledger import Measured
+from ..learn.system import System, Task, images_only, points_only
+from ..mcmc import frozen
+from ..measure.images import image_report
 
 # %% ../../nbs/07_ecvae/tasks.ipynb #5b7de0c1
 _ecvae = System(

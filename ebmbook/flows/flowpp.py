@@ -20,7 +20,6 @@ from torch.utils.checkpoint import checkpoint
 from ..learn.blocks import ActNorm, Flow, log_normal, sinusoid
 from ..mcmc import Draws, normal
 
-
 # %% ../../nbs/flows/flowpp.ipynb #c006
 def log_odds(
     x: Tensor,  # (...) float, any unit

@@ -16,7 +16,6 @@ from torch.utils.checkpoint import checkpoint
 from ..learn.blocks import ActNorm, Flow, log_normal
 from ..mcmc import Draws, normal
 
-
 # %% ../../nbs/flows/glow.ipynb #c006
 class InvConv(nn.Module):
     """Multiply the channels of every pixel by one invertible matrix P L U.

@@ -14,7 +14,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-
 # %% ../../nbs/02_foundations/frame.ipynb #c033
 def _unit(kernel):  # mean zero, norm one
     kernel = kernel - kernel.mean()

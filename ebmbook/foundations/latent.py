@@ -14,13 +14,12 @@ import torch
 from torch import Tensor, nn
 
 from ..data.given import examples_for
+from .presets import Config, check_config
 from ..learn.contract import Context, Group, Stage
 from ..learn.objectives import cd_loss
 from ..learn.settings import strict
 from ..learn.weights import Pretrained
 from ..mcmc import Draws, frozen, in_chunks, langevin, normal, ula
-from .presets import Config, check_config
-
 
 # %% ../../nbs/02_foundations/latent.ipynb #c077
 class Tilt(nn.Module):

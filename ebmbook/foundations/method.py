@@ -13,6 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..checks import in_double
+from .frame import Frame, inner, statistics
+from ..learn.objectives import cd_loss
 from ebmbook.mcmc import (
     Draws,
     Rates,
@@ -23,11 +26,6 @@ from ebmbook.mcmc import (
     ula,
     variance_after,
 )
-
-from ..checks import in_double
-from ..learn.objectives import cd_loss
-from .frame import Frame, inner, statistics
-
 
 # %% ../../nbs/02_foundations.ipynb #c014
 class Spins(nn.Module):

@@ -13,10 +13,9 @@ import torch
 
 from ..data.catalogue import load
 from ..data.procedural import log_density
+from .method import PlaneEnergy, plane_scores
 from ..learn.fit import Fitted, fit
 from ..learn.fit_methods import Config, fit_config
-from .method import PlaneEnergy, plane_scores
-
 
 # %% ../../nbs/02_foundations/objectives.ipynb #obj5c007
 def units_of(

@@ -14,7 +14,6 @@ from ..data.examples import Spec
 from ..learn.contract import Loop
 from ..learn.limits import Count, Name, Positive, Shape, Steps
 
-
 # %% ../../nbs/02_foundations/presets.ipynb #c073
 @dataclass(frozen=True, kw_only=True)
 class DataFields:

@@ -6,11 +6,10 @@
 __all__ = ['SYSTEM', 'evaluate']
 
 # %% ../../nbs/02_foundations/tasks.ipynb #e7c79a9a
-from ..learn.system import System, Task
-from ..measure.images import image_report
 from .latent import STAGES, build, energy, sample
 from .presets import DEFAULT_PRESET, PRESETS, Config, check_config
-
+from ..learn.system import System, Task
+from ..measure.images import image_report
 
 # %% ../../nbs/02_foundations/tasks.ipynb #e4f0abe6
 def _measure_images(nets, generator, *, n=1_000, prior='', n_steps=None):

@@ -19,7 +19,6 @@ from torch.nn.utils.parametrizations import _SpectralNorm as SpectralNorm
 
 from ..mcmc import Draws, normal
 
-
 # %% ../../nbs/learn/blocks.ipynb #c005
 def snorm(
     layer: nn.Module,  # Linear or convolution

@@ -21,9 +21,7 @@ from ebmbook.checks import (
     positive,
     tell_chain,
 )
-
 from ..mcmc import Draws, normal, ula, uniform
-
 
 # %% ../../nbs/learn/chains.ipynb #chnc006
 def _along(values, x):

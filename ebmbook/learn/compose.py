@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-
 # %% ../../nbs/learn/compose.ipynb #cmpcd006
 def _factor(value):
     "A number by which an energy is multiplied. Raises `TypeError` and `ValueError`."

@@ -14,9 +14,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from ..mcmc import Draws, Slice, normal, uniform
 from .limits import Count, Decay, Names, Positive, Range, settle
-
+from ..mcmc import Draws, Slice, normal, uniform
 
 # %% ../../nbs/learn/contract.ipynb #c006
 @dataclass(frozen=True, kw_only=True)

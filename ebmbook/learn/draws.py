@@ -11,7 +11,6 @@ import random
 import numpy as np
 import torch
 
-
 # %% ../../nbs/learn/draws.ipynb #c016
 def random_states() -> dict:  # Plain values and tensors
     "States of Python's, NumPy's and torch's global generators."

@@ -23,6 +23,11 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from ..checks import count, energies_of, gradients_of, in_chunks, positive
+from ..data.examples import Examples, as_examples
+from ..data.given import examples_for
+from .compose import Composable
+from .files import make_folder
 from ebmbook.learn.fit_methods import (
     METHODS,
     STAGES,
@@ -32,17 +37,10 @@ from ebmbook.learn.fit_methods import (
     fit_config,
     method_options,
 )
-
-from ..checks import count, energies_of, gradients_of, in_chunks, positive
-from ..data.examples import Examples, as_examples
-from ..data.given import examples_for
-from .compose import Composable
-from .files import make_folder
 from .loop import train
 from .runs import open_run, pick_device
 from .system import System
 from .weights import load_weights, store_weights
-
 
 # %% ../../nbs/learn/fit.ipynb #fitcd012
 def _labelled(y):

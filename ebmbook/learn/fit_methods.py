@@ -17,6 +17,20 @@ import torch
 from safetensors.torch import save_model
 from torch import Tensor, nn
 
+from .chains import adapt_steps, truncated_mala
+from .contract import Context, Group, Loop, Stage
+from .files import make_folder, write_text
+from ebmbook.learn.limits import (
+    Count,
+    Name,
+    Part,
+    Positive,
+    Range,
+    Shape,
+    Share,
+    Steps,
+    Weight,
+)
 from ebmbook.learn.objectives import (
     GaussianNoise,
     contrastive_divergence,
@@ -25,15 +39,10 @@ from ebmbook.learn.objectives import (
     persistent_divergence,
     recovery_likelihood,
 )
-
-from ..mcmc import Draws, frozen, langevin, reflect, ula
-from ..mcmc import tempered as on_path
-from .chains import adapt_steps, truncated_mala
-from .contract import Context, Group, Loop, Stage
-from .files import make_folder, write_text
-from .limits import Count, Name, Part, Positive, Range, Shape, Share, Steps, Weight
 from .runs import plain_json
 from .settings import check_options, read_over, unknown
+from ..mcmc import Draws, frozen, langevin, reflect, ula
+from ..mcmc import tempered as on_path
 
 # %% ../../nbs/learn/fit_methods.ipynb #fitcd006
 METHODS = {

@@ -14,10 +14,9 @@ import torch
 from torch import Tensor
 
 from ..checks import per_block, watching
-from ..mcmc import Draws, Rates, Slice, mala
 from .contract import Context
 from .draws import random_states, set_random_states
-
+from ..mcmc import Draws, Rates, Slice, mala
 
 # %% ../../nbs/learn/health.ipynb #c005
 def _temperature(rates, blocks):

@@ -13,7 +13,6 @@ from torch import Tensor
 from .. import checks
 from ..mcmc import Draws, Slice, uniform
 
-
 # %% ../../nbs/learn/latents.ipynb #2eca92c1
 def new_table(
     z: Tensor,  # (N, d) latents

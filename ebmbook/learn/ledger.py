@@ -17,7 +17,6 @@ import numpy as np
 from .files import append_lines, make_folder, read_line
 from .runs import Run, evidence, plain_json, results_folder, source_hash
 
-
 # %% ../../nbs/learn/ledger.ipynb #7d20aa10
 class Measured(NamedTuple):
     "One number with what is needed to compare it."

@@ -14,7 +14,6 @@ from .files import append_lines, not_written, read_line, set_aside, write_text
 from .runs import Run, saved_state
 from .trackers import Trackers
 
-
 # %% ../../nbs/learn/log.ipynb #c018
 def _read_log(path):
     """Lines of a log that can be read, and the others as text.

@@ -29,13 +29,12 @@ from tqdm import tqdm
 
 from ..data.catalogue import load, require
 from ..data.examples import as_examples
-from ..mcmc import Slice
 from .contract import Context
 from .draws import random_states, seed_all, set_random_states, set_state
 from .files import locked
 from .log import Log, diverged, watch
 from .own import own_names
-from .runs import (
+from ebmbook.learn.runs import (
     Run,
     compared,
     load_checkpoint,
@@ -48,7 +47,7 @@ from .signals import deferred_signals, held_back, ignore_signals, signal_names
 from .step import Steps, averaged, optimiser_step, same_start, use_average
 from .system import System
 from .weights import differences, finite, shapes_of, store_weights
-
+from ..mcmc import Slice
 
 # %% ../../nbs/learn/loop.ipynb #c021
 def _divide(batch, n):

@@ -17,7 +17,6 @@ from torch.nn.functional import softplus
 from ..checks import in_double, positive, recording
 from ..mcmc import Draws, frozen, normal, recall
 
-
 # %% ../../nbs/learn/objectives.ipynb #dd952d6d
 def cd_loss(
     energy: Callable[..., Tensor],  # E(x) -> (B,), in nats

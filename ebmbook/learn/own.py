@@ -21,7 +21,6 @@ from .blocks import full
 from .draws import random_states, set_random_states
 from .settings import unknown
 
-
 # %% ../../nbs/learn/own.ipynb #8b81ed07
 @dataclass(frozen=True)
 class Part:

@@ -17,8 +17,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..mcmc import Draws, Slice
 from .draws import random_states, set_random_states
+from ..mcmc import Draws, Slice
 
 # %% ../../nbs/learn/parts.ipynb #df21ef9c
 _PART: ContextVar[tuple[int, int]] = ContextVar('_PART', default=(0, 1))

@@ -11,10 +11,9 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor, nn
 
-from ..mcmc import Draws, frozen, langevin, normal, ula
 from .blocks import mlp
 from .objectives import contrast
-
+from ..mcmc import Draws, frozen, langevin, normal, ula
 
 # %% ../../nbs/learn/rivals.ipynb #c009
 def from_noise(

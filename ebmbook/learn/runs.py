@@ -30,7 +30,6 @@ import torch
 from .files import LOCK, check_free, make_folder, not_written, write_text
 from .trackers import check_trackers
 
-
 # %% ../../nbs/learn/runs.ipynb #c005
 def root() -> Path:  # Top folder of the clone
     """The clone that holds `nbs/`, `results/` and this package, or the one around the

@@ -24,7 +24,6 @@ from ebmbook.learn.limits import (
     read_values,
 )
 
-
 # %% ../../nbs/learn/settings.ipynb #c005
 def _nearest(name, known):
     "The known name that was probably meant, or ''."

@@ -21,7 +21,6 @@ from .contract import Stage
 from .health import Health
 from .parts import Turns, share_rows
 
-
 # %% ../../nbs/learn/step.ipynb #c008
 class Steps:
     "Batch sampler: the indices of each optimiser step, one reshuffled pass after another."

@@ -15,13 +15,12 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from ..mcmc import Draws
 from .contract import Stage
 from .ledger import Measured
 from .limits import option_kinds, read_values
 from .own import Part, check_idle, own_networks
 from .settings import WrongOption, check_options, unknown
-
+from ..mcmc import Draws
 
 # %% ../../nbs/learn/system.ipynb #a1f03c08
 def _fits(nets):

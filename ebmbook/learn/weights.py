@@ -23,7 +23,6 @@ from torch import nn
 
 from .files import not_written
 
-
 # %% ../../nbs/learn/weights.ipynb #4a4a0dc6
 def _some(names):
     "A few names, and how many more there are."

@@ -17,11 +17,10 @@ from torch import Tensor, nn
 from ..learn.blocks import settle_norms
 from ..learn.settings import check_words, suits
 from ..learn.weights import Pretrained, differences, shapes_of
-from ..mcmc import Draws, normal
 from . import selfsup
 from .nets import SIZES, networks
 from .presets import Config, check_config, check_ejm, encoder_config
-
+from ..mcmc import Draws, normal
 
 # %% ../../nbs/08_liebm/joint.ipynb #c018
 def log_z(

@@ -24,13 +24,12 @@ from ..learn.blocks import collect_norms
 from ..learn.contract import Context, Group, Stage
 from ..learn.objectives import contrast
 from ..learn.settings import strict
-from ..mcmc import Draws, Rates, frozen, in_chunks, langevin, normal, uniform
 from . import selfsup
 from .joint import Energy, Nets, log_posterior
 from .presets import Config, encoder_config
 from .selfsup import latent, place
 from .views import augment, dequantise
-
+from ..mcmc import Draws, Rates, frozen, in_chunks, langevin, normal, uniform
 
 # %% ../../nbs/08_liebm.ipynb #c015
 def inward(

@@ -14,7 +14,6 @@ from torch import Tensor, nn
 
 from ..learn.blocks import full, mlp, snorm
 
-
 # %% ../../nbs/08_liebm/nets.ipynb #c007
 def _conv(n_in, n_out, kernel=3, *, stride=1, pad=None, bias=True, sn=False):
     layer = nn.Conv2d(

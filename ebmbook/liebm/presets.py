@@ -10,6 +10,9 @@ __all__ = ['PRESETS', 'DEFAULT_PRESET', 'SwitchFields', 'DataFields', 'StageFiel
 from dataclasses import dataclass, replace
 from typing import Annotated, Any, Literal
 
+from ..data.catalogue import DATASETS, check_shape
+from ..data.examples import Spec
+from ..learn.contract import Loop
 from ebmbook.learn.limits import (
     Count,
     Decay,
@@ -22,13 +25,8 @@ from ebmbook.learn.limits import (
     Text,
     Weight,
 )
-
-from ..data.catalogue import DATASETS, check_shape
-from ..data.examples import Spec
-from ..learn.contract import Loop
 from . import selfsup_presets
 from .nets import SIZES
-
 
 # %% ../../nbs/08_liebm/presets.ipynb #c008
 @dataclass(frozen=True, kw_only=True)

@@ -29,12 +29,11 @@ from ..learn.ledger import Measured
 from ..learn.settings import check_words
 from ..learn.system import System, Task, seed_of
 from ..learn.weights import Pretrained
-from ..mcmc import Draws, frozen, uniform
 from .selfsup_presets import DEFAULT_PRESET as DEFAULT_PRESET
 from .selfsup_presets import PRESETS as PRESETS
 from .selfsup_presets import Config, check_config, check_wmse
 from .views import augment
-
+from ..mcmc import Draws, frozen, uniform
 
 # %% ../../nbs/08_liebm/selfsup.ipynb #c022
 def backbone(

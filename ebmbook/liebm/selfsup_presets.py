@@ -10,6 +10,9 @@ __all__ = ['SIMCLR_PRESETS', 'PRESETS', 'DEFAULT_PRESET', 'DataFields', 'NetFiel
 from dataclasses import dataclass, replace
 from typing import Annotated, Any, Literal
 
+from ..data.catalogue import DATASETS, check_shape
+from ..data.examples import Spec
+from ..learn.contract import Loop
 from ebmbook.learn.limits import (
     Count,
     Decay,
@@ -23,12 +26,7 @@ from ebmbook.learn.limits import (
     Steps,
     Weight,
 )
-
-from ..data.catalogue import DATASETS, check_shape
-from ..data.examples import Spec
-from ..learn.contract import Loop
 from .views import Views
-
 
 # %% ../../nbs/08_liebm/selfsup_presets.ipynb #c039
 @dataclass(frozen=True, kw_only=True)

@@ -13,6 +13,12 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from ..data.catalogue import load
+from ..learn.ledger import Measured
+from ..learn.settings import unknown
+from ..learn.system import System, Task
+from . import selfsup
+from .joint import EJMNets, ERMNets, Nets, build
 from ebmbook.liebm.method import (
     EJM_STAGES,
     ERM_STAGES,
@@ -32,16 +38,8 @@ from ebmbook.liebm.presets import (
     check_ejm,
     encoder_config,
 )
-
-from ..data.catalogue import load
-from ..learn.ledger import Measured
-from ..learn.settings import unknown
-from ..learn.system import System, Task
-from ..mcmc import frozen
-from . import selfsup
-from .joint import EJMNets, ERMNets, Nets, build
 from .uses import restore
-
+from ..mcmc import frozen
 
 # %% ../../nbs/08_liebm/tasks.ipynb #c058
 def _measure_images(nets, generator, *, n=None, extractor='', n_steps=None, chunk=None):

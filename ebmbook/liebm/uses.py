@@ -12,6 +12,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .. import checks
+from ..data.catalogue import load
+from ..data.given import examples_for, operator_for
+from ..learn.settings import strict
+from .joint import Nets
 from ebmbook.liebm.method import (
     chain_rates,
     clamped,
@@ -20,16 +25,9 @@ from ebmbook.liebm.method import (
     squared_distance,
     view,
 )
-
-from .. import checks
-from ..data.catalogue import load
-from ..data.given import examples_for, operator_for
-from ..learn.settings import strict
+from .selfsup import latent, place
 from ..mcmc import Draws, Rates, frozen, langevin, normal
 from ..measure.restoration import Operator
-from .joint import Nets
-from .selfsup import latent, place
-
 
 # %% ../../nbs/08_liebm/uses.ipynb #c050
 def _inference_of(nets, what):

@@ -16,7 +16,6 @@ from ..data.catalogue import random_flip
 from ..learn.limits import Part, Positive, Share
 from ..mcmc import Draws, uniform
 
-
 # %% ../../nbs/08_liebm/views.ipynb #c007
 @dataclass(frozen=True, kw_only=True)
 class Views:

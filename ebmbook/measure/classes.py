@@ -19,7 +19,6 @@ from ebmbook.measure.extractors import (
     network,
 )
 
-
 # %% ../../nbs/measure/classes.ipynb #c045
 def _check_labels(labels, n_classes):
     values = labels.double()

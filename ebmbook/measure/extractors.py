@@ -33,7 +33,6 @@ from ..checks import infinite_rows
 from ..data.examples import Examples
 from ..data.given import picture_range, whole_bytes
 
-
 # %% ../../nbs/measure/extractors.ipynb #369767f3
 def as_tensor(
     x: Tensor | np.ndarray,  # Images

@@ -14,6 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..data.catalogue import load
+from ..data.examples import Examples
+from ..learn.ledger import Measured
+from .distances import check_counts, compare, register
 from ebmbook.measure.extractors import (
     Classifier,
     Images,
@@ -27,12 +31,6 @@ from ebmbook.measure.extractors import (
     pixels,
     register_inception,
 )
-
-from ..data.catalogue import load
-from ..data.examples import Examples
-from ..learn.ledger import Measured
-from .distances import check_counts, compare, register
-
 
 # %% ../../nbs/measure/images.ipynb #c035
 def _joint(

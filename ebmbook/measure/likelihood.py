@@ -10,7 +10,6 @@ from torch import Tensor
 
 from ..checks import mean_weight
 
-
 # %% ../../nbs/measure/likelihood.ipynb #c059
 def iwae(
     log_w: Tensor,  # (..., K) log p(x, z_k) - log q(z_k | x), nats

@@ -16,7 +16,6 @@ from ..data.catalogue import load
 from ..data.outliers import ood_sets
 from ..learn.ledger import Measured
 
-
 # %% ../../nbs/measure/outliers.ipynb #c053
 def auroc(
     scores_in: Tensor,  # (N,) of test images; higher is more ordinary, for example -E(x)

@@ -18,7 +18,6 @@ from torch import Tensor
 
 from .. import checks
 
-
 # %% ../../nbs/measure/restoration.ipynb #c006
 def _checked(function, name, shape):
     """`function`, refusing batches of another shape.

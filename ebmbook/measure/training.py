@@ -19,7 +19,6 @@ from torch import nn
 from ..data.catalogue import load
 from .extractors import EXTRACTORS, Classifier, extractor_folder
 
-
 # %% ../../nbs/measure/training.ipynb #c013
 def _jitter(
     x, generator

@@ -18,7 +18,6 @@ from ..data.scenes import camera_to_world, pairs
 from ..mcmc import Draws
 from .nerf import uniform_like
 
-
 # %% ../../nbs/03_nerf_lebm/angles.ipynb #48f94ff8
 def _positive(kappa):
     "Exp(-|k|) I_0(k) has a corner at zero, where torch takes slope 0, not -1."

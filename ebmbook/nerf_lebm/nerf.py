@@ -19,7 +19,6 @@ from torch import Tensor, nn
 from ..data.scenes import Camera, rays
 from ..mcmc import Draws, uniform
 
-
 # %% ../../nbs/03_nerf_lebm/nerf.ipynb #73e49c2c
 def uniform_like(
     shape: tuple[int, ...],  # Any; the first axis is the batch that a Slice divides

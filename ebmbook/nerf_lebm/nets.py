@@ -17,7 +17,6 @@ from ..learn.weights import Pretrained
 from .nerf import NeRF, RaySampling, Siren
 from .presets import Config, camera_of, check_config
 
-
 # %% ../../nbs/03_nerf_lebm/nets.ipynb #6bf2675f
 class Posterior(NamedTuple):
     "What an encoder infers from pictures."

@@ -18,7 +18,6 @@ from ..data.scenes import Camera
 from ..learn.contract import Loop
 from ..learn.limits import Count, Degrees, Name, Positive, Shape, Steps, Weight
 
-
 # %% ../../nbs/03_nerf_lebm/presets.ipynb #a6b109e4
 @dataclass(frozen=True, kw_only=True)
 class SwitchFields:

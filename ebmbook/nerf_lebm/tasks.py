@@ -10,14 +10,6 @@ import time
 
 import torch
 
-from ebmbook.nerf_lebm.method import (
-    STAGES,
-    codes_of,
-    draw_images,
-    predicted_angles,
-    sample,
-)
-
 from ..data.catalogue import load
 from ..data.scenes import render_cars
 from ..learn.ledger import Measured
@@ -27,9 +19,15 @@ from ..learn.system import System, Task
 from ..measure.images import image_report
 from ..measure.pairs import psnr
 from .angles import turn_error
+from ebmbook.nerf_lebm.method import (
+    STAGES,
+    codes_of,
+    draw_images,
+    predicted_angles,
+    sample,
+)
 from .nets import build
 from .presets import DEFAULT_PRESET, PRESETS, Config, check_config
-
 
 # %% ../../nbs/03_nerf_lebm/tasks.ipynb #50d67634
 def _psnr(pictures, truth):  # mean over pictures

@@ -19,7 +19,6 @@ from ..mcmc import Draws, uniform
 from .nerf import colours_at, pick_pixels
 from .presets import Config, camera_of
 
-
 # %% ../../nbs/03_nerf_lebm/views.ipynb #0bf2caf5
 class Rays(NamedTuple):
     "Pixels that were looked at; those of all views of an object in one row."

@@ -35,10 +35,9 @@ from ..cdrl.presets import PRESETS
 from ..learn.files import write_text
 from ..learn.runs import results_folder, waiter
 from ..mcmc import bf16, frozen, in_chunks, keep_freed, langevin, ula
-from ..vaebm.nets import data_init, energy_net
 from .cost import random_batch
 from .systems import load_system, select
-
+from ..vaebm.nets import data_init, energy_net
 
 # %% ../../nbs/shell/bench.ipynb #c006
 def interleaved(

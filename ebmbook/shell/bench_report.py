@@ -12,7 +12,6 @@ from typing import Any
 from .bench import floor_of, ratio
 from .words import table as plain_table
 
-
 # %% ../../nbs/shell/bench_report.ipynb #c040
 def _verdict(must, where, value, limit=None, at_most=False):
     value = round(value, 2)  # numbers are compared as printed

@@ -20,7 +20,6 @@ from ..learn.files import make_folder
 from ..learn.limits import Name, Steps, Text, fits, refusal
 from ..learn.settings import unknown
 
-
 # %% ../../nbs/shell/chapters.ipynb #c021
 def read_parameters(
     path: Path,  # A notebook

@@ -20,6 +20,9 @@ from typing import Annotated, Any
 
 import typer
 
+from ..learn.files import make_folder
+from ..learn.limits import LARGEST, Name, fits, read_mapping, refusal
+from ..learn.settings import unknown
 from ebmbook.shell.chapters import (
     check_parameters,
     execute,
@@ -37,10 +40,6 @@ from ebmbook.shell.systems import (
     select,
     systems,
 )
-
-from ..learn.files import make_folder
-from ..learn.limits import LARGEST, Name, fits, read_mapping, refusal
-from ..learn.settings import unknown
 from .words import Command, parameters, table, typed
 
 # %% ../../nbs/shell/cli.ipynb #c010

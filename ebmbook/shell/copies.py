@@ -16,7 +16,6 @@ from typing import Any, NamedTuple
 
 from .book import chapter_number, split_directives
 
-
 # %% ../../nbs/shell/copies.ipynb #35f7cf94
 class Target(NamedTuple):
     "Something that has a label or a page."

@@ -20,7 +20,6 @@ from ..learn.loop import make_accelerator
 from ..learn.runs import waiter
 from ..learn.step import optimiser_step
 
-
 # %% ../../nbs/shell/cost.ipynb #c005
 def random_batch(
     cfg: Any,  # Resolved settings

@@ -24,7 +24,6 @@ from ..learn.system import System
 from .claims import missing
 from .systems import check_device, load_system, select
 
-
 # %% ../../nbs/shell/judging.ipynb #c040
 def resolve(
     job: Any,  # From `ebmbook.shell.claims.missing`

@@ -9,7 +9,6 @@ from torch import Tensor, nn
 
 from ..learn.blocks import snorm
 
-
 # %% ../../nbs/shell/own_networks.ipynb #3b3a81c2
 class NoisyEnergy(nn.Module):
     "An energy of noisy images for CDRL; the level is a further channel."

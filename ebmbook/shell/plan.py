@@ -24,7 +24,6 @@ from ..learn.settings import read_over
 from ..learn.system import System
 from .cost import duration
 
-
 # %% ../../nbs/shell/plan.ipynb #5a1e0006
 def check_minutes(
     minutes: Any,  # As given

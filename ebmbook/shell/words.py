@@ -17,7 +17,6 @@ from typer.core import TyperCommand
 from ..learn.limits import Steps, fits, numbers, read, read_mapping, refusal
 from ..learn.settings import unknown
 
-
 # %% ../../nbs/shell/words.ipynb #c005
 def join_args(
     args: list[str],  # As typed

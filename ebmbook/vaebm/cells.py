@@ -14,7 +14,6 @@ from torch import Tensor, nn
 
 from ..learn.blocks import wnorm
 
-
 # %% ../../nbs/06_vaebm/cells.ipynb #c010
 def wconv(
     n_in: int,  # Input channels

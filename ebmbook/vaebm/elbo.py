@@ -19,7 +19,6 @@ from ..learn.blocks import collect_norms, full
 from ..mcmc import Draws
 from .vae import VAE, log_gauss
 
-
 # %% ../../nbs/06_vaebm/elbo.ipynb #c049
 def warm_up(
     frac: float,  # Part of the training that is done, 0 to 1

@@ -16,6 +16,15 @@ import torch
 from torch import Tensor
 from torch.nn.utils import parametrize
 
+from ..checks import count as check_count
+from ..data.catalogue import flip_if, load
+from ..data.given import examples_for
+from ..learn.contract import Context, Group, Stage
+from ..learn.latents import recall_queue
+from ..learn.objectives import contrast
+from ..learn.own import own_names
+from ..learn.settings import check_words, strict
+from ..learn.system import energy_net
 from ebmbook.mcmc import (
     Draws,
     frozen,
@@ -27,22 +36,11 @@ from ebmbook.mcmc import (
     ula,
     uniform,
 )
-
-from ..checks import count as check_count
-from ..data.catalogue import flip_if, load
-from ..data.given import examples_for
-from ..learn.contract import Context, Group, Stage
-from ..learn.latents import recall_queue
-from ..learn.objectives import contrast
-from ..learn.own import own_names
-from ..learn.settings import check_words, strict
-from ..learn.system import energy_net
 from ..measure.likelihood import iwae
 from .elbo import learning_rate, reduce_bits, spectral_sum, vae_loss
 from .nets import Nets, data_init
 from .presets import Config
 from .vae import VAE, log_gauss, prior_pass
-
 
 # %% ../../nbs/06_vaebm.ipynb #c019
 def render(

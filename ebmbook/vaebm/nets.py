@@ -25,7 +25,6 @@ from .own import PARTS, OwnVAE, latent_of
 from .presets import Config, check_config
 from .vae import VAE, PointVAE
 
-
 # %% ../../nbs/06_vaebm/nets.ipynb #c006
 def swish(
     x: Tensor,  # Any shape

@@ -16,7 +16,6 @@ from ..learn.blocks import full
 from .cells import DecoderCell, EncoderCell, Shift, wconv
 from .vae import VAE
 
-
 # %% ../../nbs/06_vaebm/nvae.ipynb #c006
 def bounded(
     mu: Tensor,  # (B, ...) raw mean

@@ -17,7 +17,6 @@ from ..learn.blocks import full
 from ..learn.own import Part, answer, check_answer, check_pair, double, try_energy
 from .vae import VAE, Normal
 
-
 # %% ../../nbs/06_vaebm/own.ipynb #7c0a8804
 class EnergyLike(Protocol):
     "An energy of examples; a `torch.nn.Module` whose `forward` is this."

@@ -10,6 +10,10 @@ __all__ = ['PRESETS', 'DEFAULT_PRESET', 'SwitchFields', 'DataFields', 'VaeFields
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
+from ..data.catalogue import DATASETS, check_shape
+from ..data.examples import Spec
+from ..data.given import check_square
+from ..learn.contract import Loop
 from ebmbook.learn.limits import (
     Count,
     Name,
@@ -21,12 +25,6 @@ from ebmbook.learn.limits import (
     Text,
     Weight,
 )
-
-from ..data.catalogue import DATASETS, check_shape
-from ..data.examples import Spec
-from ..data.given import check_square
-from ..learn.contract import Loop
-
 
 # %% ../../nbs/06_vaebm/presets.ipynb #c008
 @dataclass(frozen=True, kw_only=True)

@@ -14,6 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..data.examples import Spec
+from ..learn.contract import Context, Group
+from ..learn.rivals import from_noise
+from ..learn.settings import check_words, strict
+from ..learn.weights import Pretrained
+from ..mcmc import Draws, frozen, in_chunks, langevin, recall, ula
 from ebmbook.vaebm.method import (
     STAGES,
     decoder_group,
@@ -26,17 +32,9 @@ from ebmbook.vaebm.method import (
     sample,
     unroll,
 )
-
-from ..data.examples import Spec
-from ..learn.contract import Context, Group
-from ..learn.rivals import from_noise
-from ..learn.settings import check_words, strict
-from ..learn.weights import Pretrained
-from ..mcmc import Draws, frozen, in_chunks, langevin, recall, ula
 from .nets import energy_of, vae_of
 from .presets import Config, check_config
 from .vae import VAE
-
 
 # %% ../../nbs/06_vaebm/rivals.ipynb #3a7c90d7
 class VaeNets(nn.Module, Pretrained):
