@@ -15,7 +15,7 @@ from torch import Tensor
 from .ladder import schedule
 from .method import STAGES, Known, attribute_label, energy, sample
 from .nets import Nets, build
-from .presets import DEFAULT_PRESET, PRESETS, Config, check_config
+from .presets import DEFAULT_PRESET, PRESETS, Config, check_config, fit_to
 from ..data.catalogue import DATASETS, load
 from ..data.procedural import edge, in_square
 from ..learn.settings import unknown
@@ -161,6 +161,7 @@ SYSTEM = System(
     name='cdrl',
     about="An energy for each noise level, and a network that proposes starts of chains.",
     config=Config, presets=PRESETS, default_preset=DEFAULT_PRESET, check=check_config,
+    fit_to=fit_to,
     build=build, stages=STAGES, sample=sample, energy=energy, chain_energy=chain_energy,
     label=attribute_label, bare=lambda cfg: replace(cfg, vae=''),
     tasks=(

@@ -31,7 +31,8 @@ def all_networks(
     changes: dict[str, Any] = dict(flow=PRIOR_BLOCKS if cfg.prior == 'flow' else 0)
     if cfg.norm:
         changes['norm'] = cfg.norm
-    encoder, decoder, energy, prior = networks(**SIZES[cfg.net] | changes)
+    sizes = SIZES[cfg.net] | changes | dict(shape=cfg.shape)
+    encoder, decoder, energy, prior = networks(**sizes)
     return encoder, decoder, prior, energy
 
 # %% ../../nbs/07_ecvae/parts.ipynb #e1551e0d

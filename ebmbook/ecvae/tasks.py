@@ -16,7 +16,7 @@ from ..data.procedural import STD25
 from .method import STAGES, Nets, build, chain_energy, energy, evidence
 from .method import refine_latents, restore, sample
 from .parts import squared_norm
-from .presets import DEFAULT_PRESET, PRESETS, Config, check_config
+from .presets import DEFAULT_PRESET, PRESETS, Config, check_config, fit_to
 from .rivals import RIVALS
 from ..learn.ledger import Measured
 from ..learn.system import System, Task, images_only, points_only
@@ -29,6 +29,7 @@ _ecvae = System(
     about='A variational autoencoder that learns from its own samples, which short chains '
     'on a learned energy correct.',
     config=Config, presets=PRESETS, default_preset=DEFAULT_PRESET, check=check_config,
+    fit_to=fit_to,
     build=build, stages=STAGES, sample=sample, energy=energy, chain_energy=chain_energy,
 )  # fmt: skip
 # whoever measures samples asks it who draws them; `SYSTEM` below has the tasks too

@@ -204,6 +204,7 @@ class System(Uses):
     unfit: Mapping[str, Callable[[Any], str]] = field(default_factory=dict)
     # 'restore' and the like -> why it does not suit networks, or ''
     label: Callable[[int, int], int] | None = None  # Label of (attribute, value)
+    fit_to: Callable[[Any], Any] | None = None  # Completes preset 'small' by its data
     bare: Callable[[Any], Any] = _unchanged  # Without work outside the networks
     rivals: Mapping[str, 'System'] = field(default_factory=dict)  # By `cfg.method`
 

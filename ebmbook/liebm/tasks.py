@@ -30,7 +30,14 @@ from ebmbook.liebm.method import (
     outward,
     sample,
 )
-from .presets import DEFAULT_PRESET, PRESETS, Config, check_config, check_ejm
+from ebmbook.liebm.presets import (
+    DEFAULT_PRESET,
+    PRESETS,
+    Config,
+    check_config,
+    check_ejm,
+    fit_to,
+)
 from .uses import restore
 from ..mcmc import frozen
 
@@ -188,6 +195,7 @@ _EM = System(
     about="LIEBM: a frozen self-supervised encoder tells the energy where each image lies "
     "on a sphere of meanings, a generator starts the chains, and the two teach each other.",
     config=Config, presets=PRESETS, default_preset=DEFAULT_PRESET, check=check_config,
+    fit_to=fit_to,
     build=build, stages=STAGES, sample=sample, energy=energy, chain_energy=chain_energy,
     anomaly=anomaly, restore=_final, unfit=dict(restore=_needs_inference),
     tasks=(

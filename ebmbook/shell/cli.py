@@ -22,7 +22,7 @@ import typer
 
 from ..learn.files import make_folder
 from ..learn.limits import LARGEST, Name, fits, read_mapping, refusal
-from ..learn.settings import unknown
+from ..learn.settings import SMALL, base_of, unknown
 from ebmbook.shell.chapters import (
     check_parameters,
     execute,
@@ -190,7 +190,9 @@ def presets(
         for preset, cfg in found.presets.items():
             mark = '*' if found.default_preset.get(cfg.data) == preset else ''
             mark += 'w' if book_weights(name, preset) is not None else ''
-            rows.append([preset, mark, cfg.data, *(getattr(cfg, key) for key in keys)])
+            fits = preset == SMALL and found.fit_to is not None
+            data = f'{cfg.data}, yours' if fits else cfg.data
+            rows.append([preset, mark, data, *(getattr(cfg, key) for key in keys)])
         typer.echo(f'{name}: {about[name]}')
         typer.echo(table(['preset', '', 'data', *keys], rows) + '\n')
         if found.rivals:
@@ -300,7 +302,8 @@ def train(
 
     known.of(cfg).check(cfg, require(cfg.data))
     where = dict(seed=given['seed'], out=given['out'], device=check_device(device))
-    run = open_run(system, preset, cfg, known.presets[preset], change=change, **where)
+    base = base_of(known.presets, preset, cfg, known.fit_to)
+    run = open_run(system, preset, cfg, base, change=change, **where)
     first = os.environ.get('RANK', '0') == '0'  # of several processes one speaks
     if first:
         typer.echo(

@@ -14,7 +14,7 @@ from ..data.held import hold
 from ..learn.limits import LARGEST
 from ..learn.loop import train as fit
 from ..learn.runs import open_run
-from ..learn.settings import unknown
+from ..learn.settings import base_of, unknown
 from ..learn.system import System
 from .model import Model, model_of
 from .systems import check_device, check_length, load_system, select
@@ -30,19 +30,6 @@ def _name_of(data, test):
             raise ValueError("test goes with data that are given as tensors or a Dataset")
         return data or ''
     return hold(data, test)
-
-
-def _preset_of(system, name, preset):
-    "The preset that is meant where none is named."
-    own = name.startswith(('folder:', 'given:'))
-    if preset or not own:
-        return preset
-    if 'small' not in system.presets:
-        raise ValueError(
-            f"which preset? Your own data have none of their own: give preset=..., one of "
-            f"{', '.join(system.presets)}"
-        )
-    return 'small'
 
 
 def _check_shape(preset, cfg, spec, given):
@@ -61,7 +48,6 @@ def _settings(system, data, preset, over, test):
     name = _name_of(data, test)
     if name and not name.startswith(('folder:', 'given:')) and name not in DATASETS:
         raise unknown('data set', name, list(DATASETS))
-    preset = _preset_of(system, name, preset)
     preset, cfg = select(system, name, preset, over)
     spec = require(cfg.data)
     _check_shape(preset, cfg, spec, name.startswith('given:'))
@@ -101,7 +87,7 @@ def train(
         known.name,
         preset,
         cfg,
-        known.presets[preset],
+        base_of(known.presets, preset, cfg, known.fit_to),
         seed=seed,
         out=Path(out).expanduser() if out else '',
         device=check_device(str(device or '')),

@@ -26,7 +26,7 @@ from ..measure.images import image_report
 from ..measure.outliers import auroc_ood
 from .method import STAGES, energy, log_score, sample
 from .nets import Nets, build
-from .presets import DEFAULT_PRESET, PRESETS, Config, check_config
+from .presets import DEFAULT_PRESET, PRESETS, Config, check_config, fit_to
 from .rivals import RIVALS
 from .vae import VAE
 
@@ -36,6 +36,7 @@ _vaebm = System(
     about='A variational autoencoder covers all the data and a little too much, an energy '
     'takes the surplus away, and chains run in the space of the autoencoder\'s noise.',
     config=Config, presets=PRESETS, default_preset=DEFAULT_PRESET, check=check_config,
+    fit_to=fit_to,
     build=build, stages=STAGES, sample=sample, energy=energy,
 )  # fmt: skip
 # whoever measures samples asks it who draws them; `SYSTEM` below has the tasks too
