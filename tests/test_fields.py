@@ -183,6 +183,7 @@ TURNS = dict(
         norm=turn(False),
         pretrain=turn(1),
         lr_pretrain=turn(1e-2, pretrain=1),
+        rest=turn(True, pretrain=1),
         cooldown=turn(1.0),
         coop=turn(False),
         shared_noise=turn(False),

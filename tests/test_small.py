@@ -134,6 +134,21 @@ def test_cdrl_learns_the_classes_that_there_are(tmp_path):
     assert not torch.equal(*energies[:2]) and not torch.equal(*energies[1:])
 
 
+def test_proposals_rest_while_the_energy_learns(tmp_path):
+    "They are what the stage before left, and the energy is not."
+    over = QUICK['cdrl'] | dict(pretrain=2, ema=0.0, lr=1e-2, warmup=0)
+    data = pictures(20, (1, 16, 16))
+    found = [
+        ebmbook.train(
+            'cdrl', data, over=over | dict(n_iters=n), out=tmp_path / str(n), progress=False
+        ).nets.cpu()
+        for n in (0, 2)
+    ]
+    for part, same in dict(init=True, energy=False).items():
+        before, after = (getattr(nets, part).state_dict() for nets in found)
+        assert same == all(torch.equal(before[name], after[name]) for name in before)
+
+
 def test_cdrl_draws_the_classes_it_is_asked_for(tmp_path):
     model = trained('cdrl', (1, 16, 16), tmp_path)
     x = model.sample(2, labels=torch.tensor([1, 3]), w=1.0)

@@ -36,6 +36,7 @@ class SwitchFields:
     norm: bool = True  # Spectral norm on the energy
     pretrain: Steps = 0  # Steps of the initialiser alone, denoising data; not in the paper
     lr_pretrain: Positive = 3e-4  # Adam step size there
+    rest: bool = False  # After those the initialiser stays as it is; not in the paper
     cooldown: Share = 0.0  # Last part of the iterations, rates fall to 0; not in the paper
     coop: bool = True  # Learn an initialiser; off is diffusion recovery likelihood (DRL)
     shared_noise: bool = True  # One noise for both levels of a pair (variance reduction)
@@ -152,7 +153,7 @@ _LAPTOP: dict[str, Any] = dict(
     ch=64, mult=(1, 2), init_mult=(1, 2), init_blocks=2, lr=3e-4, tweedie=0.)
 _LAPTOP_PRESETS = {
     'small':              Config(
-        **_LAPTOP, n_iters=4_000, pretrain=6_000, head_start=-1_000_000),
+        **_LAPTOP, n_iters=4_000, pretrain=6_000, rest=True),
 }
 # fmt: on
 
@@ -216,6 +217,11 @@ def check_config(
     if cfg.n_levels != n_levels:
         raise ValueError(
             f"schedule {cfg.schedule!r} has n_levels={n_levels}, got {cfg.n_levels}"
+        )
+    if cfg.rest and not (cfg.coop and cfg.pretrain):
+        raise ValueError(
+            "rest=True keeps what the initialiser learned before: it needs pretrain above 0 "
+            f"and coop=True, got pretrain={cfg.pretrain} and coop={cfg.coop}"
         )
     if not cfg.vae:  # latents have a shape of their own
         check_shape(cfg.data, cfg.shape, spec)

@@ -312,8 +312,9 @@ _LAPTOP: dict[str, Any] = dict(
 _LAPTOP_PRESETS = {
     'small': Config(
         **_LAPTOP,
-        **_LATER,
         n_steps=15,
+        lr=2e-4,
+        lr_flow=1e-4,
         delta=0.05,
         delta_test=0.06,
         n_iters=2_000,
