@@ -36,7 +36,6 @@ class SwitchFields:
     norm: bool = True  # Spectral norm on the energy
     pretrain: Steps = 0  # Steps of the initialiser alone, denoising data; not in the paper
     lr_pretrain: Positive = 3e-4  # Adam step size there
-    rest: bool = False  # After those the initialiser stays as it is; not in the paper
     cooldown: Share = 0.0  # Last part of the iterations, rates fall to 0; not in the paper
     coop: bool = True  # Learn an initialiser; off is diffusion recovery likelihood (DRL)
     shared_noise: bool = True  # One noise for both levels of a pair (variance reduction)
@@ -92,6 +91,7 @@ class OptimFields:
     lr_init: Positive = 1e-5  # Adam step size of the initialiser
     warmup: Steps = 10_000  # Steps until the learning rates are reached
     head_start: Integer = 500  # Steps by which the initialiser's warm-up is ahead, or late
+    rest: bool = False  # The initialiser stays as `pretrain` left it; not in the paper
     clip: Weight = 1.0  # Largest gradient norm of each network; 0 is none
 
 # %% ../../nbs/05_cdrl/presets.ipynb #7d6aff9e
@@ -153,7 +153,7 @@ _LAPTOP: dict[str, Any] = dict(
     ch=64, mult=(1, 2), init_mult=(1, 2), init_blocks=2, lr=3e-4, tweedie=0.)
 _LAPTOP_PRESETS = {
     'small':              Config(
-        **_LAPTOP, n_iters=4_000, pretrain=6_000, rest=True),
+        **_LAPTOP, n_iters=5_000, pretrain=6_000, rest=True),
 }
 # fmt: on
 
