@@ -230,7 +230,7 @@ _LAPTOP = dict(
     net='32/2 64/2 64',
     pad_to=4,
     eta=1e-3,
-    lr=5e-4,
+    lr=2e-4,
     n_eval=10_000,
 )
 _LAPTOP_PRESETS = {'small': _digits('mnist', 8_000, 1_500, **_LAPTOP)}
