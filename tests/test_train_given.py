@@ -236,7 +236,7 @@ def test_wrong_data(tmp_path, data, words):
 @pytest.mark.parametrize(
     ('options', 'words'),
     [
-        (dict(preset=''), 'which preset?'),
+        (dict(preset=''), '16 to 32 pixels'),
         (dict(preset='digit'), "did you mean 'digits'"),
         (dict(over=dict(n_iter=3)), "did you mean 'n_iters'"),
         (dict(over=dict(n_iters=0, pretrain=0)), 'nothing would be trained'),

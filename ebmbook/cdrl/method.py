@@ -278,7 +278,7 @@ def losses(
     moved = (refined - start).flatten(1).norm(dim=1).mean()
     logs = dict(gap=(real - fake).detach().mean(), moved=moved)
     yield 'energy', (ladder.weight[t] * (real - fake)).mean(), logs
-    if cfg.coop:
+    if cfg.coop and not cfg.rest:
         yield 'init', _proposal_loss(nets, y, refined, x_next, t, c, noise), {}
 
 # %% ../../nbs/05_cdrl.ipynb #c042
@@ -301,7 +301,7 @@ def optimisers(
 
     adam = torch.optim.Adam(nets.energy.parameters(), cfg.lr)
     groups = dict(energy=Group(adam, ramp(0), cfg.clip))
-    if cfg.coop:
+    if cfg.coop and not cfg.rest:
         adam = torch.optim.AdamW(nets.init.parameters(), cfg.lr_init, weight_decay=0.0)
         groups['init'] = Group(adam, ramp(cfg.head_start), cfg.clip)
     return groups

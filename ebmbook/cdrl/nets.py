@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from .own import PARTS, OwnEnergy
 from .presets import Config, check_config
-from ..learn.blocks import full, groups, sinusoid, snorm
+from ..learn.blocks import full, groups, pad_sides, sinusoid, snorm, whole_side
 from ..learn.own import OwnNet, class_names, own_networks
 from ..learn.weights import Pretrained
 
@@ -49,6 +49,21 @@ def _halve(size, times):
     "Refuse images that cannot be halved that often."
     if size % 2**times:
         raise ValueError(f"size {size} cannot be halved {times} times")
+
+
+def _side(size, times, stem):
+    "Side of what the blocks see: behind a stem it is made to be halved that often."
+    if stem == 1:
+        _halve(size, times)
+        return size
+    return whole_side(size, stem * 2**times) // stem
+
+
+def _fold(x, stem, side):
+    "Squares of `stem` pixels as channels, after zeros below and to the right."
+    if stem == 1:
+        return x
+    return F.pixel_unshuffle(pad_sides(x, stem * side), stem)
 
 
 def _check(x, lam, shape):
@@ -229,16 +244,17 @@ class EnergyNet(LevelEnergy):
         n_classes: int = 0,  # Classes; 0 is an unconditional network
         temb: int | None = None,  # Width of the level code; None is 4*ch
         norm: bool = True,  # Spectral norm on every layer but the head
+        stem: int = 1,  # Side of the squares of pixels that become channels at first
     ) -> None:
         super().__init__()
-        _halve(size, len(mult) - 1)
+        self.stem, self.side = stem, _side(size, len(mult) - 1, stem)
         wrap = snorm if norm else _plain
         temb = temb or 4 * ch
         widths = [ch, *(ch * times for times in mult for _ in range(n_blocks))]
         self.shape = (in_ch, size, size)
         self.n_blocks = n_blocks
         self.code = LevelCode(ch, temb, n_classes, lrelu, wrap)
-        self.enter = wrap(_conv(in_ch, ch))
+        self.enter = wrap(_conv(in_ch * stem**2, ch))
         self.blocks = _energy_blocks(_conv, wrap, widths, temb)
         self.head = nn.Linear(temb, widths[-1], bias=False)
 
@@ -246,7 +262,7 @@ class EnergyNet(LevelEnergy):
         return self.head(code)
 
     def features(self, y: Tensor, shifts: list[Tensor]) -> Tensor:
-        hidden = self.enter(y)
+        hidden = self.enter(_fold(y, self.stem, self.side))
         for i, (block, shift) in enumerate(zip(self.blocks, shifts)):
             if i and i % self.n_blocks == 0:
                 hidden = F.avg_pool2d(hidden, 2)
@@ -402,26 +418,32 @@ class UNet(LevelProposal):
         n_classes: int = 0,  # Classes; 0 is an unconditional network
         attn: tuple[int, ...] = (16, 8),  # Image sizes with attention
         dropout: float = 0.1,  # Dropout inside the residual blocks
+        stem: int = 1,  # Side of the squares of pixels that become channels at first
     ) -> None:
         super().__init__()
-        _halve(size, len(mult) - 1)
-        levels = [(ch * times, size >> i in attn) for i, times in enumerate(mult)]
+        self.stem, self.side = stem, _side(size, len(mult) - 1, stem)
+        levels = [(ch * times, self.side >> i in attn) for i, times in enumerate(mult)]
         block = partial(UBlock, temb=4 * ch, dropout=dropout)
         kept = [ch]
         self.shape = (in_ch, size, size)
         self.code = LevelCode(ch, 4 * ch, n_classes, F.silu)
-        self.enter = _conv(in_ch, ch)
+        self.enter = _conv(in_ch * stem**2, ch)
         self.down = nn.ModuleList(_down_blocks(block, levels, n_blocks, kept))
         self.up = nn.ModuleList()  # before the middle: saved weights have this order
         width = kept[-1]
         self.middle = nn.ModuleList([block(width, width, attend=True), block(width, width)])
         self.up.extend(_up_blocks(block, levels, n_blocks, kept))
         width = ch * mult[0]
-        self.norm, self.exit = groups(width), quiet(_conv(width, in_ch))
+        self.norm, self.exit = groups(width), quiet(_conv(width, in_ch * stem**2))
 
     def step(self, x: Tensor, code: Tensor) -> Tensor:
-        hidden = _down_and_up(self.down, self.middle, self.up, self.enter(x), code)
-        return self.exit(F.silu(self.norm(hidden)))
+        hidden = self.enter(_fold(x, self.stem, self.side))
+        hidden = _down_and_up(self.down, self.middle, self.up, hidden, code)
+        out = self.exit(F.silu(self.norm(hidden)))
+        if self.stem == 1:
+            return out
+        size = self.shape[1]
+        return F.pixel_shuffle(out, self.stem)[..., :size, :size]
 
 # %% ../../nbs/05_cdrl/nets.ipynb #c047
 class PointEnergy(LevelEnergy):
@@ -490,7 +512,7 @@ def _energy_of(cfg):
     "The energy of a preset."
     if len(cfg.shape) == 1:
         return PointEnergy(cfg.ch, cfg.shape[0], cfg.norm)
-    image = dict(in_ch=cfg.shape[0], size=cfg.shape[1])
+    image = dict(in_ch=cfg.shape[0], size=cfg.shape[1], stem=cfg.stem)
     net = EnergyNet(
         cfg.ch, cfg.mult, cfg.blocks, n_classes=cfg.n_classes, norm=cfg.norm, **image
     )
@@ -510,6 +532,7 @@ def _init_of(cfg):
         dropout=cfg.dropout,
         in_ch=cfg.shape[0],
         size=cfg.shape[1],
+        stem=cfg.stem,
     )
 
 

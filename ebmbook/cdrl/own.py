@@ -88,10 +88,10 @@ def _try_init(net, cfg, own):
 
 
 PARTS = {
-    'energy': Part(_CALLS['energy'], _try_energy, ('ch', 'mult', 'blocks', 'norm')),
+    'energy': Part(_CALLS['energy'], _try_energy, ('stem', 'ch', 'mult', 'blocks', 'norm')),
     'init': Part(
         _CALLS['init'],
         _try_init,
-        ('init_ch', 'init_mult', 'init_blocks', 'attn', 'dropout'),
+        ('stem', 'init_ch', 'init_mult', 'init_blocks', 'attn', 'dropout'),
     ),
 }

@@ -4,13 +4,13 @@
 
 # %% auto #0
 __all__ = ['PRESETS', 'DEFAULT_PRESET', 'ATTRIBUTES', 'SwitchFields', 'DataFields', 'ChainFields', 'NetFields', 'OptimFields',
-           'LabelFields', 'Config', 'check_config']
+           'LabelFields', 'Config', 'check_config', 'fit_to']
 
 # %% ../../nbs/05_cdrl/presets.ipynb #b222bebe
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from ..data.catalogue import check_shape
+from ..data.catalogue import check_shape, small_pictures
 from ..data.examples import Spec
 from ..data.given import check_square
 from ..learn.contract import Loop
@@ -71,6 +71,7 @@ class ChainFields:
 class NetFields:
     "Sizes of the two networks."
 
+    stem: Count = 1  # Side of the squares of pixels that become channels; paper: none
     ch: Count = 128  # Width of the energy
     mult: Shape = (1, 2, 2, 2)  # Widths of its levels, in units of ch
     blocks: Count = 8  # Residual blocks in each of them
@@ -90,6 +91,7 @@ class OptimFields:
     lr_init: Positive = 1e-5  # Adam step size of the initialiser
     warmup: Steps = 10_000  # Steps until the learning rates are reached
     head_start: Integer = 500  # Steps by which the initialiser's warm-up is ahead, or late
+    rest: bool = False  # The initialiser stays as `pretrain` left it; not in the paper
     clip: Weight = 1.0  # Largest gradient norm of each network; 0 is none
 
 # %% ../../nbs/05_cdrl/presets.ipynb #7d6aff9e
@@ -144,6 +146,17 @@ _CLAIM_PRESETS = {
 }
 # fmt: on
 
+# %% ../../nbs/05_cdrl/presets.ipynb #5a1ce532
+# fmt: off
+_LAPTOP: dict[str, Any] = dict(
+    _SMALL, data='mnist', shape=(1, 28, 28), n_classes=10, n_eval=10_000, stem=2,
+    ch=64, mult=(1, 2), init_mult=(1, 2), init_blocks=2, lr=3e-4, tweedie=0.)
+_LAPTOP_PRESETS = {
+    'small':              Config(
+        **_LAPTOP, n_iters=5_000, pretrain=6_000, rest=True),
+}
+# fmt: on
+
 # %% ../../nbs/05_cdrl/presets.ipynb #4ba71fb8
 # fmt: off
 # batch from the released code (32 on each of 8 GPUs), and the length of imagenet32-cond
@@ -174,7 +187,7 @@ _PAPER_PRESETS = {
 # fmt: on
 
 # %% ../../nbs/05_cdrl/presets.ipynb #8af219cd
-PRESETS = {**_TOY_PRESETS, **_CLAIM_PRESETS, **_PAPER_PRESETS}
+PRESETS = {**_TOY_PRESETS, **_CLAIM_PRESETS, **_LAPTOP_PRESETS, **_PAPER_PRESETS}
 DEFAULT_PRESET = {
     'checkerboard': 'checkerboard',
     'digits': 'digits-cond',
@@ -183,6 +196,7 @@ DEFAULT_PRESET = {
     'imagenet32': 'imagenet32',
     'celeba64': 'celeba64-inpainting',
     'celebahq256': 'celebahq256-latent',
+    **dict.fromkeys(('mnist', 'fashion_mnist', 'svhn'), 'small'),
 }
 # Male, Smiling, Young; other data sets use all of their attributes
 ATTRIBUTES = {'celeba64': (20, 31, 39)}
@@ -204,8 +218,32 @@ def check_config(
         raise ValueError(
             f"schedule {cfg.schedule!r} has n_levels={n_levels}, got {cfg.n_levels}"
         )
+    if cfg.rest and not (cfg.coop and cfg.pretrain):
+        raise ValueError(
+            "rest=True keeps what the initialiser learned before: it needs pretrain above 0 "
+            f"and coop=True, got pretrain={cfg.pretrain} and coop={cfg.coop}"
+        )
     if not cfg.vae:  # latents have a shape of their own
         check_shape(cfg.data, cfg.shape, spec)
-    check_square(cfg.shape, len(cfg.mult) - 1, 'mult')
-    check_square(cfg.shape, len(cfg.init_mult) - 1, 'init_mult')
+    # behind a stem, sides that cannot be halved are padded
+    for name in ('mult', 'init_mult'):
+        check_square(cfg.shape, 0 if cfg.stem > 1 else len(getattr(cfg, name)) - 1, name)
     return cfg
+
+# %% ../../nbs/05_cdrl/presets.ipynb #5a1ce542
+def fit_to(
+    cfg: Config,  # Settings of 'small', with the name of the data
+) -> Config:  # Completed by what is known of the data
+    """Make the preset that of its data.
+
+    Raises what `small_pictures` raises: for other pictures, or data that are not there.
+    """
+    spec = small_pictures(cfg.data)
+    n_classes = spec.n_classes or 2 * len(spec.attributes)
+    return replace(
+        cfg,
+        shape=tuple(spec.shape),
+        n_classes=n_classes,
+        # an attribute is seen by the energy alone, so that energies can be added
+        init_cond=not spec.attributes,
+    )

@@ -16,7 +16,7 @@ from .ladder import schedule
 from .method import STAGES, Known, attribute_label, energy, sample
 from .nets import Nets, build
 from .own import PARTS
-from .presets import DEFAULT_PRESET, PRESETS, Config, check_config
+from .presets import DEFAULT_PRESET, PRESETS, Config, check_config, fit_to
 from ..data.catalogue import DATASETS, load
 from ..data.procedural import edge, in_square
 from ..learn.ledger import Measured
@@ -162,6 +162,7 @@ SYSTEM = System(
     name='cdrl',
     about="An energy for each noise level, and a network that proposes starts of chains.",
     config=Config, presets=PRESETS, default_preset=DEFAULT_PRESET, check=check_config,
+    fit_to=fit_to,
     build=build, stages=STAGES, sample=sample, energy=energy, chain_energy=chain_energy,
     lengths=('n_iters', 'pretrain', 'warmup', 'head_start'),
     label=attribute_label, bare=lambda cfg: replace(cfg, vae=''), parts=PARTS,

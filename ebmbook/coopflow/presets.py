@@ -4,13 +4,13 @@
 
 # %% auto #0
 __all__ = ['PRESETS', 'DEFAULT_PRESET', 'SwitchFields', 'DataFields', 'StageFields', 'ChainFields', 'OptimFields', 'NetFields',
-           'RivalFields', 'Config', 'check_config']
+           'RivalFields', 'Config', 'check_config', 'fit_to']
 
 # %% ../../nbs/04_coopflow/presets.ipynb #4f0a687c
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, Any, Literal
 
-from ..data.catalogue import DATASETS, check_shape
+from ..data.catalogue import DATASETS, check_shape, small_pictures
 from ..data.given import check_square
 from ..learn.contract import Loop
 from ebmbook.learn.limits import (
@@ -287,14 +287,56 @@ _PAPER_PRESETS = {
 }
 # fmt: on
 
+# %% ../../nbs/04_coopflow/presets.ipynb #5a1ce552
+_LAPTOP: dict[str, Any] = dict(
+    data='mnist',
+    shape=(1, 28, 28),
+    n_eval=10_000,
+    batch=32,
+    ch=24,
+    blocks=3,
+    flow_steps=(2, 1, 1),
+    deq=(),
+    flow_blocks=1,
+    flow_width=32,
+    n_mix=4,
+    drop=0.0,
+    lr_pre=2e-3,
+    lr_warm=100,
+    cooldown=0.2,
+    ebm_clip=1.0,
+    ema=0.995,
+    log_every=20,
+    save_every=250,
+)
+_LAPTOP_PRESETS = {
+    'small': Config(
+        **_LAPTOP,
+        n_steps=15,
+        lr=2e-4,
+        lr_flow=1e-4,
+        delta=0.05,
+        delta_test=0.06,
+        n_iters=2_000,
+        n_pre=8_000,
+        warm=200,
+    )
+}
+
 # %% ../../nbs/04_coopflow/presets.ipynb #58f45253
-PRESETS = {**_SPIRAL_PRESETS, **_DIGITS_PRESETS, **_CLAIM_PRESETS, **_PAPER_PRESETS}
+PRESETS = {
+    **_SPIRAL_PRESETS,
+    **_DIGITS_PRESETS,
+    **_CLAIM_PRESETS,
+    **_LAPTOP_PRESETS,
+    **_PAPER_PRESETS,
+}
 DEFAULT_PRESET = {
     'spiral': 'spiral-pre',
     'digits': 'digits-pre',
     'cifar10': 'cifar10-pre',
-    'svhn': 'svhn-pre',
     'celeba32_wide': 'celeba32-pre',
+    **dict.fromkeys(('mnist', 'fashion_mnist', 'svhn'), 'small'),
 }
 
 # %% ../../nbs/04_coopflow/presets.ipynb #c011
@@ -340,3 +382,13 @@ def _check_images(cfg):
         raise ValueError(
             f"images live in [-1, 1]: bound is 1, or 0 for none, got {cfg.bound}"
         )
+
+# %% ../../nbs/04_coopflow/presets.ipynb #5a1ce562
+def fit_to(
+    cfg: Config,  # Settings of 'small', with the name of the data
+) -> Config:  # Completed by what is known of the data
+    """Make the preset that of its data.
+
+    Raises what `small_pictures` raises: for other pictures, or data that are not there.
+    """
+    return replace(cfg, shape=tuple(small_pictures(cfg.data).shape))

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .method import STAGES, energy, explain, pixel_error, sample
 from .nets import Nets, build
-from .presets import DEFAULT_PRESET, PRESETS, Config, check_config
+from .presets import DEFAULT_PRESET, PRESETS, Config, check_config, fit_to
 from .rivals import RIVALS
 from ..data.catalogue import load
 from ..data.procedural import log_density
@@ -152,6 +152,7 @@ _PAIR = System(
     about="A flow proposes, a short noise-free chain of an energy refines, "
     "each learns from the result.",
     config=Config, presets=PRESETS, default_preset=DEFAULT_PRESET, check=check_config,
+    fit_to=fit_to,
     build=build, stages=STAGES, sample=sample, energy=energy, chain_energy=chain_energy,
     lengths=('n_iters', 'n_pre', 'warm', 'lr_warm', 'decay'),
     tasks=(

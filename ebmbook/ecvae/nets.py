@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..learn.blocks import Flow, full, groups, mlp, snorm
+from ..learn.blocks import Flow, full, groups, mlp, snorm, whole_side
 
 # %% ../../nbs/07_ecvae/nets.ipynb #c006
 def _norm(kind, n, *, dense=False):  # over n channels, or n units
@@ -221,15 +221,17 @@ class Decoder(nn.Module):
         last: int = 1,  # Kernel of the last convolution
         norm: str = 'batch',  # batch (the demo), group or none
         sn: bool = True,  # Spectral norm on every convolution
+        pad: bool = False,  # Make images of a size that can be halved, and cut them
     ) -> None:
         super().__init__()
         steps = len(widths) - 1
-        if shape[1] != shape[2] or shape[1] % 2**steps:
+        size = whole_side(shape[1], 2**steps) if pad else shape[1]
+        if shape[1] != shape[2] or size % 2**steps:
             problem = f"is not square or cannot be halved {steps} times"
             raise ValueError(f"an image {tuple(shape)} {problem}")
         self.shape, self.latent, self.reach = tuple(shape), latent, reach
         wrap = _wrap(sn)
-        side = shape[1] >> steps
+        side = size >> steps
         start = wrap(nn.ConvTranspose2d(latent, 2 * widths[0], side, bias=False))
         self.start = nn.Sequential(*_gated(start, widths[0], norm))
         self.ups = _doublings(widths, norm, wrap)
@@ -244,7 +246,8 @@ class Decoder(nn.Module):
     ) -> Tensor:  # (B, *shape) in (-1, 1), at least float32
         "Raises `ValueError` for another number of latent numbers."
         first = self.start(_check(z, (self.latent,))[:, :, None, None])
-        return full(self.last(_excited(first, self.ups, self.gates, self.reach))).tanh()
+        x = full(self.last(_excited(first, self.ups, self.gates, self.reach))).tanh()
+        return x[..., : self.shape[1], : self.shape[2]]
 
 # %% ../../nbs/07_ecvae/nets.ipynb #c026
 class Down(nn.Module):
@@ -638,6 +641,7 @@ def networks(
     norm: str = 'batch',  # Of encoder and decoder of images: batch, group or none
     sn_decoder: bool = True,  # Spectral norm in the decoder, and in an encoder with `skips`
     sn_energy: bool = True,  # Spectral norm in the energy
+    pad: bool = False,  # As in `Decoder`
     flow: int = 0,  # Blocks of the flow that is the prior; 0 is the normal prior
     flow_width: int = 256,  # Hidden units of its networks
 ) -> tuple:  # Encoder, decoder, energy, and the flow or None
@@ -655,7 +659,7 @@ def networks(
         dec = Decoder(shape, latent, up, reach=4, last=3, norm=norm, sn=sn_decoder)
     else:
         enc = Encoder(shape, latent, down, **common)
-        dec = Decoder(shape, latent, up, norm=norm, sn=sn_decoder)
+        dec = Decoder(shape, latent, up, norm=norm, sn=sn_decoder, pad=pad)
     sizes = dict(blocks=blocks, scales=scales, hidden=hidden)
     return enc, dec, EnergyNet(shape, energy, **sizes, sn=sn_energy), prior
 
@@ -691,6 +695,10 @@ SIZES = {
     'mnist':         dict(shape=(1, 28, 28), latent=32, down=(128, 256, 512),
                           up=(512, 512, 256), energy=(128, 256, 512), width=1/4, blocks=1,
                           scales=2, **_SMALL),
+    # square images of any other size and number of channels too
+    'small':         dict(shape=(1, 28, 28), latent=64, down=(128, 256, 512),
+                          up=(512, 256, 128), energy=(64, 192, 384), width=1/4, blocks=1,
+                          scales=2, pad=True, **_SMALL),
     'cifar10':       dict(shape=(3, 32, 32)),
     'stl10':         dict(shape=(3, 32, 32)),
     'imagenet32':    dict(shape=(3, 32, 32)),

@@ -37,7 +37,8 @@ def all_networks(
         changes['norm'] = cfg.norm
     if own:
         changes['latent'] = latent_of(cfg, _resting(own))
-    encoder, decoder, energy, prior = networks(**SIZES[cfg.net] | changes)
+    sizes = SIZES[cfg.net] | changes | dict(shape=cfg.shape)
+    encoder, decoder, energy, prior = networks(**sizes)
     for name, net in (own or {}).items():
         if name == 'encoder':
             encoder = OwnNet(net)

@@ -4,13 +4,14 @@
 
 # %% auto #0
 __all__ = ['PRESETS', 'DEFAULT_PRESET', 'SwitchFields', 'DataFields', 'CalibrationFields', 'OptimFields', 'LatentFields',
-           'FlowFields', 'Config', 'check_config']
+           'FlowFields', 'Config', 'check_config', 'fit_to']
 
 # %% ../../nbs/07_ecvae/presets.ipynb #5504e5f1
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, Any, Literal
 
-from ..data.catalogue import DATASETS, check_shape
+from ..data.catalogue import DATASETS, check_shape, small_pictures
+from ..data.given import check_square
 from .nets import SIZES
 from ..learn.contract import Loop
 from ..learn.limits import Count, Decay, Name, Positive, Range, Shape, Steps, Weight
@@ -140,6 +141,15 @@ _SMALL_PRESETS = {
 }
 # fmt: on
 
+# %% ../../nbs/07_ecvae/presets.ipynb #5a1ce592
+_LAPTOP_PRESETS = {
+    'small': Config(
+        **dict(_MNIST, net='small', batch=64, n_eval=10_000, n_steps=8),
+        **dict(eta=1e-5, tau=1e-4, lr_vae=5e-4, lr=5e-4, lr_dual=10.0),
+        n_iters=4_000,
+    )
+}
+
 # %% ../../nbs/07_ecvae/presets.ipynb #d4874fda
 # fmt: off
 def _paper(data, *, batch=128, **more):  # n_iters, and batch beyond STL-10: ours
@@ -157,8 +167,10 @@ _PAPER_PRESETS = {
 }
 # fmt: on
 
-PRESETS = {**_SMALL_PRESETS, **_PAPER_PRESETS}
-DEFAULT_PRESET = {name: name for name in PRESETS if name in DATASETS}
+PRESETS = {**_SMALL_PRESETS, **_LAPTOP_PRESETS, **_PAPER_PRESETS}
+DEFAULT_PRESET = {name: name for name in PRESETS if name in DATASETS} | dict.fromkeys(
+    ('mnist', 'fashion_mnist', 'svhn'), 'small'
+)
 
 # %% ../../nbs/07_ecvae/presets.ipynb #c011
 def _check_chains(cfg):
@@ -195,7 +207,19 @@ def check_config(
     _check_chains(cfg)
     _check_distance(cfg)
     shape = SIZES[cfg.net]['shape']
-    if tuple(shape) != tuple(cfg.shape):
+    if SIZES[cfg.net].get('pad') and len(cfg.shape) == 3:
+        check_square(cfg.shape)
+    elif tuple(shape) != tuple(cfg.shape):
         raise ValueError(f"net {cfg.net!r} is for shape {shape}, got {cfg.shape}")
     check_shape(cfg.data, cfg.shape, spec)
     return cfg
+
+# %% ../../nbs/07_ecvae/presets.ipynb #5a1ce5a2
+def fit_to(
+    cfg: Config,  # Settings of 'small', with the name of the data
+) -> Config:  # Completed by what is known of the data
+    """Make the preset that of its data.
+
+    Raises what `small_pictures` raises: for other pictures, or data that are not there.
+    """
+    return replace(cfg, shape=tuple(small_pictures(cfg.data).shape))

@@ -26,7 +26,7 @@ from ebmbook.ecvae.method import (
 )
 from .own import PARTS
 from .parts import squared_norm
-from .presets import DEFAULT_PRESET, PRESETS, Config, check_config
+from .presets import DEFAULT_PRESET, PRESETS, Config, check_config, fit_to
 from .rivals import RIVALS
 from ..learn.ledger import Measured
 from ..learn.system import System, Task, images_only, points_only
@@ -39,6 +39,7 @@ _ecvae = System(
     about='A variational autoencoder that learns from its own samples, which short chains '
     'on a learned energy correct.',
     config=Config, presets=PRESETS, default_preset=DEFAULT_PRESET, check=check_config,
+    fit_to=fit_to,
     build=build, stages=STAGES, sample=sample, energy=energy, chain_energy=chain_energy,
 )  # fmt: skip
 # whoever measures samples asks it who draws them; `SYSTEM` below has the tasks too

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['snorm', 'settle_norms', 'sinusoid', 'count', 'full', 'groups', 'mlp', 'LogLength', 'wnorm', 'collect_norms',
-           'log_normal', 'ActNorm', 'Flow']
+           'whole_side', 'pad_sides', 'log_normal', 'ActNorm', 'Flow']
 
 # %% ../../nbs/learn/blocks.ipynb #c002
 import math
@@ -213,6 +213,23 @@ def _show_afresh(norms, show):
     finally:
         for norm, momentum in zip(norms, momenta):
             norm.momentum = momentum
+
+# %% ../../nbs/learn/blocks.ipynb #5a1ce502
+def whole_side(
+    side: int,  # Pixels
+    step: int,  # What must divide it
+) -> int:  # The next side that it divides
+    "The side of padded pictures."
+    return side + -side % step
+
+
+def pad_sides(
+    x: Tensor,  # (B, C, H, W)
+    step: int,  # What must divide both sides; 1 leaves them
+) -> Tensor:  # (B, C, H', W'), the same where it does
+    "Pictures with zeros below and to the right."
+    right, below = -x.shape[3] % step, -x.shape[2] % step
+    return nn.functional.pad(x, (0, right, 0, below)) if right or below else x
 
 # %% ../../nbs/learn/blocks.ipynb #c036
 def log_normal(

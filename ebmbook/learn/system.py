@@ -245,6 +245,7 @@ class System(Uses, Replaceable):
     label: Callable[[int, int], int] | None = None  # Label of (attribute, value)
     lengths: Sequence[str] = ('n_iters',)  # Settings that are counted in optimiser steps
     spelled: Callable[[Any], Any] = _unchanged  # Writes out lengths that stand elsewhere
+    fit_to: Callable[[Any], Any] | None = None  # Completes preset 'small' by its data
     bare: Callable[[Any], Any] = _unchanged  # Without work outside the networks
     rivals: Mapping[str, 'System'] = field(default_factory=dict)  # By `cfg.method`
     parts: Mapping[str, Part] = field(default_factory=dict)  # What one's own may replace
@@ -268,8 +269,7 @@ class System(Uses, Replaceable):
             known = list(dict.fromkeys(task.name for task in own.tasks))
             raise unknown(f'task of {own.name}', name, known)
         for task in named:
-            reason = task.unfit(nets)
-            if not reason:
+            if not (reason := task.unfit(nets)):
                 return task
         raise ValueError(f"task {task.name!r} of {own.name} {reason}")
 

@@ -142,7 +142,7 @@ class Nets(nn.Module, Pretrained):
         super().__init__()
         self.cfg = check_config(cfg)
         check_words(cfg, dict(method=self.methods))
-        size = SIZES[cfg.net]
+        size = SIZES[cfg.net] | dict(shape=cfg.shape)
         made = networks(
             **size,
             linear=cfg.top == 'linear' and cfg.posterior != 'cebm',

@@ -6,13 +6,14 @@
 __all__ = ['SIZES', 'Up', 'Generator', 'Block', 'Backbone', 'projector', 'Inference', 'networks']
 
 # %% ../../nbs/08_liebm/nets.ipynb #c003
+import math
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..learn.blocks import full, mlp, snorm
+from ..learn.blocks import full, mlp, pad_sides, snorm, whole_side
 
 # %% ../../nbs/08_liebm/nets.ipynb #c007
 def _conv(n_in, n_out, kernel=3, *, stride=1, pad=None, bias=True, sn=False):
@@ -95,15 +96,17 @@ class Generator(nn.Module):
         widths: tuple[int, ...],  # Channels of the start map and after each doubling
         *,
         unit: bool = False,  # Pixels in [0, 1] instead of [-1, 1]
+        pad: bool = False,  # Make images of a size that can be halved, and cut them
     ) -> None:
         super().__init__()
         ups = len(widths) - 1
-        if shape[1] != shape[2] or shape[1] % 2**ups:
+        size = whole_side(shape[1], 2**ups) if pad else shape[1]
+        if shape[1] != shape[2] or size % 2**ups:
             raise ValueError(
                 f"an image {tuple(shape)} is not square or cannot be halved {ups} times"
             )
         self.shape, self.latent, self.unit = tuple(shape), latent, unit
-        side = shape[1] >> ups
+        side = size >> ups
         self.start = nn.Sequential(
             nn.Linear(latent, widths[0] * side**2), nn.Unflatten(1, (widths[0], side, side))
         )
@@ -121,6 +124,7 @@ class Generator(nn.Module):
         "Raises `ValueError` for another number of latent numbers."
         start = self.start(_check(m, (self.latent,)))
         x = full(self.leave(self.blocks(start))).tanh()
+        x = x[..., : self.shape[1], : self.shape[2]]
         return (x + 1) / 2 if self.unit else x
 
 # %% ../../nbs/08_liebm/nets.ipynb #c015
@@ -180,9 +184,12 @@ class Backbone(nn.Module):
         *,
         sn: bool = True,  # Spectral norm on every convolution and the linear layer
         bias: bool = False,  # Biases; the program has none
+        pad: bool = False,  # Add zeros to images that cannot be halved
     ) -> None:
         super().__init__()
-        _check_halvings(shape, len(widths), downs)
+        self.step = 2**downs if pad else 1
+        sides = (whole_side(side, self.step) for side in shape[1:])
+        _check_halvings((shape[0], *sides), len(widths), downs)
         self.shape, self.features = tuple(shape), features
         sizes = zip((shape[0], *widths), widths)
         self.blocks = nn.Sequential(
@@ -200,7 +207,8 @@ class Backbone(nn.Module):
         x: Tensor,  # (B, *shape), in any range
     ) -> Tensor:  # (B, features), at least float32
         "Raises `ValueError` for images of another shape."
-        means = full(self.blocks(_check(x, self.shape)).relu()).mean((2, 3))
+        x = pad_sides(_check(x, self.shape), self.step)
+        means = full(self.blocks(x).relu()).mean((2, 3))
         # half a squared length is taken of what comes out: rounding would show
         with torch.autocast('cpu' if x.is_meta else x.device.type, enabled=False):
             return self.leave(means)
@@ -233,12 +241,15 @@ class Inference(nn.Module):
         shape: tuple[int, ...],  # (C, side, side) of one image
         convs: tuple[tuple[int, int, int], ...],  # Kernel, stride, channels
         latent: int,  # Latent numbers
+        pad: bool = False,  # Add zeros to images that a stride does not divide
     ) -> None:
         super().__init__()
         self.shape, self.latent = tuple(shape), latent
         n_in, side, width = shape
         if side != width:
             raise ValueError(f"an image {self.shape} is not square")
+        self.step = math.prod(stride for _, stride, _ in convs) if pad else 1
+        side = whole_side(side, self.step)
         layers = []
         for kernel, stride, n_out in convs:
             if side % stride:
@@ -258,7 +269,7 @@ class Inference(nn.Module):
         x: Tensor,  # (B, *shape)
     ) -> tuple[Tensor, Tensor]:  # mean and log-variance, (B, latent) each, at least float32
         "Raises `ValueError` for images of another shape."
-        last = self.convs(_check(x, self.shape))
+        last = self.convs(pad_sides(_check(x, self.shape), self.step))
         return full(self.mean(last)).flatten(1), full(self.log_var(last)).flatten(1)
 
 # %% ../../nbs/08_liebm/nets.ipynb #c032
@@ -279,18 +290,19 @@ def networks(
     sn: bool = True,  # Spectral norm on every layer of the energy
     unit: bool = False,  # Generated pixels in [0, 1]
     bias: bool = False,  # Biases in the backbone
+    pad: bool = False,  # Square images of every size
 ) -> dict[str, Any]:  # 'generator', 'f', 'g', and if asked for 'F' and 'q'
     "All networks of a preset; `networks(**SIZES[name], linear=..., infer=...)`."
     nets: dict[str, Any] = dict(
-        generator=Generator(shape, latent, gen, unit=unit),
-        f=Backbone(shape, blocks, downs, features, sn=sn, bias=bias),
+        generator=Generator(shape, latent, gen, unit=unit, pad=pad),
+        f=Backbone(shape, blocks, downs, features, sn=sn, bias=bias, pad=pad),
         g=projector(features, hidden, z if n_out is None else n_out, sn=sn),
     )
     if linear:
         top = nn.Linear(features, 1, bias=False)  # a bias cancels in the loss
         nets['F'] = snorm(top) if sn else top
     if infer:
-        nets['q'] = Inference(shape, convs, latent)
+        nets['q'] = Inference(shape, convs, latent, pad)
     return nets
 
 # %% ../../nbs/08_liebm/nets.ipynb #c034
@@ -324,6 +336,10 @@ SIZES: dict[str, dict[str, Any]] = {  # arguments of `networks`
     'mnist':         dict(shape=(1, 28, 28),   latent=32,  downs=2, z=32, features=128,
                           gen=(96,)*3,  blocks=(32, 64, 64), hidden=128,
                           convs=((4, 2, 32), (4, 2, 64))),
+    # square images of any other size and number of channels too
+    'small':         dict(shape=(1, 28, 28),   latent=64,  downs=2, z=32, features=128,
+                          gen=(96, 64, 32), blocks=(32, 64, 64), hidden=128,
+                          convs=((4, 2, 32), (4, 2, 64)), pad=True),
     'cifar10-small': dict(shape=(3, 32, 32),   latent=64,  downs=2, z=64, features=128,
                           gen=(64,)*4,  blocks=(32, 64, 64, 64), hidden=256,
                           convs=((3, 1, 32), (4, 2, 64), (4, 2, 128), (4, 2, 256))),

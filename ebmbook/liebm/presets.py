@@ -4,13 +4,14 @@
 
 # %% auto #0
 __all__ = ['PRESETS', 'DEFAULT_PRESET', 'SwitchFields', 'DataFields', 'StageFields', 'ChainFields', 'LossFields', 'OptimFields',
-           'Config', 'encoder_config', 'check_config', 'check_ejm']
+           'Config', 'encoder_config', 'check_config', 'check_ejm', 'fit_to']
 
 # %% ../../nbs/08_liebm/presets.ipynb #8373d2b9
 from dataclasses import dataclass, replace
 from typing import Annotated, Any, Literal
 
-from ..data.catalogue import DATASETS, check_shape
+from ..data.catalogue import DATASETS, check_shape, small_pictures
+from ..data.given import check_square
 from ..data.examples import Spec
 from ..learn.contract import Loop
 from ebmbook.learn.limits import (
@@ -171,6 +172,10 @@ _SMALL_PRESETS = {  # full-size digits and CIFAR-10 with narrow networks; ours
     'mnist':         Config(**_MNIST, batch=64, n_iters=50_000),
     'cifar10-small': Config(**_CIFAR, **_UNIT, batch=64, n_iters=2_000),
 }
+_LAPTOP_PRESETS = {  # any small pictures: see below
+    'small':         Config(**_MNIST | dict(net='small'), batch=64, n_eval=10_000,
+                            n_iters=4_000, n_enc=2_000, n_infer=1_000),
+}
 _PAPER_PRESETS = {  # Table 12
     'cifar10':        _preset('cifar10',     500, method='em',  **_UNIT),
     'imagenet32':     _preset('imagenet32',  100, method='em'),
@@ -183,8 +188,10 @@ _PAPER_PRESETS = {  # Table 12
     'celebahq256-em': _preset('celebahq256', 300, method='em',  **_LARGE_FACES),
 }
 # fmt: on
-PRESETS = {**_TOY_PRESETS, **_SMALL_PRESETS, **_PAPER_PRESETS}
-DEFAULT_PRESET = {name: name for name in PRESETS if name in DATASETS}
+PRESETS = {**_TOY_PRESETS, **_SMALL_PRESETS, **_LAPTOP_PRESETS, **_PAPER_PRESETS}
+DEFAULT_PRESET = {name: name for name in PRESETS if name in DATASETS} | dict.fromkeys(
+    ('mnist', 'fashion_mnist', 'svhn'), 'small'
+)
 
 # %% ../../nbs/08_liebm/presets.ipynb #c011
 def encoder_config(
@@ -221,7 +228,9 @@ def _check_networks(cfg, spec):
         if value not in known:
             raise ValueError(f"{name} must be one of {', '.join(known)}, got {value!r}")
     size = SIZES[cfg.net]
-    if tuple(size['shape']) != tuple(cfg.shape):
+    if size.get('pad'):
+        check_square(cfg.shape)
+    elif tuple(size['shape']) != tuple(cfg.shape):
         raise ValueError(f"net {cfg.net!r} is for shape {size['shape']}, got {cfg.shape}")
     check_shape(cfg.data, cfg.shape, spec)
     emb = selfsup_presets.check_config(encoder_config(cfg), spec).emb
@@ -282,3 +291,13 @@ def check_ejm(
     if cfg.encoder == 'none':
         raise ValueError(_PLAIN)
     return cfg
+
+# %% ../../nbs/08_liebm/presets.ipynb #5a1ce5b2
+def fit_to(
+    cfg: Config,  # Settings of 'small', with the name of the data
+) -> Config:  # Completed by what is known of the data
+    """Make the preset that of its data.
+
+    Raises what `small_pictures` raises: for other pictures, or data that are not there.
+    """
+    return replace(cfg, shape=tuple(small_pictures(cfg.data).shape))

@@ -37,6 +37,7 @@ from ebmbook.liebm.presets import (
     check_config,
     check_ejm,
     encoder_config,
+    fit_to,
 )
 from .uses import restore
 from ..mcmc import frozen
@@ -202,6 +203,7 @@ _EM = System(
     about="LIEBM: a frozen self-supervised encoder tells the energy where each image lies "
     "on a sphere of meanings, a generator starts the chains, and the two teach each other.",
     config=Config, presets=PRESETS, default_preset=DEFAULT_PRESET, check=check_config,
+    fit_to=fit_to,
     build=build, stages=STAGES, sample=sample, energy=energy, chain_energy=chain_energy,
     anomaly=anomaly, restore=_final, unfit=dict(restore=_needs_inference),
     lengths=('n_iters', 'n_enc', 'n_post', 'n_infer'), spelled=_with_encoder,

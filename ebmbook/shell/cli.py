@@ -22,7 +22,7 @@ import typer
 
 from ..learn.files import make_folder
 from ..learn.limits import LARGEST, Name, fits, read_mapping, refusal
-from ..learn.settings import unknown
+from ..learn.settings import SMALL, unknown
 from ebmbook.shell.chapters import (
     check_parameters,
     execute,
@@ -189,7 +189,9 @@ def presets(
         for preset, cfg in found.presets.items():
             mark = '*' if found.default_preset.get(cfg.data) == preset else ''
             mark += 'w' if book_weights(name, preset) is not None else ''
-            rows.append([preset, mark, cfg.data, *(getattr(cfg, key) for key in keys)])
+            fits = preset == SMALL and found.fit_to is not None
+            data = f'{cfg.data}, yours' if fits else cfg.data
+            rows.append([preset, mark, data, *(getattr(cfg, key) for key in keys)])
         typer.echo(f'{name}: {about[name]}')
         typer.echo(table(['preset', '', 'data', *keys], rows) + '\n')
         if found.rivals:

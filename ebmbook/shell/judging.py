@@ -20,6 +20,7 @@ from ..learn.ledger import ledger, publish, record
 from ..learn.log import seconds_trained
 from ..learn.loop import train
 from ..learn.runs import Run, compared, forget, open_run, source_hash
+from ..learn.settings import base_of
 from ..learn.system import System
 from .claims import missing
 from .systems import check_device, load_system, select
@@ -35,7 +36,8 @@ def resolve(
     """
     system = load_system(job.system)
     _, cfg = select(system, preset=job.preset, over=job.over)
-    base, resolved = compared(system.presets[job.preset]), compared(cfg)
+    base = compared(base_of(system.presets, job.preset, cfg, system.fit_to))
+    resolved = compared(cfg)
     differs = {key: value for key, value in resolved.items() if value != base[key]}
     if differs != job.over:
         raise ValueError(
@@ -62,7 +64,8 @@ def claim_run(
     folder = Path(out) / f'{job.system}-{job.preset}-{tag}-{job.seed}'
     if fresh:
         forget(folder)
-    base, where = system.presets[job.preset], dict(seed=job.seed, out=folder, device=device)
+    base = base_of(system.presets, job.preset, cfg, system.fit_to)
+    where = dict(seed=job.seed, out=folder, device=device)
     run = open_run(job.system, job.preset, cfg, base, **where)
     note = folder / 'source.txt'
     if not note.exists():

@@ -20,7 +20,7 @@ import torch
 from ..data.catalogue import load
 from ..learn.loop import rehearse
 from ..learn.runs import Run, default_folder, open_run, overridden, planned
-from ..learn.settings import read_over
+from ..learn.settings import base_of, read_over
 from ..learn.system import System
 from .cost import duration
 
@@ -204,7 +204,7 @@ def open_planned(
     Raises `ValueError` for minutes beside numbers of steps, for time that is too short, and
     for a folder that holds a run of another plan.
     """
-    base = system.presets[preset]
+    base = base_of(system.presets, preset, cfg, system.fit_to)
     if minutes is not None:
         minutes = check_minutes(minutes)
         _refuse_counts(system, cfg, over)

@@ -128,7 +128,8 @@ def select(
         )
     if preset and preset not in known:
         raise unknown('preset', preset, list(known))
-    preset, cfg = choose(known, defaults, dataset or known[preset].data, preset, over)
+    dataset = dataset or known[preset].data
+    preset, cfg = choose(known, defaults, dataset, preset, over, system.fit_to)
     return preset, system.of(cfg).check(cfg)
 
 

@@ -34,19 +34,6 @@ def _name_of(data, test):
     return hold(data, test)
 
 
-def _preset_of(system, name, preset):
-    "The preset that is meant where none is named."
-    own = name.startswith(('folder:', 'given:'))
-    if preset or not own:
-        return preset
-    if 'small' not in system.presets:
-        raise ValueError(
-            f"which preset? Your own data have none of their own: give preset=..., one of "
-            f"{', '.join(system.presets)}"
-        )
-    return 'small'
-
-
 def _check_shape(preset, cfg, spec, given):
     "Say what helps where examples have another shape than a preset."
     if not given or tuple(spec.shape) == tuple(cfg.shape):
@@ -63,7 +50,6 @@ def _settings(system, data, preset, over, test):
     name = _name_of(data, test)
     if name and not name.startswith(('folder:', 'given:')) and name not in DATASETS:
         raise unknown('data set', name, list(DATASETS))
-    preset = _preset_of(system, name, preset)
     preset, cfg = select(system, name, preset, over)
     spec = require(cfg.data)
     _check_shape(preset, cfg, spec, name.startswith('given:'))

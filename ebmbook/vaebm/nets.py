@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from ..learn.blocks import full, mlp, wnorm
+from ..learn.blocks import full, mlp, pad_sides, whole_side, wnorm
 from ..learn.own import OwnNet, class_names, own_networks
 from ..learn.settings import check_words
 from ..learn.weights import Pretrained
@@ -110,10 +110,11 @@ class EnergyNet(nn.Module):
         first: int = 128,  # Width of the first convolution
         blocks: str = '128/2 128 256/2 256 256/2 256',  # Width of each block; /2 halves
         width: float = 1.0,  # Multiplies every width
+        pad_to: int = 1,  # Sides are padded inside to a multiple of it
     ) -> None:
         super().__init__()
-        parts = _read_blocks(blocks, width, size)
-        self.shape = (in_ch, size, size)
+        parts = _read_blocks(blocks, width, whole_side(size, pad_to))
+        self.shape, self.pad_to = (in_ch, size, size), pad_to
         self.blocks = nn.ModuleList()
         n_in = _scaled(first, width)
         self.enter = wnorm(nn.Conv2d(in_ch, n_in, 3, padding=1))
@@ -127,7 +128,8 @@ class EnergyNet(nn.Module):
         x: Tensor,  # (B, in_ch, size, size) in [-1, 1]
     ) -> Tensor:  # (B, width of the last block), at least float32
         "Last feature map, summed over pixels."
-        hidden = swish(self.enter(x / 2 + 0.5))  # the paper's images lie in [0, 1]
+        x = pad_sides(x / 2 + 0.5, self.pad_to)  # the paper's images lie in [0, 1]
+        hidden = swish(self.enter(x))
         for block in self.blocks:
             hidden = block(hidden)
         return full(hidden).sum((2, 3))
@@ -224,7 +226,8 @@ def energy_of(
     first, blocks = cfg.first, cfg.net
     if cfg.net in SIZES:
         first, blocks = SIZES[cfg.net][2:]
-    net = EnergyNet(cfg.shape[1], cfg.shape[0], first, blocks, cfg.width)
+    sizes = (first, blocks, cfg.width, cfg.pad_to)
+    net = EnergyNet(cfg.shape[1], cfg.shape[0], *sizes)
     return net.to(memory_format=torch.channels_last)
 
 
@@ -235,7 +238,7 @@ def vae_of(
     if len(cfg.shape) == 1:
         return PointVAE(cfg.shape[0], cfg.latent, std=cfg.std)
     sizes = (cfg.ch, cfg.groups, cfg.latent, cfg.cells, cfg.flows)
-    return NVAE(cfg.shape[1], cfg.shape[0], *sizes, std=cfg.std)
+    return NVAE(cfg.shape[1], cfg.shape[0], *sizes, std=cfg.std, pad_to=cfg.pad_to)
 
 # %% ../../nbs/06_vaebm/nets.ipynb #b6e2d4f8
 class Nets(nn.Module, Pretrained):

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..learn.blocks import full
+from ..learn.blocks import full, pad_sides, whole_side
 from .cells import DecoderCell, EncoderCell, Shift, wconv
 from .vae import VAE
 
@@ -212,9 +212,11 @@ class NVAE(VAE):
         flows: int = 1,  # Pairs of shifts in each posterior; at 0 its KL is in closed form
         halvings: int = 1,  # Halvings between the image and the finest group
         std: float | str = 'each',  # Spread: 'each' learns it by pixel, a number is fixed
+        pad_to: int = 1,  # Sides are padded inside to a multiple of it
     ) -> None:
         super().__init__()
-        self.shape = (in_ch, size, size)
+        self.shape, self.pad_to = (in_ch, size, size), pad_to
+        size = whole_side(size, pad_to)
         self.per_scale = tuple(per_scale)
         widths = (in_ch, ch, self.per_scale, latent, cells)
         self.decoder = Decoder(size, *widths, halvings, std)
@@ -224,7 +226,7 @@ class NVAE(VAE):
     dist = staticmethod(bounded)
 
     def features(self, x: Tensor) -> list[Tensor]:
-        return self.encoder(x)
+        return self.encoder(pad_sides(x, self.pad_to))
 
     def correct(self, i: int, seen: Tensor, h: Tensor) -> Tensor:
         return self.encoder.correct(i, seen, h)
@@ -234,7 +236,9 @@ class NVAE(VAE):
         return flow if list(flow.children()) else None
 
     def traverse(self, n: int, pick: Callable[..., Tensor]) -> tuple[Tensor, Tensor]:
-        return self.decoder(n, pick)
+        side = self.shape[1]
+        mu, sigma = self.decoder(n, pick)
+        return mu[..., :side, :side], sigma[..., :side, :side]
 
 # %% ../../nbs/06_vaebm/nvae.ipynb #c034
 _SMALL = dict(cells=1, std=0.2)

@@ -143,10 +143,12 @@ def _try_decoder(net, cfg, own):
         check_answer(call, one, shape)
 
 
-_SHAPE = ('ch', 'groups', 'latent', 'cells', 'flows')
+_SHAPE = ('ch', 'groups', 'latent', 'cells', 'flows', 'pad_to')
 PARTS = {
     'energy': Part(
-        _CALLS['energy'], _try_energy, ('net', 'width', 'first', 'data_init', 'init_drawn')
+        _CALLS['energy'],
+        _try_energy,
+        ('net', 'width', 'first', 'pad_to', 'data_init', 'init_drawn'),
     ),
     'encoder': Part(_CALLS['encoder'], _try_encoder, _SHAPE),
     'decoder': Part(_CALLS['decoder'], _try_decoder, _SHAPE),

@@ -4,13 +4,13 @@
 
 # %% auto #0
 __all__ = ['PRESETS', 'DEFAULT_PRESET', 'SwitchFields', 'DataFields', 'VaeFields', 'ImageFields', 'EnergyFields', 'ChainFields',
-           'Config', 'check_config']
+           'Config', 'check_config', 'fit_to']
 
 # %% ../../nbs/06_vaebm/presets.ipynb #17cba5ef
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, Literal
 
-from ..data.catalogue import DATASETS, check_shape
+from ..data.catalogue import DATASETS, check_shape, small_pictures
 from ..data.examples import Spec
 from ..data.given import check_square
 from ..learn.contract import Loop
@@ -88,6 +88,7 @@ class ImageFields:
 
     bits: Annotated[int, Range(1, 8)] = 8  # Bits of a pixel in stage one
     energy_bits: Annotated[int, Range(1, 8)] = 8  # In stage two, of what the energy sees
+    pad_to: Count = 1  # Sides are padded inside the networks to a multiple of it
     flip: bool = False  # Random horizontal flips
     n_eval: Count = 50_000  # Samples behind an FID, where Inception measures it
 
@@ -197,7 +198,7 @@ def _digits(data, n_vae, n_iters, **more):  # digits of any size
         log_every=20,
         save_every=250,
     )
-    return Config(data=data, shape=DATASETS[data].shape, **common, **more)
+    return Config(data=data, shape=DATASETS[data].shape, **common | more)
 
 
 _EMBEDDED = dict(groups=(2,), flows=0, net='64/2 64', eta=0.01, lr=1e-3)
@@ -216,6 +217,23 @@ _DIGIT_PRESETS = {    #        data              n_vae   n_iters
     'stacked_mnist':  _digits('stacked_mnist',  40_000, 20_000, **_FULL, groups=(4, 4)),
 }
 # fmt: on
+
+# %% ../../nbs/06_vaebm/presets.ipynb #5a1ce572
+_LAPTOP = dict(
+    ch=16,
+    groups=(2, 2),
+    latent=8,
+    flows=0,
+    batch_vae=32,
+    n_steps=8,
+    first=16,
+    net='32/2 64/2 64',
+    pad_to=4,
+    eta=1e-3,
+    lr=2e-4,
+    n_eval=10_000,
+)
+_LAPTOP_PRESETS = {'small': _digits('mnist', 8_000, 1_500, **_LAPTOP)}
 
 # %% ../../nbs/06_vaebm/presets.ipynb #92c1cf68
 def _paper(data, **more):
@@ -272,8 +290,10 @@ _PAPER_PRESETS = {
     'celebahq256':        _paper('celebahq256',   eta=3e-6, **_FACES, n_vae=200),
 }
 # fmt: on
-PRESETS = {**_POINT_PRESETS, **_DIGIT_PRESETS, **_PAPER_PRESETS}
-DEFAULT_PRESET = {name: name for name in PRESETS if name in DATASETS}
+PRESETS = {**_POINT_PRESETS, **_DIGIT_PRESETS, **_LAPTOP_PRESETS, **_PAPER_PRESETS}
+DEFAULT_PRESET = {name: name for name in PRESETS if name in DATASETS} | dict.fromkeys(
+    ('mnist', 'fashion_mnist', 'svhn'), 'small'
+)
 
 # %% ../../nbs/06_vaebm/presets.ipynb #c011
 def _check_buffer(cfg):
@@ -322,3 +342,13 @@ def check_config(
     check_shape(cfg.data, cfg.shape, spec)
     check_square(cfg.shape)
     return cfg
+
+# %% ../../nbs/06_vaebm/presets.ipynb #5a1ce582
+def fit_to(
+    cfg: Config,  # Settings of 'small', with the name of the data
+) -> Config:  # Completed by what is known of the data
+    """Make the preset that of its data.
+
+    Raises what `small_pictures` raises: for other pictures, or data that are not there.
+    """
+    return replace(cfg, shape=tuple(small_pictures(cfg.data).shape))

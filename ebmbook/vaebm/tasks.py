@@ -27,7 +27,7 @@ from ..measure.outliers import auroc_ood
 from .method import STAGES, energy, log_score, sample
 from .nets import Nets, build
 from .own import PARTS
-from .presets import DEFAULT_PRESET, PRESETS, Config, check_config
+from .presets import DEFAULT_PRESET, PRESETS, Config, check_config, fit_to
 from .rivals import RIVALS
 from .vae import VAE
 
@@ -37,6 +37,7 @@ _vaebm = System(
     about='A variational autoencoder covers all the data and a little too much, an energy '
     'takes the surplus away, and chains run in the space of the autoencoder\'s noise.',
     config=Config, presets=PRESETS, default_preset=DEFAULT_PRESET, check=check_config,
+    fit_to=fit_to,
     build=build, stages=STAGES, sample=sample, energy=energy,
     lengths=('n_iters', 'n_vae', 'warm_vae', 'p_rise'),
 )  # fmt: skip
