@@ -22,22 +22,16 @@ from torch import Tensor
 from torch.nn.utils import parametrize
 
 from . import checks
+from .checks import State, begin, blocks_of, energies_of, gradients_of, like_state
 from ebmbook.checks import (
-    State,
-    begin,
-    blocks_of,
-    energies_of,
-    gradients_of,
     in_chunks,
     in_double,
-    like_state,
     log_mean_exp,
     ordinary,
     per_block,
     recording,
-    tell_chain,
-    tell_recall,
 )
+from .checks import tell_chain, tell_recall
 
 _all_ = ['State', 'in_chunks', 'log_mean_exp']
 

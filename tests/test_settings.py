@@ -14,7 +14,7 @@ import torch
 from typer.testing import CliRunner
 
 from ebmbook.learn.contract import Loop
-from ebmbook.learn.limits import LARGEST, Filled, Range, kinds
+from ebmbook.learn.limits import LARGEST, Filled, Name, Range, kinds
 from ebmbook.learn.settings import read_over
 from ebmbook.shell import cli
 from ebmbook.shell.systems import SYSTEMS, load_system
@@ -65,7 +65,8 @@ def wrong(kind):
         texts = [part for part in parts if typing.get_origin(part) is typing.Literal]
         free = any(typing.get_args(part)[:1] == (str,) for part in parts)
         found = [value for part in parts for value in wrong(part)]
-        if any(part == tuple[()] for part in parts):
+        empty = (tuple[()], tuple[Name, ...])  # kinds that `()` is of
+        if any(part in empty for part in parts):
             found = [value for value in found if value != ()]
         words = [word for part in texts for word in typing.get_args(part)]
         numbers = any(typing.get_args(part)[:1] == (float,) for part in parts)
