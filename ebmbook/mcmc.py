@@ -23,15 +23,8 @@ from torch.nn.utils import parametrize
 
 from . import checks
 from .checks import State, begin, blocks_of, energies_of, gradients_of, like_state
-from ebmbook.checks import (
-    in_chunks,
-    in_double,
-    log_mean_exp,
-    ordinary,
-    per_block,
-    recording,
-)
-from .checks import tell_chain, tell_recall
+from .checks import in_chunks, in_double, log_mean_exp, ordinary, per_block
+from .checks import recording, tell_chain, tell_recall
 
 _all_ = ['State', 'in_chunks', 'log_mean_exp']
 
