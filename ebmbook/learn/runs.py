@@ -406,7 +406,7 @@ def planned(
 ) -> dict | None:  # As `open_run` was given it; None if there is none
     "The plan of a run. Raises `ValueError` naming a file that is damaged."
     path = Path(folder) / 'config.json'
-    if not path.exists():
+    if not os.path.exists(path):  # nor raises this for a name that is too long
         return None
     plan = _stored(path).get('plan')
     if plan is not None and not isinstance(plan, dict):
