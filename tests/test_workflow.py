@@ -121,4 +121,4 @@ def test_windows_checks_what_make_checks():
     ours = re.findall(r'echo "\d\. [^"]*";\s*(.*?) \|\| ', check)
     ours = [line.replace('$(BIN)/', '') for line in ours]
     step = next(o for _, o in steps() if o.get('if') == "runner.os == 'Windows'")
-    assert step['run'].split('\n')[:-1] == ours and len(ours) == 6
+    assert step['run'].split('\n')[:-1] == ours and len(ours) == 7
