@@ -164,7 +164,7 @@ def test_two_processes_equal_one(tmp_path):
 
 def test_a_folder_is_of_one_energy_and_one_data_set(tmp_path):
     fit(mlp(), points(), 'nce', out=tmp_path, **options('nce'))
-    with pytest.raises(ValueError, match='differs in config|differs in|data'):
+    with pytest.raises(ValueError, match='differs in data'):
         fit(mlp(), points() + 1, 'nce', out=tmp_path, **options('nce'))
     with pytest.raises(ValueError, match='differs in'):
         fit(mlp(), points(), 'dsm', out=tmp_path, **options('dsm'))

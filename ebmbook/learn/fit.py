@@ -23,7 +23,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from ..checks import count, energies_of, gradients_of, in_chunks, positive
+from ..checks import count, gradients_of, in_chunks, infinite_rows, positive
 from ..data.examples import Examples, as_examples
 from ..data.given import examples_for
 from .compose import Composable
@@ -37,8 +37,8 @@ from ebmbook.learn.fit_methods import (
     fit_config,
     method_options,
 )
-from .loop import train
-from .runs import open_run, pick_device
+from .loop import rehearse, train
+from .runs import Run, open_run, pick_device
 from .system import System
 from .weights import load_weights, store_weights
 
@@ -112,8 +112,8 @@ def check_energy(
         raise TypeError(
             f"the energy was called as {words} with shapes {shapes}: {error}"
         ) from error
-    first = (x[:1], *(part[:1] for part in given))
-    alone = energies_of(trial, first[:1]) if not given else trial(*first)
+    with torch.no_grad():
+        alone = _one_each(trial, x[:1])(x[:1], *(part[:1] for part in given))
     if not torch.allclose(alone, energies[:1], rtol=1e-2, atol=1e-3):
         raise ValueError("an example's energy depends on the other examples of its batch")
 
@@ -131,7 +131,7 @@ def _tensor_data(data, labels):
             f"data must have shape (N, ...), got {tuple(data.shape)}; "
             "data[:, None] makes one number one example"
         )
-    bad = (~data.isfinite()).flatten(1).any(1).sum().item()
+    bad = infinite_rows(data).sum().item()
     if bad:
         raise ValueError(f"data hold NaN or infinite values in {bad} of {len(data)} rows")
     if labels is not None and not isinstance(labels, Tensor):
@@ -315,19 +315,16 @@ def _system(energy, x, y):
     )
 
 
-def _planned(system, cfg, examples, minutes, out, device):
+def _planned(system, cfg, examples, minutes, run):
     "Optimiser steps that fit into some minutes; a run that was begun keeps its number."
-    begun = Path(out) / 'config.json'
-    if out and begun.exists():
-        return json.loads(begun.read_text())['config']['n_iters']
-    times: list[float] = []
-    trial = replace(cfg, n_iters=16)
-    with tempfile.TemporaryDirectory() as folder:
-        run = open_run('fit', 'trial', trial, trial, out=folder, device=device)
-        see = dict(on_step=lambda step, nets: times.append(time.monotonic()))
-        train(system, trial, run, examples, progress=False, **see)
-    seconds = (times[-1] - times[5]) / (len(times) - 6)
-    return max(1, int(60 * minutes / max(seconds, 1e-6)))
+    if int(os.environ.get('WORLD_SIZE', 1)) > 1:
+        raise ValueError("minutes are planned by one process; give n_iters")
+    begun = run.folder / 'config.json'
+    if run.folder.name and begun.exists():  # of another run: `open_run` refuses it
+        return json.loads(begun.read_text())['config'].get('n_iters', cfg.n_iters)
+    since = time.monotonic()
+    pace = rehearse(system, cfg, run, examples, min(6 * minutes, 20.0))['fit']
+    return max(1, int((60 * minutes - (time.monotonic() - since)) / pace))
 
 # %% ../../nbs/learn/fit.ipynb #fitcd020
 def fit(
@@ -366,7 +363,8 @@ def fit(
     system, device = _system(energy, x, y), device or pick_device()
     if minutes is not None:
         positive(minutes, 'minutes')
-        planned = _planned(system, cfg, examples, minutes, out, device)
+        aside = Run(Path(out), 'fit', method, seed, device)
+        planned = _planned(system, cfg, examples, minutes, aside)
         cfg = replace(cfg, n_iters=planned)
     with nullcontext(out) if out else tempfile.TemporaryDirectory() as folder:
         run = open_run('fit', method, cfg, cfg, seed=seed, out=folder, device=device)

@@ -142,6 +142,8 @@ def fit_config(
     fixed |= dict(objective=method, batch=128, ema=0.999)
     plain = Config(**fixed, **_DEFAULTS.get(method, {}))
     found = replace(plain, **read_over(plain, dict(options)))
+    if found.metropolis and not found.temp:
+        raise ValueError("temp=0 leaves nothing to test; give metropolis=False")
     if found.objective == 'pcd' and found.buffer < found.batch:
         raise ValueError(f"buffer={found.buffer} chains are fewer than batch={found.batch}")
     return found
@@ -181,7 +183,9 @@ class FitNets(nn.Module):
         self.register_buffer('high', high)
         scale = x.float().var(0).mean().sqrt().clamp(min=1e-6)
         self.register_buffer('scale', scale)
-        rows = torch.arange(cfg.buffer) % len(x)
+        # sorted data too: a prefix would have the first classes only
+        order = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))
+        rows = order[torch.arange(cfg.buffer) % len(x)]
         self.register_buffer('pool', torch.empty(0) if y is None else y[rows])
         at_start = self._gap(x[:512], y) if start else torch.zeros(())
         self.log_z = nn.Parameter(at_start, requires_grad=cfg.objective == 'nce')
@@ -240,7 +244,7 @@ def _tested(nets, eta, n_steps, generator):
 
 def _untested(nets, eta, n_steps, generator):
     "chain(target, start) -> ends; no slope takes a chain farther than noise would."
-    limit = 5 * (2 * eta.max().item()) ** 0.5
+    limit = 5 * (2 * eta.max().item() * max(1.0, nets.cfg.temp)) ** 0.5
     own = dict(constrain=nets.inside, clip=limit, generator=generator)
     rates = ula(eta, nets.cfg.temp)
     return lambda target, start: langevin(target, nets.inside(start), rates, n_steps, **own)
