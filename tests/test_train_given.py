@@ -13,6 +13,7 @@ from torch.utils.data import Dataset, TensorDataset
 import ebmbook
 from ebmbook.data.catalogue import load, require
 from ebmbook.data.examples import Examples
+from ebmbook.data.held import held, hold
 from ebmbook.shell.systems import load_system
 
 QUICK = dict(progress=False, device='cpu')
@@ -93,25 +94,44 @@ def test_the_same_data_in_other_clothes(tmp_path):
         'single': Items(lambda i: floats[i]),
         'dicts': Items(lambda i: dict(x=floats[i])),
     }
-    del kinds['tensors']  # its items are tuples of one
     found = {name: digest(cdrl(data, tmp_path / name).nets) for name, data in kinds.items()}
     assert len(set(found.values())) == 1, found
 
 
 @pytest.mark.parametrize(
     'kind',
-    ['pair', 'dataset', 'numbers', 'dicts', 'int32'],
+    ['pair', 'dataset', 'bytes', 'numbers', 'dicts', 'int32'],
 )
 def test_labels(tmp_path, kind):
     data = {
         'pair': (X, Y),
         'dataset': TensorDataset(X, Y),
+        'bytes': TensorDataset(X, Y.byte()),
         'numbers': Items(lambda i: (X[i], i % 10)),
         'dicts': Items(lambda i: dict(x=X[i], y=Y[i])),
         'int32': (X, Y.int()),
     }[kind]
     whole = cdrl((X, Y), tmp_path / 'whole', 'digits-cond')
     assert digest(cdrl(data, tmp_path / 'a', 'digits-cond').nets) == digest(whole.nets)
+
+
+def test_a_dataset_is_known_by_its_content(tmp_path):
+    floats = X
+    assert hold(TensorDataset(floats)) != hold(TensorDataset(-floats))
+    drawn = Items(lambda i: floats[i] * torch.rand(()))
+    assert hold(drawn) == hold(drawn)  # what is drawn anew has no content to go by
+    cdrl(TensorDataset(floats), tmp_path / 'a')
+    with pytest.raises(ValueError, match='differs in data'):
+        cdrl(TensorDataset(-floats), tmp_path / 'a')
+    attributes = Items(lambda i: (X[i], torch.tensor([i % 2, 1])))
+    assert held(hold(attributes))[1].y.shape[1:] == (2,)
+
+
+def test_labels_for_testing_are_like_the_others():
+    three, five = torch.arange(len(X)) % 3, torch.arange(len(X)) % 5
+    for test, words in (((X, five), 'reach 4'), (X, 'must have labels like')):
+        with pytest.raises(ValueError, match=words):
+            hold((X, three), test=test)
 
 
 def test_examples_for_testing(tmp_path):

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..checks import infinite_rows
 from .examples import Examples, Lazy, Spec
 from .given import picture_range
 
@@ -26,6 +27,8 @@ def _check_labels(y, n):
             f"labels of {n} examples have shape ({n},), or ({n}, A) of attributes; "
             f"got {tuple(y.shape)}"
         )
+    if not y.numel():
+        raise ValueError("labels: there is none")
     if y.min() < 0 or y.ndim == 2 and y.max() > 1:
         what = "classes count from 0" if y.ndim == 1 else "attributes are 0 or 1"
         raise ValueError(f"labels: {what}, got {int(y.min())} to {int(y.max())}")
@@ -41,7 +44,7 @@ def _check_examples(x):
         raise TypeError(f"data are real numbers, got {x.dtype}")
     if not x.is_floating_point():
         return
-    bad = int((~x.isfinite()).flatten(1).any(1).sum())
+    bad = int(infinite_rows(x).sum())
     if bad:
         raise ValueError(f"data: {bad} of {len(x)} examples hold NaN or infinite values")
     if x.ndim != 4:
@@ -72,7 +75,9 @@ def _part(item, name):
     if isinstance(item, dict):
         return item.get(name)
     if isinstance(item, (tuple, list)):
-        return item[0] if name == 'x' else item[1]
+        if name == 'x':
+            return item[0]
+        return item[1] if len(item) > 1 else None
     return item if name == 'x' else None
 
 
@@ -84,26 +89,45 @@ def _fetched(source, idx):
             f"the Dataset gives {type(found[0]).__name__} for an example; "
             "give it a transform that makes tensors"
         )
-    return torch.stack(found)
+    return torch.stack(found).cpu()
+
+
+def _first_of(fetch, n):
+    "The first examples, and what a name can say of them: nothing where they are random."
+    few = list(range(min(256, n)))
+    first, again = fetch(few), fetch(few)
+    return first, (first,) if torch.equal(first, again) else ()
+
+
+def _labels_of(source):
+    "Labels of a Dataset; None if it has none."
+    if _part(source[0], 'y') is None:
+        return None
+    found = [torch.as_tensor(_part(source[i], 'y')) for i in range(len(source))]
+    labels = torch.stack(found).cpu()
+    _check_labels(labels, len(source))
+    return labels.long()
 
 
 def _of_dataset(source):
     "Examples that are fetched from a Dataset, and what tells it from others."
-    first = _fetched(source, range(min(256, len(source))))
+    first, content = _first_of(partial(_fetched, source), len(source))
     _check_examples(first)
-    labels = None
-    if _part(source[0], 'y') is not None:
-        labels = torch.as_tensor([_part(source[i], 'y') for i in range(len(source))])
-        _check_labels(labels, len(source))
+    if not first.is_floating_point() and first.dtype != torch.uint8:
+        raise ValueError(
+            f"data: the Dataset gives {first.dtype}; give uint8, or floats in [-1, 1]"
+        )
+    labels, shape = _labels_of(source), tuple(first.shape[1:])
     x = Lazy(len(source), partial(_fetched, source))
-    about = (type(source).__name__, len(source), tuple(first.shape[1:]), labels)
-    return Examples(x, labels, tuple(first.shape[1:])), _digits(*about)
+    about = (type(source).__name__, len(source), shape, labels, *content)
+    return Examples(x, labels, shape), _digits(*about)
 
 # %% ../../nbs/data/held.ipynb #3207d5cd
 def _examples_of(source):
     "What was given as examples, and digits of its content."
     if isinstance(source, Examples) and not isinstance(source.x, Tensor):
-        return source, _digits(len(source), source.shape, source.y)
+        _, content = _first_of(source.x.__getitem__, len(source))
+        return source, _digits(len(source), source.shape, source.y, *content)
     if isinstance(source, Examples):
         source = (source.x, source.y)
     elif isinstance(source, torch.utils.data.Dataset):
@@ -158,6 +182,21 @@ def _divided(examples, test):
     return tuple(_some(examples, part.nonzero()[:, 0]) for part in (~held_out, held_out))
 
 
+def _check_alike(examples, other):
+    "Examples for testing are of the kind of the others."
+    if other.shape != examples.shape:
+        raise ValueError(
+            f"examples for testing have shape {other.shape}, the others {examples.shape}"
+        )
+    y, more = examples.y, other.y
+    if (y is None) != (more is None) or y is not None and y.shape[1:] != more.shape[1:]:
+        raise ValueError("examples for testing must have labels like the others")
+    if y is not None and y.ndim == 1 and more.max() > y.max():
+        raise ValueError(
+            f"labels for testing reach {more.max()}, those for training {y.max()}"
+        )
+
+
 def hold(
     source: Any,  # A tensor, a pair with labels, or a Dataset
     test: Any = None,  # The same for testing; None holds out every tenth example
@@ -174,10 +213,7 @@ def hold(
     if test is not None:
         other, more = _examples_of(test)
         digits = _digits(digits, more)
-        if other.shape != examples.shape:
-            raise ValueError(
-                f"examples for testing have shape {other.shape}, the others {examples.shape}"
-            )
+        _check_alike(examples, other)
     train, held_out = _divided(examples, other)
     y = examples.y
     n_classes = int(y.max()) + 1 if y is not None and y.ndim == 1 else 0
