@@ -152,6 +152,21 @@ def _examples_of(source):
     found = Examples(x.float() if x.is_floating_point() else x, y)
     return found, _digits(found.x, y)
 
+# %% ../../nbs/data/held.ipynb #a1c7e013
+def _check_alike(examples, other):
+    "Examples for testing are of the kind of the others."
+    if other.shape != examples.shape:
+        raise ValueError(
+            f"examples for testing have shape {other.shape}, the others {examples.shape}"
+        )
+    y, more = examples.y, other.y
+    if (y is None) != (more is None) or y is not None and y.shape[1:] != more.shape[1:]:
+        raise ValueError("examples for testing must have labels like the others")
+    if y is not None and y.ndim == 1 and more.max() > y.max():
+        raise ValueError(
+            f"labels for testing reach {more.max()}, those for training {y.max()}"
+        )
+
 # %% ../../nbs/data/held.ipynb #2d99e409
 _HELD: dict[str, tuple[Spec, Examples, Examples]] = {}
 
@@ -180,21 +195,6 @@ def _divided(examples, test):
     held_out = torch.arange(n) % 10 == 9
     held_out[-1] |= n < 10
     return tuple(_some(examples, part.nonzero()[:, 0]) for part in (~held_out, held_out))
-
-
-def _check_alike(examples, other):
-    "Examples for testing are of the kind of the others."
-    if other.shape != examples.shape:
-        raise ValueError(
-            f"examples for testing have shape {other.shape}, the others {examples.shape}"
-        )
-    y, more = examples.y, other.y
-    if (y is None) != (more is None) or y is not None and y.shape[1:] != more.shape[1:]:
-        raise ValueError("examples for testing must have labels like the others")
-    if y is not None and y.ndim == 1 and more.max() > y.max():
-        raise ValueError(
-            f"labels for testing reach {more.max()}, those for training {y.max()}"
-        )
 
 
 def hold(

@@ -54,6 +54,12 @@ class Composable:
 
     __radd__ = __add__
 
+    def __rsub__(self, other: Callable[..., Tensor]) -> 'Energy':
+        return self * -1.0 + other
+
+    def __neg__(self) -> 'Energy':
+        return self * -1.0
+
     def __sub__(self, other: Callable[..., Tensor]) -> 'Energy':
         return self._sum(other, -1.0)
 

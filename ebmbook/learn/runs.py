@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['root', 'source_hash', 'results_folder', 'evidence', 'weights_folder', 'book_weights', 'ship', 'Run', 'pick_device',
-           'waiter', 'plain_json', 'compared', 'default_folder', 'saved_state', 'settings_hash', 'overridden',
+           'waiter', 'plain_json', 'compared', 'default_folder', 'saved_state', 'settings_hash', 'noted', 'overridden',
            'planned', 'open_run', 'forget', 'save_checkpoint', 'load_checkpoint']
 
 # %% ../../nbs/learn/runs.ipynb #c002
@@ -353,7 +353,9 @@ def _changed_tensors(old, new):
     return ''
 
 
-def _noted(own):
+def noted(
+    own: dict | None,  # As `open_run`
+) -> dict[str, dict]:  # Part -> class; empty where there are none
     "For ledger lines: no number of such a run passes for one of the system's networks."
     return dict(own={name: net['class'] for name, net in own.items()}) if own else {}
 
@@ -435,7 +437,7 @@ def open_run(
     else than a run, or a damaged config.json, and as `check_trackers`.
     """
     check_trackers(getattr(cfg, 'tracker', ''))
-    config, over = compared(cfg), overridden(cfg, base) | _noted(own)
+    config, over = compared(cfg), overridden(cfg, base) | noted(own)
     folder = Path(out) if out else default_folder(system, preset, over, seed)
     make_folder(folder)
     head = dict(system=system, preset=preset, seed=seed, config=config)

@@ -66,9 +66,7 @@ def _options(name, folder, label, at):
     "What a program calls the folder that it may write to, and the run."
     here = str(folder)
     known = dict(
-        tensorboard=dict(purge_step=at + 1)
-        if at
-        else {},  # events from there on are hidden
+        tensorboard=dict(purge_step=at + 1),  # events from there on are hidden
         wandb=dict(dir=here, name=label),
         mlflow=dict(logging_dir=here, run_name=label),
         clearml=dict(task_name=label),

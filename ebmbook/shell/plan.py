@@ -19,7 +19,8 @@ import torch
 
 from ..data.catalogue import load
 from ..learn.loop import rehearse
-from ..learn.runs import Run, default_folder, open_run, overridden, planned
+from ..learn.runs import Run, default_folder, noted, open_run, overridden
+from ..learn.runs import planned
 from ..learn.settings import base_of, read_over
 from ..learn.system import System
 from .cost import duration
@@ -208,7 +209,7 @@ def open_planned(
     if minutes is not None:
         minutes = check_minutes(minutes)
         _refuse_counts(system, cfg, over)
-        changed = overridden(cfg, base) | dict(minutes=minutes)
+        changed = overridden(cfg, base) | noted(own) | dict(minutes=minutes)
         out = out or default_folder(system.name, preset, changed, seed)
     options = dict(seed=seed, device=device, change=change, own=own)
     plan = _known_plan(Path(out), minutes) if out else None
