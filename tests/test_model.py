@@ -4,12 +4,15 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 
 import ebmbook
 from ebmbook.learn.runs import book_weights
+from ebmbook.shell import model as shell_model
 
 NAMES = list(ebmbook.models())
 # the fewest numbers with which each task says something
@@ -305,6 +308,63 @@ def test_the_hub_there_and_back(stored, monkeypatch):
     assert said == 'address of me/digits'
     again = ebmbook.load('hf:me/digits@v1', 'cpu')
     assert torch.equal(again.sample(2, seed=0), model.sample(2, seed=0))
+
+
+def test_a_card_names_no_place_of_its_author(stored, tmp_path, monkeypatch):
+    seen = []
+
+    class Api:
+        def __init__(self, token=None):
+            pass
+
+        def create_repo(self, repo, **options):
+            pass
+
+        def upload_folder(self, repo_id, folder_path):
+            seen.append((Path(folder_path) / 'README.md').read_text(encoding='utf-8'))
+
+    import huggingface_hub
+
+    monkeypatch.setattr(huggingface_hub, 'HfApi', Api)
+    model = ebmbook.load(stored, 'cpu')
+    plain = replace(
+        model, card=shell_model._plain_card(model.system, model.nets, model.name)
+    )
+    plain.push_to_hub('me/digits')
+    assert str(stored) not in seen[0] and "load('hf:me/digits')" in seen[0]
+    plain.save(tmp_path / 'other')
+    text = (tmp_path / 'other' / 'README.md').read_text(encoding='utf-8')
+    assert str(stored) not in text and str(tmp_path / 'other') in text
+
+
+# what each has, as its chapter says
+HAS = {
+    'cdrl/checkerboard': 'sample energy',
+    'cdrl/digits-cond': 'sample energy, inpaint',
+    'cdrl/shapes-composition': 'sample energy, compose inpaint',
+    'coopflow/digits-pre': 'sample energy, reconstruct bits',
+    'coopflow/spiral-T100': 'sample energy, bits',
+    'coopflow/spiral-T500': 'sample energy, bits',
+    'coopflow/spiral-long': 'sample energy, bits',
+    'ecvae/digits': 'sample energy restore, posterior restore',
+    'ecvae/gaussians25': 'sample energy, posterior',
+    'ecvae/shapes': 'sample energy restore, posterior restore',
+    'liebm/digits': 'sample energy anomaly restore, ood encoder features rebuild restore',
+    'liebm/digits-erm': 'sample energy anomaly restore, ood encoder features rebuild restore',
+    'liebm/digits-plain': 'sample energy anomaly, ood features',
+    'nerf_lebm/cars': 'sample, swap',
+    'vaebm/digits': 'sample energy anomaly, ood',
+    'vaebm/gaussians25': 'sample energy anomaly',
+}
+
+
+def test_what_ships_has_what_its_chapter_says():
+    assert HAS.keys() == ebmbook.models().keys()
+    for name, words in HAS.items():
+        model = ebmbook.load(name, 'cpu')
+        uses, _, tasks = words.partition(', ')
+        assert model.system.uses(model.nets) == uses.split(), name
+        assert model.system.measures(model.nets) == ['sample', *tasks.split()], name
 
 
 # --- the package

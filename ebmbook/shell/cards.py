@@ -14,7 +14,7 @@ from typing import Any
 from ..data.catalogue import DATASETS
 from ..learn.files import write_text
 from ..learn.ledger import ledger
-from ..learn.runs import weights_folder
+from ..learn.runs import evidence, weights_folder
 from .systems import load_system
 
 # %% ../../nbs/shell/cards.ipynb #d1b10253
@@ -154,11 +154,12 @@ def card(
 # %% ../../nbs/shell/cards.ipynb #88a563a3
 def card_of(
     folder: Path,  # Of shipped weights, SYSTEM-PRESET
-    path: Path | None = None,  # The ledger; None is that of the clone
+    path: Path | None = None,  # The ledger; None is the book's
 ) -> str:
-    "The card of shipped weights. Raises `FileNotFoundError` outside a clone."
+    "The card of shipped weights."
     system, _, preset = folder.name.partition('-')
     text = (folder / 'config.json').read_text(encoding='utf-8')
+    path = path or evidence('ledger.jsonl')
     lines: list[dict[str, Any]] = ledger(path, system=system, preset=preset)
     lines = [line for line in lines if line['at'].get('weights') == 'book']
     return card(system, preset, json.loads(text)['cfg'], lines)

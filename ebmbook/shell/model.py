@@ -110,15 +110,17 @@ def _has(system, nets):
     return f"{uses}; evaluate: {', '.join(system.measures(nets)) or 'nothing'}"
 
 
-def _store(model, folder):
-    "Weights, settings that state their system, and card."
+def _store(model, folder, name):
+    "Weights, settings that state their system, and card, which is of that name."
     make_folder(folder.parent)
     store_weights(model.nets, folder)
     path = folder / 'config.json'
     stored = json.loads(path.read_text(encoding='utf-8'))
     stored |= dict(system=model.system.name, preset=model.preset)
     write_text(path, json.dumps(stored, indent=2, sort_keys=True) + '\n')
-    write_text(folder / 'README.md', model.card)
+    plain = model.card == _plain_card(model.system, model.nets, model.name)
+    card = _plain_card(model.system, model.nets, name) if plain else model.card
+    write_text(folder / 'README.md', card)
 
 # %% ../../nbs/shell/model.ipynb #84972f59
 @dataclass(frozen=True, eq=False, repr=False)
@@ -216,7 +218,7 @@ class Model(Composable):
         "Store weights, settings and card. Raises `OSError` naming the folder."
         folder = Path(folder).expanduser()
         _vacant(folder, overwrite)
-        _store(self, folder)
+        _store(self, folder, str(folder))
         return folder
 
     def push_to_hub(
@@ -231,7 +233,7 @@ class Model(Composable):
 
         api = HfApi(token=token)
         with tempfile.TemporaryDirectory() as folder:
-            self.save(Path(folder) / 'model')
+            _store(self, Path(folder) / 'model', f'hf:{repo}')
             api.create_repo(repo, private=private, exist_ok=True)
             done = api.upload_folder(repo_id=repo, folder_path=Path(folder) / 'model')
         return str(done)
