@@ -172,6 +172,8 @@ def test_examples_that_are_right_whatever_they_look_like(made, name):
         found = system.energy(nets, value)
         assert torch.allclose(found, want, atol=1e-5)
         assert found.requires_grad == value.requires_grad  # a graph where it is asked for
+        with torch.no_grad():
+            assert not system.energy(nets, value).requires_grad
     assert system.energy(nets, x[:0]).shape == (0,)
     assert system.energy(nets, x[:1]).shape == (1,)
     assert system.energy(nets, 0 * x).isfinite().all()  # grey, as a constant picture may be

@@ -4,6 +4,7 @@ import hashlib
 import json
 import math
 import time
+from dataclasses import replace
 
 import pytest
 from typer.testing import CliRunner
@@ -12,7 +13,7 @@ import ebmbook
 from ebmbook.learn.loop import train
 from ebmbook.learn.runs import open_run, planned
 from ebmbook.shell import cli
-from ebmbook.shell.plan import fitted, stretched
+from ebmbook.shell.plan import fitted, open_planned, stretched
 from ebmbook.shell.systems import SYSTEMS, load_system
 
 TINY = dict(ch=8, n_steps=2, batch=16, log_every=2)
@@ -125,6 +126,13 @@ def test_several_processes_need_a_plan_that_is_there(tmp_path, monkeypatch):
     monkeypatch.setenv('WORLD_SIZE', '2')
     with pytest.raises(ValueError, match='planned by one process'):
         ebmbook.train('cdrl', 'digits', minutes=1, out=tmp_path / 'run', device='cpu')
+    monkeypatch.delenv('WORLD_SIZE')
+    system = load_system('cdrl')
+    cfg = replace(system.presets['checkerboard'], ch=8, n_steps=2, batch=16)
+    how = dict(minutes=0.1, out=tmp_path / 'planned', device='cpu', tell=lambda text: None)
+    first, _ = open_planned(system, 'checkerboard', cfg, **how)
+    monkeypatch.setenv('WORLD_SIZE', '2')
+    assert open_planned(system, 'checkerboard', cfg, **how)[0] == first
 
 
 def test_the_command_takes_minutes(tmp_path, monkeypatch):
