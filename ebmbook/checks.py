@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['State', 'count', 'amount', 'positive', 'share', 'source', 'blocks_of', 'like_state', 'per_block', 'recording',
-           'ordinary', 'energies_of', 'begin', 'gradients_of', 'watching', 'tell_chain', 'tell_recall', 'in_double',
-           'infinite_rows', 'finite_start', 'finite_energies', 'stuck', 'moved', 'any_accepted', 'row', 'mean_weight',
-           'log_mean_exp', 'tell_lost', 'tell_idle', 'finite_weights', 'history', 'in_chunks']
+           'following', 'ordinary', 'energies_of', 'begin', 'gradients_of', 'watching', 'tell_chain', 'tell_recall',
+           'in_double', 'infinite_rows', 'finite_start', 'finite_energies', 'stuck', 'moved', 'any_accepted', 'row',
+           'mean_weight', 'log_mean_exp', 'tell_lost', 'tell_idle', 'finite_weights', 'history', 'in_chunks']
 
 # %% ../nbs/checks.ipynb #3618c44b
 import math
@@ -189,6 +189,13 @@ def recording() -> AbstractContextManager:  # Gradients can be taken within this
     if torch.is_inference_mode_enabled():
         return torch.inference_mode(False)  # gradients are on there
     return torch.enable_grad()
+
+
+def following(
+    x: Tensor,  # What is computed from
+) -> AbstractContextManager:  # A graph within this block, if x and the caller want one
+    "Gradients where x asks for them; where they are off, they stay off."
+    return torch.set_grad_enabled(x.requires_grad and torch.is_grad_enabled())
 
 
 def ordinary(

@@ -21,7 +21,7 @@ from .ladder import Schedule, schedule
 from .latents import decode, encode
 from .nets import Nets
 from .presets import ATTRIBUTES, Config
-from ..checks import count, ordinary
+from ..checks import count, following, ordinary
 from ..data.catalogue import flip_if
 from ..data.given import classes_for, examples_for, known_for
 from ..learn.contract import Context, Group, Stage
@@ -634,5 +634,5 @@ def energy(
     if labels is None and cfg.n_classes:
         labels = torch.zeros_like(levels)
     y = ladder.scale[t] * x
-    with torch.set_grad_enabled(x.requires_grad), frozen(nets):
+    with following(x), frozen(nets):
         return nets.energy(y, ladder.lam[levels], labels) / ladder.step2[t]

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn.utils import clip_grad_norm_, parametrize
 
 from .. import checks
+from ..checks import following
 from .nets import Nets
 from .presets import Config
 from ..data.catalogue import flip_if, load
@@ -334,7 +335,7 @@ def energy(
     """
     net = energy_net(nets)
     examples_for(nets, x)
-    with torch.set_grad_enabled(x.requires_grad), frozen(net):
+    with following(x), frozen(net):
         return nets.energy(x)
 
 # %% ../../nbs/04_coopflow.ipynb #c048

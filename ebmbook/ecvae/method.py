@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import checks
+from ..checks import following
 from ..data.catalogue import load
 from ..data.given import examples_for, operator_for
 from .own import PARTS
@@ -549,7 +550,7 @@ def energy(
     """
     net = energy_net(nets)
     examples_for(nets, x)
-    with torch.set_grad_enabled(x.requires_grad), frozen(net):
+    with following(x), frozen(net):
         return nets.energy(x) / nets.cfg.tau
 
 # %% ../../nbs/07_ecvae.ipynb #60673df5

@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..checks import following
 from ..data.catalogue import flip_if, load
 from ..data.given import examples_for
 from ..learn.blocks import collect_norms
@@ -513,7 +514,7 @@ def energy(
 ) -> Tensor:  # (B,) nats
     "The marginal energy E(x). Raises what `examples_for` raises."
     examples_for(nets, x)
-    with torch.set_grad_enabled(x.requires_grad), frozen(nets.energy):
+    with following(x), frozen(nets.energy):
         return nets.energy(inward(x, nets.cfg))
 
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils import parametrize
 
+from ..checks import following
 from ..checks import count as check_count
 from ..data.catalogue import flip_if, load
 from ..data.given import examples_for
@@ -508,7 +509,7 @@ def energy(
     """
     net = energy_net(nets)
     examples_for(nets, x)
-    with torch.set_grad_enabled(x.requires_grad), frozen(net):
+    with following(x), frozen(net):
         return nets.energy(x)
 
 
