@@ -8,7 +8,7 @@ __all__ = ['DATASETS', 'data_root', 'require', 'check_shape', 'small_pictures', 
 # %% ../../nbs/00_data.ipynb #c003
 import difflib
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from .cameras import load_carla, load_srn
-from .examples import Examples, Spec
+from .examples import TUNING, Examples, Spec, seeded
 from ebmbook.data.files import (
     CELEBA_NAMES,
     load_celeba,
@@ -183,7 +183,24 @@ _CAMERA_SETS = {
 # fmt: on
 
 # %% ../../nbs/00_data.ipynb #5f19c2ff
-DATASETS = {**_EMBEDDED_SETS, **_TORCHVISION_SETS, **_FILE_SETS, **_CAMERA_SETS}
+_WHOLE_SETS = {**_EMBEDDED_SETS, **_TORCHVISION_SETS, **_FILE_SETS, **_CAMERA_SETS}
+
+# %% ../../nbs/00_data.ipynb #tune02
+_SHARE = 6  # one in so many is held back
+
+
+def _without_test(name):
+    "The entry of a set whose test images stay unseen."
+    spec = _WHOLE_SETS[name]
+    held_back = spec.n[0] // _SHARE
+    about = f'of those of {name} for training, one in {_SHARE} takes the place of a test'
+    return replace(spec, n=(spec.n[0] - held_back, held_back), about=about)
+
+
+_TUNING_SETS = {
+    name + TUNING: _without_test(name) for name in ('digits', 'shapes', 'mnist', 'cifar10')
+}
+DATASETS = _WHOLE_SETS | _TUNING_SETS
 
 # %% ../../nbs/00_data.ipynb #c012
 def data_root(
@@ -303,10 +320,10 @@ def small_pictures(
 
 # %% ../../nbs/00_data.ipynb #c056
 _MADE_HERE = [
-    name for name, spec in DATASETS.items() if spec.source in ('embedded', 'rendered')
+    name for name, spec in _WHOLE_SETS.items() if spec.source in ('embedded', 'rendered')
 ]
 _Loader = Callable[[str, Spec, Path, str], Examples]
-_LOADERS: Mapping[str, _Loader] = dict.fromkeys(_MADE_HERE, load_procedural) | dict(
+_LOADERS: dict[str, _Loader] = dict.fromkeys(_MADE_HERE, load_procedural) | dict(
     mnist=load_mnist,
     stacked_mnist=load_mnist,
     fashion_mnist=load_mnist,
@@ -323,6 +340,17 @@ _LOADERS: Mapping[str, _Loader] = dict.fromkeys(_MADE_HERE, load_procedural) | d
     imagenet32=load_imagenet32,
     celebahq256=load_folder,
 )
+
+
+def _load_tuning(name, spec, root, split):
+    "A part of the images for training, chosen by one draw that never changes."
+    whole = load(name.removesuffix(TUNING), root, 'train')
+    order = torch.randperm(len(whole), generator=seeded(0))
+    mine = order[: spec.n[1]] if split == 'test' else order[spec.n[1] :]
+    return whole.part(mine.sort().values)
+
+
+_LOADERS |= dict.fromkeys(_TUNING_SETS, _load_tuning)
 
 # %% ../../nbs/00_data.ipynb #49442b57
 def load(

@@ -15,6 +15,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import fields, replace
 from typing import Any
 
+from ..data.examples import TUNING
 from ebmbook.learn.limits import (
     Steps,
     check_values,
@@ -177,21 +178,22 @@ def choose(
     data set or a wrong type, and what `fit_to` raises for its data.
     """
     own = dataset.startswith(('folder:', 'given:'))
+    known = dataset.removesuffix(TUNING)
     _check_folder(dataset)
-    preset = preset or _preset_for(dataset, presets, default_preset)
+    preset = preset or _preset_for(known, presets, default_preset)
     if preset not in presets:
         raise unknown('preset', preset, list(presets))
     settings = presets[preset]
     over = read_over(settings, over)
     _check_folder(over.get('data', ''))
-    if own:
+    if own or known != dataset:
         over = dict(data=dataset) | over
     if preset == SMALL and fit_to is not None:
         settings = fit_to(replace(settings, data=over.get('data', dataset)))
-    elif not own and settings.data != dataset:
+    elif not own and settings.data != known:
         raise ValueError(
             f"preset {preset!r} belongs to data set {settings.data!r}, "
-            f"but dataset is {dataset!r}"
+            f"but dataset is {known!r}"
         )
     return preset, replace(settings, **over)
 

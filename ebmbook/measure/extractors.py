@@ -30,7 +30,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..checks import infinite_rows
-from ..data.examples import Examples
+from ..data.examples import TUNING, Examples
 from ..data.given import picture_range, whole_bytes
 
 # %% ../../nbs/measure/extractors.ipynb #369767f3
@@ -163,7 +163,7 @@ def extractor_for(
     data: str,  # Name of a data set
 ) -> str:  # A name in `EXTRACTORS`, or 'inception'
     "The extractor with which this book measures a data set."
-    return _EXTRACTOR_OF.get(data, 'inception')
+    return _EXTRACTOR_OF.get(data.removesuffix(TUNING), 'inception')
 
 
 def extractor_folder() -> Path:  # Holds NAME.safetensors and NAME.json
