@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from .cameras import load_carla, load_srn
-from .examples import TUNING, Examples, Spec, seeded
+from .examples import Examples, Spec, seeded
 from ebmbook.data.files import (
     CELEBA_NAMES,
     load_celeba,
@@ -29,6 +29,7 @@ from ebmbook.data.files import (
 from .folders import asked_size, find_folder, load_folder
 from .held import held
 from .procedural import CAR_NAMES, SHAPE_NAMES, load_procedural
+from ..learn.settings import TUNING
 from ..mcmc import Draws, uniform
 
 # %% ../../nbs/00_data.ipynb #ba3995ca

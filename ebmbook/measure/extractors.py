@@ -30,8 +30,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..checks import infinite_rows
-from ..data.examples import TUNING, Examples
+from ..data.examples import Examples
 from ..data.given import picture_range, whole_bytes
+from ..learn.settings import TUNING
 
 # %% ../../nbs/measure/extractors.ipynb #369767f3
 def as_tensor(
