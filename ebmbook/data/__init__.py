@@ -12,6 +12,7 @@ __getattr__, __dir__ = offer(
         'folders',
         'files',
         'procedural',
+        'glyphs',
         'catalogue',
         'outliers',
         'given',

@@ -27,6 +27,7 @@ from ebmbook.data.files import (
     load_torchvision,
 )
 from .folders import asked_size, find_folder, load_folder
+from .glyphs import CHARACTERS
 from .held import held
 from .procedural import CAR_NAMES, SHAPE_NAMES, load_procedural
 from ..learn.settings import TUNING
@@ -65,6 +66,8 @@ _EMBEDDED_SETS = {
     'shapes':         Spec((3, 16, 16), 0, 'embedded', n=(8000, 2000),
                            about='drawn shapes with three independent attributes',
                            attributes=SHAPE_NAMES),
+    'glyphs':         Spec((1, 28, 28), len(CHARACTERS), 'embedded', n=(20_000, 4_000),
+                           about='letters and digits of many fonts, slanted and turned'),
     'textures':       Spec((1, 64, 64), 3, 'embedded', n=(3000, 300),
                            about='crops of brick, grass and gravel (scikit-image)'),
 }
@@ -199,7 +202,8 @@ def _without_test(name):
 
 
 _TUNING_SETS = {
-    name + TUNING: _without_test(name) for name in ('digits', 'shapes', 'mnist', 'cifar10')
+    name + TUNING: _without_test(name)
+    for name in ('digits', 'shapes', 'glyphs', 'mnist', 'cifar10')
 }
 DATASETS = _WHOLE_SETS | _TUNING_SETS
 

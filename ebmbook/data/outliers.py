@@ -6,10 +6,14 @@
 __all__ = ['ood', 'ood_sets']
 
 # %% ../../nbs/data/outliers.ipynb #fb2b89c3
+from collections.abc import Callable
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .catalogue import DATASETS, load
+from .glyphs import CHARACTERS
 
 # %% ../../nbs/data/outliers.ipynb #c062
 def ood(
@@ -42,6 +46,35 @@ def ood(
     ahead = randint(1).to(x.device)  # at least one: never the mean of an image with itself
     return (x[one] + x[(one + ahead) % len(x)]) / 2
 
+# %% ../../nbs/data/outliers.ipynb #0a1d9002
+def _grey(x, side):
+    "Images (N, C, H, W) as grey ones of another size, within [-1, 1]."
+    x = x.mean(1, keepdim=True)
+    return F.interpolate(x, (side, side), mode='bicubic', align_corners=False).clamp(-1, 1)
+
+
+def _letters(n):
+    drawn = load('glyphs', split='test')
+    rows = (drawn.y >= CHARACTERS.index('A')).nonzero().flatten()
+    return drawn.part(rows[:n]).tensor()
+
+
+def _shapes(n):
+    return _grey(load('shapes', split='test').tensor(n), 28)
+
+
+def _photographs(n):
+    return load('textures', split='test').tensor(n)[:, :, 18:46, 18:46]
+
+
+_OF_SHAPE: dict[tuple[int, ...], dict[str, Callable[[int], Tensor]]] = {
+    (1, 28, 28): dict(letters=_letters, shapes=_shapes, photographs=_photographs),
+    (3, 32, 32): {
+        name: lambda n, name=name: load(name, split='test').tensor(n)
+        for name in ('svhn', 'cifar100', 'celeba32')
+    },
+}
+
 # %% ../../nbs/data/outliers.ipynb #c064
 def ood_sets(
     name: str,  # A data set, or folder:PATH
@@ -60,11 +93,11 @@ def ood_sets(
     spec = DATASETS.get(name)  # None for a folder
     if len(x[0]) == 1 or spec and spec.source == 'embedded':
         out |= dict(negative=-x, upside_down=x.flip(2))
-    if tuple(x.shape[1:]) != (3, 32, 32):
-        return out
-    for other in ('svhn', 'cifar100', 'celeba32'):
+    for other, draw in _OF_SHAPE.get(tuple(x.shape[1:]), {}).items():
+        if other == 'letters' and name.startswith('glyphs'):
+            continue
         try:
-            out[other] = load(other, split='test').tensor(n)
+            out[other] = draw(n)
         except FileNotFoundError:
             pass  # a reader without that set loses one number, not the others
     return out

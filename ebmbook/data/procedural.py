@@ -19,6 +19,7 @@ from torch import Tensor
 
 from ..checks import in_double
 from .examples import Examples, Spec, seeded
+from .glyphs import draw_glyphs
 from ebmbook.data.scenes import (
     SHAPE_RANGES,
     camera_to_world,
@@ -261,7 +262,7 @@ def _load_cars(name, spec, root, split):
 
 # %% ../../nbs/data/procedural.ipynb #431c1460
 # seeds of the training halves; the test half of a set has the next number
-_SEEDS = dict(gaussians25=100, spiral=102, checkerboard=104, shapes=112)
+_SEEDS = dict(gaussians25=100, spiral=102, checkerboard=104, shapes=112, glyphs=120)
 
 
 def load_procedural(
@@ -281,4 +282,6 @@ def load_procedural(
     generator = seeded(_SEEDS[name] + test)
     if name == 'shapes':
         return Examples(*draw_shapes(spec.n[test], generator))
+    if name == 'glyphs':
+        return Examples(*draw_glyphs(spec.n[test], generator))
     return Examples(*draw_points(name, spec.n[test], generator))

@@ -148,6 +148,7 @@ EXTRACTORS: dict[str, dict[str, Any]] = {
     'digits16': dict(data='digits16', width=16, epochs=60, jitter=True),
     'shapes': dict(data='shapes', width=12, epochs=10, jitter=False),
     'mnist': dict(data='mnist', width=16, epochs=3, jitter=True),
+    'glyphs': dict(data='glyphs', width=16, epochs=6, jitter=True),
     'cars': dict(data='cars', width=12, epochs=30, jitter=False),
     'cifar10': dict(data='cifar10', width=20, epochs=15, jitter=False),
 }
