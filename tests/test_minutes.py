@@ -70,7 +70,7 @@ def test_it_ends_in_time_and_says_so(tmp_path, capsys):
 
 
 def test_the_result_is_that_of_the_same_settings_without_a_plan(tmp_path):
-    options = dict(minutes=0.2, device='cpu', progress=False)
+    options = dict(minutes=0.05, device='cpu', progress=False)
     over = dict(TINY, coop=False)
     ebmbook.train('cdrl', preset='checkerboard', over=over, out=tmp_path / 'a', **options)
     fields = planned(tmp_path / 'a')['fields']
@@ -81,7 +81,7 @@ def test_the_result_is_that_of_the_same_settings_without_a_plan(tmp_path):
 
 
 def test_it_resumes_with_the_plan_it_began_with(tmp_path, monkeypatch):
-    options = dict(minutes=0.2, device='cpu', progress=False, out=tmp_path / 'cut')
+    options = dict(minutes=0.05, device='cpu', progress=False, out=tmp_path / 'cut')
     over = dict(TINY, save_every=2)
 
     def stop(step, nets):

@@ -31,6 +31,12 @@ ODD = [(1, 17, 17), (3, 30, 30)]
 WIDE = (1, 20, 24)
 
 
+@pytest.fixture(autouse=True)
+def few_images(monkeypatch):
+    "Batch norms of LIEBM's generator get their averages from fewer images."
+    monkeypatch.setattr('ebmbook.liebm.method.settle.__defaults__', (None, 256, 128))
+
+
 def pictures(n, shape, seed=0):
     generator = torch.Generator().manual_seed(seed)
     return (256 * torch.rand(n, *shape, generator=generator)).byte()

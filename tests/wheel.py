@@ -15,6 +15,7 @@ import tempfile
 import time
 import venv
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -214,16 +215,23 @@ def main():
     "Run all parts; the time of each is printed."
     with tempfile.TemporaryDirectory(prefix='ebmbook-wheel-') as folder:
         at, start = Path(folder).resolve(), time.monotonic()
-        for name in ('dist', 'work', 'clone'):
+        for name in ('dist', 'work', 'shell', 'clone'):
             (at / name).mkdir()
         wheel = check_files(Path(sys.argv[1]) if sys.argv[1:] else build(at))
         python, command = environment(at / 'env', wheel)
         print(
             f"wheel: {wheel.stat().st_size / 2**20:.1f} MB, {time.monotonic() - start:.0f} s"
         )
-        for part, what in ((lines, python), (commands, command), (results, python)):
-            part(what, at / 'work')
-            print(f"wheel: {part.__name__} work, {time.monotonic() - start:.0f} s")
+        with ThreadPoolExecutor(2) as both:  # each runs processes of its own, elsewhere
+            jobs = {
+                'lines': both.submit(lines, python, at / 'work'),
+                'commands': both.submit(commands, command, at / 'shell'),
+            }
+            for name, job in jobs.items():
+                job.result()
+                print(f"wheel: {name} work, {time.monotonic() - start:.0f} s")
+        results(python, at / 'work')
+        print(f"wheel: results work, {time.monotonic() - start:.0f} s")
 
 
 if __name__ == '__main__':
