@@ -92,10 +92,6 @@ _TURN, _SLANT, _STRETCH, _SHIFT, _WEIGHT = 0.17, 0.3, 0.12, 0.05, (-0.03, 0.1)
 _EDGE = 0.035  # how far an edge wavers, in half heights
 
 
-def _between(draws, low, high):
-    return low + (high - low) * draws
-
-
 def _affine(draws):
     "Where the pixels of each image look (N, 2, 3), from uniform draws (N, 6)."
     turn, slant, wide, high, right, down = (2 * draws - 1).T
@@ -136,6 +132,7 @@ def _drawn(tables, draws):
     found = F.grid_sample(tables, places, padding_mode='border', align_corners=False)
     coarse = 2 * draws[:, 7:].view(-1, 1, 7, 7) - 1
     waver = _EDGE * F.interpolate(coarse, size[2:], mode='bicubic', align_corners=False)
-    weight = _between(draws[:, 6], *_WEIGHT)[:, None, None, None]
+    low, high = _WEIGHT
+    weight = (low + (high - low) * draws[:, 6])[:, None, None, None]
     ink = (0.5 - 9 * (found + waver - weight)).clamp(0, 1)  # an edge is one pixel wide
     return ink.mul(255).round().byte()
